@@ -1,0 +1,150 @@
+"""The search along the natural gradient: to where the trust region ends, on the exact KL and objective."""
+
+import math
+from collections.abc import Callable
+from enum import Enum
+from typing import NamedTuple
+
+
+class LineSearchStatus(str, Enum):
+    """How a line search ended."""
+
+    ACCEPTED = "accepted"
+    KL_TOO_LARGE = "kl_too_large"
+    NO_IMPROVEMENT = "no_improvement"
+    NON_FINITE = "non_finite"
+
+
+class LineSearchResult(NamedTuple):
+    """What a line search found; a rejected search has step size 0, objective before and KL 0."""
+
+    #: Factor of the direction.
+    step_size: float
+    #: Evaluations of objective and KL.
+    n_trials: int
+    #: Objective at that step.
+    objective: float
+    #: Mean KL(old || new) at that step.
+    kl: float
+    status: LineSearchStatus
+
+
+#: An accepted step that reaches this share of the KL budget ends the search: the rest is not worth an evaluation.
+FILLED = 0.95
+#: Where a trial aims at: the middle of the band from `FILLED` to 1.
+_AIM = 0.975
+#: A trial grows the step by at most this factor, however flat the KL looks from here.
+_MAX_GROWTH = 4.0
+
+
+def _power(trials: list[tuple[float, float]]) -> float:
+    """
+    Exponent of the power law through the last two measurements of the KL, which is 2 where the KL is quadratic.
+
+    :param trials: pairs of step size and KL, all positive and finite, at least two of different step sizes
+    :return: the exponent, kept between 1 and 8
+    """
+    (s1, kl1), (s2, kl2) = trials[-2:]
+    return min(max(math.log(kl2 / kl1) / math.log(s2 / s1), 1.0), 8.0)
+
+
+def line_search(
+    evaluate: Callable[[float], tuple[float, float]],
+    objective_before: float,
+    max_kl: float,
+    full_step: float,
+    shrinking_factor: float = 0.8,
+    max_trials: int = 10,
+    fill: bool = True,
+) -> LineSearchResult:
+    """
+    Find a step size whose KL is within ``max_kl`` and whose objective is above the one before.
+
+    With ``fill`` off, this is the backtracking of Schulman et al. (2015), appendix C: the first of ``full_step * factor^k``
+    that meets both. With ``fill`` on, each trial uses the KL that was measured: along a line the KL is close to a power of the
+    step size (2 near zero), so that one division tells where it will be just inside the trust region. A trial below
+    ``FILLED * max_kl`` is followed by a larger one, a trial above ``max_kl`` by a smaller one, always within the bracket known
+    so far; of all trials that met both conditions the one with the best objective is returned.
+
+    :param evaluate: maps a step size to (objective, mean KL(old || new))
+    :param objective_before: the objective at step size 0
+    :param max_kl: the trust region's radius; positive
+    :param full_step: the first trial; positive and finite
+    :param shrinking_factor: between 0 and 1: what a trial is shrunk by that fails for another reason than its KL
+    :param max_trials: at most that many evaluations
+    :param fill: whether to use up the trust region
+    :return: the accepted step, or step size 0 with the reason why the last trial was refused
+    """
+    step = full_step
+    # The bracket: the largest step size that met both conditions and the smallest that did not.
+    lower, upper = 0.0, math.inf
+    best: LineSearchResult | None = None
+    status = LineSearchStatus.NO_IMPROVEMENT
+    measured: list[tuple[float, float]] = []
+    n_trials = 0
+    while n_trials < max_trials:
+        objective, kl = evaluate(step)
+        n_trials += 1
+        is_finite = math.isfinite(objective) and math.isfinite(kl)
+        has_improved = is_finite and objective > objective_before
+        if has_improved and kl <= max_kl:
+            lower = step
+            if best is None or objective >= best.objective:
+                best = LineSearchResult(step, n_trials, objective, kl, LineSearchStatus.ACCEPTED)
+            if not fill or kl >= FILLED * max_kl:
+                break
+        else:
+            upper = step
+            if not is_finite:
+                status = LineSearchStatus.NON_FINITE
+            elif kl > max_kl:
+                status = LineSearchStatus.KL_TOO_LARGE
+            else:
+                status = LineSearchStatus.NO_IMPROVEMENT
+        if not fill:
+            step *= shrinking_factor
+            continue
+        if is_finite and kl > 0:
+            measured.append((step, kl))
+        step = _next_step(step, is_finite and (has_improved or kl > max_kl), max_kl, lower, upper, measured, shrinking_factor)
+        if not lower < step < upper:
+            break
+    if best is None:
+        return LineSearchResult(0.0, n_trials, objective_before, 0.0, status)
+    return best._replace(n_trials=n_trials)
+
+
+def _next_step(
+    step: float,
+    kl_decides: bool,
+    max_kl: float,
+    lower: float,
+    upper: float,
+    measured: list[tuple[float, float]],
+    shrinking_factor: float,
+) -> float:
+    """
+    Choose the next trial of a search that fills the trust region.
+
+    :param step: the last trial
+    :param kl_decides: whether the last trial is to be corrected by its KL, and not because of its objective or of a NaN
+    :param max_kl: the trust region's radius
+    :param lower: the largest step size that was accepted, or 0
+    :param upper: the smallest one that was refused, or infinity
+    :param measured: step size and KL of the trials so far, where these are positive and finite
+    :param shrinking_factor: for trials that the KL does not decide
+    :return: the next trial; outside ``(lower, upper)`` if the bracket cannot be narrowed any more
+    """
+    if kl_decides and measured and measured[-1][0] == step:
+        kl = measured[-1][1]
+        power = _power(measured) if len(measured) > 1 else 2.0
+        guess = step * min(math.pow(_AIM * max_kl / kl, 1 / power), _MAX_GROWTH)
+    elif kl_decides:
+        # The KL is zero: nothing has moved yet
+        guess = step * _MAX_GROWTH
+    else:
+        guess = step * shrinking_factor
+    if lower < guess < upper:
+        return guess
+    # The power law leaves the bracket where the KL is far from one: halve the bracket instead
+    return math.sqrt(lower * upper) if lower > 0 and upper < math.inf else step * shrinking_factor

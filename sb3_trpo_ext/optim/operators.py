@@ -1,0 +1,203 @@
+"""Linear operators: the Fisher matrix of a policy in its forms, and what is composed around it.
+
+An operator knows only how to multiply a vector; no matrix is ever formed.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch as th
+
+from sb3_trpo_ext.optim.parallel import all_mean
+from sb3_trpo_ext.optim.vectors import flatten, unflatten
+
+#: What a policy's distribution is made of on a batch (mean and log std, logits, ...): tensors whose first axis is the batch.
+Statistics = tuple[th.Tensor, ...]
+
+
+class LinearOperator(ABC):
+    """A symmetric matrix that can be multiplied with a vector: ``operator @ vector``."""
+
+    @abstractmethod
+    def __matmul__(self, vector: th.Tensor) -> th.Tensor:
+        """
+        Multiply.
+
+        :param vector: shape ``(n_params,)``
+        :return: shape ``(n_params,)``
+        """
+
+
+class Jacobian(ABC):
+    """The derivative J of a policy's statistics on a batch with respect to its parameters."""
+
+    #: Number of samples in the batch, which is the first axis of every statistic.
+    n_samples: int
+
+    @abstractmethod
+    def jvp(self, vector: th.Tensor) -> Statistics:
+        """
+        J v: how the statistics move when the parameters move along ``vector``.
+
+        :param vector: shape ``(n_params,)``
+        :return: one tangent per statistic, of that statistic's shape
+        """
+
+    @abstractmethod
+    def vjp(self, cotangents: Statistics) -> th.Tensor:
+        """
+        J^T u, summed over the samples.
+
+        :param cotangents: one per statistic, of that statistic's shape
+        :return: shape ``(n_params,)``
+        """
+
+
+class AutogradJacobian(Jacobian):
+    """
+    J of any architecture, by automatic differentiation.
+
+    ``J^T u`` is one reverse pass. ``J v`` is the derivative of ``v . J^T u`` with respect to the dummy ``u`` (the
+    "double-backward trick", J. Townsend 2017): it needs no forward-mode formulas, only operations that can be differentiated
+    twice, and two reverse passes. The graphs are built once and kept.
+
+    :param statistics: the statistics on the batch, with their graph
+    :param params: the parameters, each reachable from the statistics
+    """
+
+    def __init__(self, statistics: Statistics, params: Sequence[th.Tensor]):
+        self.n_samples = statistics[0].shape[0]
+        self._statistics = statistics
+        self._params = list(params)
+        self._dummies = [th.zeros_like(statistic, requires_grad=True) for statistic in statistics]
+        self._pullback = th.autograd.grad(
+            statistics, self._params, grad_outputs=self._dummies, create_graph=True, materialize_grads=True
+        )
+
+    def jvp(self, vector: th.Tensor) -> Statistics:
+        """
+        J v by the double-backward trick.
+
+        :param vector: shape ``(n_params,)``
+        :return: one tangent per statistic
+        """
+        tangents = unflatten(vector, self._params)
+        # A parameter outside every statistic has a pullback without graph, and so does a network that ignores its input
+        paired = [(p, t) for p, t in zip(self._pullback, tangents, strict=True) if p.requires_grad]
+        return th.autograd.grad(
+            [pullback for pullback, _ in paired],
+            self._dummies,
+            grad_outputs=[tangent for _, tangent in paired],
+            retain_graph=True,
+            materialize_grads=True,
+        )
+
+    def vjp(self, cotangents: Statistics) -> th.Tensor:
+        """
+        J^T u by one reverse pass.
+
+        :param cotangents: one per statistic
+        :return: shape ``(n_params,)``
+        """
+        return flatten(
+            th.autograd.grad(
+                self._statistics, self._params, grad_outputs=cotangents, retain_graph=True, materialize_grads=True
+            )
+        )
+
+
+class GaussNewtonFisher(LinearOperator):
+    """
+    The Fisher matrix ``F = J^T M J / n`` of a policy on a batch of n samples.
+
+    M is block-diagonal: per sample, the Hessian of KL(old || new) in the statistics of ``new``, at ``new = old``. Since the KL
+    has no gradient there, F is exactly the Hessian of the mean KL in the parameters (Martens 2014, "New insights and
+    perspectives on the natural gradient method", section 9; Schulman et al. 2015, appendix C.1), at the cost of first
+    derivatives alone, and positive semi-definite in floating point too.
+
+    :param jacobian: J
+    :param output_fisher: maps the tangents ``J v`` to ``M J v``, sample by sample
+    """
+
+    def __init__(self, jacobian: Jacobian, output_fisher: Callable[[Statistics], Statistics]):
+        self._jacobian = jacobian
+        self._output_fisher = output_fisher
+
+    def __matmul__(self, vector: th.Tensor) -> th.Tensor:
+        """
+        F v.
+
+        :param vector: shape ``(n_params,)``
+        :return: shape ``(n_params,)``
+        """
+        return self._jacobian.vjp(self._output_fisher(self._jacobian.jvp(vector))) / self._jacobian.n_samples
+
+
+class HessianFisher(LinearOperator):
+    """
+    The Fisher matrix as the Hessian of the mean KL, by double backpropagation (Schulman et al. 2015, appendix C.1).
+
+    Needs nothing but the KL, so that it serves distributions whose Fisher matrix nobody has written down; it costs more than
+    :class:`GaussNewtonFisher`, for which it is the oracle.
+
+    :param mean_kl: KL(old || new) averaged over the batch, at ``new = old``, with its graph
+    :param params: the parameters, each reachable from the KL
+    """
+
+    def __init__(self, mean_kl: th.Tensor, params: Sequence[th.Tensor]):
+        self._params = list(params)
+        gradient = th.autograd.grad(mean_kl, self._params, create_graph=True, materialize_grads=True)
+        self._gradient = th.cat([part.reshape(-1) for part in gradient])
+
+    def __matmul__(self, vector: th.Tensor) -> th.Tensor:
+        """
+        F v as the gradient of ``grad(KL) . v``.
+
+        :param vector: shape ``(n_params,)``
+        :return: shape ``(n_params,)``
+        """
+        return flatten(
+            th.autograd.grad(self._gradient, self._params, grad_outputs=vector, retain_graph=True, materialize_grads=True)
+        )
+
+
+class Damped(LinearOperator):
+    """
+    ``A + damping I``.
+
+    :param operator: A
+    :param damping: in the units of A; not negative
+    """
+
+    def __init__(self, operator: LinearOperator, damping: float):
+        self._operator = operator
+        self._damping = damping
+
+    def __matmul__(self, vector: th.Tensor) -> th.Tensor:
+        """
+        Multiply.
+
+        :param vector: shape ``(n_params,)``
+        :return: shape ``(n_params,)``
+        """
+        return th.add(self._operator @ vector, vector, alpha=self._damping)
+
+
+class Averaged(LinearOperator):
+    """
+    The mean of an operator over all processes of a data-parallel run; the operator itself on one process.
+
+    :param operator: this process's operator
+    """
+
+    def __init__(self, operator: LinearOperator):
+        self._operator = operator
+
+    def __matmul__(self, vector: th.Tensor) -> th.Tensor:
+        """
+        Multiply.
+
+        :param vector: shape ``(n_params,)``, the same on all processes
+        :return: shape ``(n_params,)``, the same on all processes
+        """
+        return all_mean(self._operator @ vector)

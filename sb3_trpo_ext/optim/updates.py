@@ -1,0 +1,296 @@
+"""Policy updates inside a trust region: as a constraint (TRPO) or as a penalty."""
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch as th
+
+from sb3_trpo_ext.optim.conjugate_gradient import CGStatus, conjugate_gradient
+from sb3_trpo_ext.optim.line_search import LineSearchStatus, line_search
+from sb3_trpo_ext.optim.operators import Averaged, Damped, LinearOperator
+from sb3_trpo_ext.optim.parallel import all_mean
+from sb3_trpo_ext.optim.vectors import assign_, flatten
+
+
+class Problem(NamedTuple):
+    """
+    What a policy update is given: maximise an objective within a KL ball around where the parameters are now.
+
+    ``evaluate(indices)`` returns (objective, mean KL(old || new)) at the current parameters as scalars, with a graph if
+    gradients are enabled: of the whole batch for ``None``, else of the samples at these indices. ``fisher()`` returns the
+    operator of the Fisher matrix at the current parameters, without damping.
+    """
+
+    params: Sequence[th.Tensor]
+    n_samples: int
+    evaluate: Callable[[th.Tensor | None], tuple[th.Tensor, th.Tensor]]
+    fisher: Callable[[], LinearOperator]
+
+
+class UpdateResult(NamedTuple):
+    """All that happened in a policy update; entries that a kind of update does not have are NaN or 0."""
+
+    #: ``accepted``, or why the parameters are where they were.
+    status: str
+    objective_before: float
+    #: Equal to ``objective_before`` if the update was rejected.
+    objective_after: float
+    #: First-order prediction of the improvement, g . step.
+    predicted_improvement: float = math.nan
+    #: Mean KL(old || new) of the step taken.
+    kl: float = 0.0
+    step_size: float = 0.0
+    n_trials: int = 0
+    grad_norm: float = math.nan
+    #: x^T F x of the direction x, without damping.
+    curvature: float = math.nan
+    cg_steps: int = 0
+    #: Residual of conjugate gradient relative to the gradient.
+    cg_residual: float = math.nan
+    #: Coefficient of the KL during this update.
+    beta: float = math.nan
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the parameters moved."""
+        return self.status == LineSearchStatus.ACCEPTED.value
+
+
+class PolicyUpdate(ABC):
+    """
+    A way to improve a policy within a trust region.
+
+    An update either moves the parameters of its problem and says so, or leaves every one of them bit-identical and says why.
+    """
+
+    @abstractmethod
+    def update(self, problem: Problem, target_kl: float) -> UpdateResult:
+        """
+        Take one step.
+
+        :param problem: objective, KL and Fisher matrix; its parameters are moved in place
+        :param target_kl: radius of the trust region, in units of the problem's KL; positive
+        :return: what happened
+        """
+
+
+class KLConstraint(PolicyUpdate):
+    """
+    Trust region policy optimisation: maximise the objective subject to mean KL(old || new) <= target_kl.
+
+    Schulman et al. (2015), appendix C, with two differences. The full step ``sqrt(2 target_kl / x^T F x) x`` uses the
+    curvature without damping, which is what the quadratic model of the KL is about (with damping, the step ends well inside
+    the region), and the line search fills the region instead of stopping at the first point within it.
+
+    :param cg_max_steps: at most that many Fisher-vector products
+    :param cg_tolerance: of conjugate gradient's residual, relative to the gradient
+    :param cg_damping: added to the diagonal of the Fisher matrix
+    :param shrinking_factor: of the line search
+    :param max_trials: of the line search
+    :param fill: whether the line search fills the trust region
+    :param damped_scale: scale the full step by the curvature with damping, as sb3-contrib and others do
+    """
+
+    def __init__(
+        self,
+        cg_max_steps: int = 15,
+        cg_tolerance: float = 0.1,
+        cg_damping: float = 0.1,
+        shrinking_factor: float = 0.8,
+        max_trials: int = 10,
+        fill: bool = True,
+        damped_scale: bool = False,
+    ):
+        self.cg_max_steps = cg_max_steps
+        self.cg_tolerance = cg_tolerance
+        self.cg_damping = cg_damping
+        self.shrinking_factor = shrinking_factor
+        self.max_trials = max_trials
+        self.fill = fill
+        self.damped_scale = damped_scale
+
+    def update(self, problem: Problem, target_kl: float) -> UpdateResult:
+        """
+        Take one step along the natural gradient.
+
+        :param problem: objective, KL and Fisher matrix; its parameters are moved in place
+        :param target_kl: radius of the trust region
+        :return: what happened
+        """
+        objective, gradient = _objective_and_gradient(problem)
+        result = UpdateResult("accepted", objective, objective, grad_norm=float(gradient.norm()))
+        if not math.isfinite(objective):
+            return result._replace(status="non_finite_objective")
+        if not math.isfinite(result.grad_norm):
+            return result._replace(status="non_finite_gradient")
+        if result.grad_norm == 0:
+            return result._replace(status="zero_gradient")
+
+        fisher = Averaged(problem.fisher())
+        solution = conjugate_gradient(Damped(fisher, self.cg_damping), gradient, self.cg_max_steps, self.cg_tolerance)
+        direction = solution.x
+        damping_share = self.cg_damping * float(th.dot(direction, direction))
+        curvature = solution.curvature - damping_share
+        result = result._replace(curvature=curvature, cg_steps=solution.n_steps, cg_residual=solution.residual_norm)
+        if solution.status in (CGStatus.NON_POSITIVE_CURVATURE, CGStatus.NON_FINITE):
+            return result._replace(status=f"cg_{solution.status.value}")
+        scale = solution.curvature if self.damped_scale else curvature
+        # Where the KL does not feel the direction at all, rounding leaves a remainder of either sign
+        full_step = math.sqrt(2 * target_kl / scale) if scale > 0 else math.inf
+        if not math.isfinite(full_step):
+            return result._replace(status="no_curvature")
+
+        old = flatten(problem.params)
+
+        @th.no_grad()
+        def evaluate(step_size: float) -> tuple[float, float]:
+            assign_(problem.params, th.add(old, direction, alpha=step_size))
+            new_objective, kl = th.stack([all_mean(value) for value in problem.evaluate(None)]).tolist()
+            return new_objective, kl
+
+        step_size = 0.0
+        try:
+            search = line_search(
+                evaluate, objective, target_kl, full_step, self.shrinking_factor, self.max_trials, fill=self.fill
+            )
+            step_size = search.step_size
+        finally:
+            # The one place that decides where the parameters end, on an exception too. Not `old + 0 * direction`: that turns
+            # -0.0 into 0.0, and an infinite direction into NaN
+            assign_(problem.params, th.add(old, direction, alpha=step_size) if step_size > 0 else old)
+        return result._replace(
+            status=search.status.value,
+            objective_after=search.objective,
+            predicted_improvement=search.step_size * float(th.dot(gradient, direction)),
+            kl=search.kl,
+            step_size=search.step_size,
+            n_trials=search.n_trials,
+        )
+
+
+class AdaptiveKLPenalty(PolicyUpdate):
+    """
+    The penalised form: maximise ``objective - beta KL(old || new)`` by Adam, with a beta that keeps the KL near its target.
+
+    Schulman et al. (2017), section 4: after each update beta is doubled if the KL came out above 1.5 times the target and
+    halved if it came out below the target divided by 1.5. The KL is not bounded; an update that ends in a NaN is undone.
+
+    :param params: the parameters of all problems to come
+    :param learning_rate: of Adam; 3e-4 as in Schulman et al. (2017), table 3
+    :param n_epochs: passes over the batch per update; 10 as there
+    :param batch_size: of the minibatches; 64 as there
+    :param beta: the first coefficient; 1 as there
+    """
+
+    def __init__(
+        self,
+        params: Sequence[th.Tensor],
+        learning_rate: float = 3e-4,
+        n_epochs: int = 10,
+        batch_size: int = 64,
+        beta: float = 1.0,
+    ):
+        self.n_epochs = n_epochs
+        self.batch_size = batch_size
+        self.beta = beta
+        self.optimizer = th.optim.Adam(params, lr=learning_rate, eps=1e-5)
+
+    def update(self, problem: Problem, target_kl: float) -> UpdateResult:
+        """
+        Run the epochs of Adam, then adapt beta.
+
+        :param problem: objective and KL; its parameters are moved in place
+        :param target_kl: what the KL of an update should be
+        :return: what happened
+        """
+        objective, gradient = _objective_and_gradient(problem)
+        result = UpdateResult("accepted", objective, objective, grad_norm=float(gradient.norm()), beta=self.beta)
+        if not math.isfinite(objective):
+            return result._replace(status="non_finite_objective")
+        if not math.isfinite(result.grad_norm):
+            return result._replace(status="non_finite_gradient")
+
+        old = flatten(problem.params)
+        old_optimizer = copy.deepcopy(self.optimizer.state_dict())
+        is_accepted = False
+        try:
+            self._run_epochs(problem)
+            with th.no_grad():
+                new_objective, kl = th.stack([all_mean(value) for value in problem.evaluate(None)]).tolist()
+                moved = flatten(problem.params) - old
+            is_accepted = math.isfinite(new_objective) and math.isfinite(kl) and bool(th.isfinite(moved).all())
+        finally:
+            if not is_accepted:
+                assign_(problem.params, old)
+                self.optimizer.load_state_dict(old_optimizer)
+        if not is_accepted:
+            # Too far is the one way to get here from finite gradients: penalise more
+            self._multiply_beta(2.0)
+            return result._replace(status=LineSearchStatus.NON_FINITE.value)
+        if kl > 1.5 * target_kl:
+            self._multiply_beta(2.0)
+        elif kl < target_kl / 1.5:
+            self._multiply_beta(0.5)
+        return result._replace(
+            objective_after=new_objective,
+            predicted_improvement=float(th.dot(gradient, moved)),
+            kl=kl,
+            step_size=1.0,
+        )
+
+    def _multiply_beta(self, factor: float) -> None:
+        """
+        Adapt beta, within bounds from which it can come back.
+
+        :param factor: what it is multiplied by
+        """
+        self.beta = min(max(self.beta * factor, 1e-10), 1e10)
+
+    def _run_epochs(self, problem: Problem) -> None:
+        """
+        Maximise the penalised objective over shuffled minibatches.
+
+        :param problem: objective and KL
+        """
+        for _ in range(self.n_epochs):
+            for indices in th.split(th.randperm(problem.n_samples), self.batch_size):
+                objective, kl = problem.evaluate(indices)
+                gradients = th.autograd.grad(self.beta * kl - objective, problem.params, materialize_grads=True)
+                for param, gradient in zip(problem.params, gradients, strict=True):
+                    param.grad = all_mean(gradient)
+                self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """
+        Beta and Adam's moments.
+
+        :return: the state
+        """
+        return {"beta": self.beta, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
+        """
+        Restore what :meth:`state_dict` returned.
+
+        :param state_dict: the state
+        :param strict: not used, there are no optional entries: SB3 passes it as it does to a module
+        """
+        self.beta = state_dict["beta"]
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+
+
+def _objective_and_gradient(problem: Problem) -> tuple[float, th.Tensor]:
+    """
+    Objective of the whole batch and its flat gradient at the current parameters, averaged over the processes.
+
+    :param problem: the objective
+    :return: objective and gradient of shape ``(n_params,)``
+    """
+    with th.enable_grad():
+        objective, _ = problem.evaluate(None)
+        gradient = flatten(th.autograd.grad(objective, problem.params, materialize_grads=True))
+    return float(all_mean(objective.detach())), all_mean(gradient)

@@ -1,0 +1,39 @@
+"""Between lists of parameters and one flat vector."""
+
+from collections.abc import Sequence
+
+import torch as th
+
+
+def flatten(tensors: Sequence[th.Tensor]) -> th.Tensor:
+    """
+    Concatenate tensors into one vector, in order.
+
+    :param tensors: any number of tensors of any shapes, at least one
+    :return: vector of shape ``(n_params,)``, without a graph
+    """
+    return th.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def unflatten(vector: th.Tensor, like: Sequence[th.Tensor]) -> list[th.Tensor]:
+    """
+    Cut a vector into views shaped like the given tensors: the inverse of :func:`flatten`.
+
+    :param vector: shape ``(n_params,)``
+    :param like: the tensors whose shapes and order are taken
+    :return: views into ``vector``
+    """
+    chunks = th.split(vector, [tensor.numel() for tensor in like])
+    return [chunk.view(tensor.shape) for chunk, tensor in zip(chunks, like, strict=True)]
+
+
+@th.no_grad()
+def assign_(params: Sequence[th.Tensor], vector: th.Tensor) -> None:
+    """
+    Overwrite parameters with the values of a flat vector, in place.
+
+    :param params: the parameters
+    :param vector: shape ``(n_params,)``
+    """
+    for param, value in zip(params, unflatten(vector, params), strict=True):
+        param.copy_(value)
