@@ -1,0 +1,93 @@
+"""Models that sb3-contrib's TRPO saved: telling them apart, and what their numbers are in our units."""
+
+import io
+import json
+import pathlib
+import warnings
+import zipfile
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.save_util import load_from_zip_file, open_path
+from torch import nn
+
+
+def is_contrib_model(path: str | pathlib.Path | io.BufferedIOBase) -> bool:
+    """
+    Whether a saved model is sb3-contrib's TRPO rather than ours.
+
+    :param path: as for ``load``; a file object is left where it was
+    :return: true for sb3-contrib's; false for what is no model at all, of which loading it will tell
+    """
+    file = open_path(path, "r", suffix="zip")
+    start = file.tell()
+    try:
+        with zipfile.ZipFile(file) as archive:
+            attributes = json.loads(archive.read("data")) if "data" in archive.namelist() else {}
+    except zipfile.BadZipFile:
+        return False
+    finally:
+        file.seek(start)
+        if file is not path:
+            file.close()
+    return "cg_max_steps" in attributes and "trust_region" not in attributes
+
+
+def joint_kl_factor(action_space: spaces.Space) -> int:
+    """
+    What sb3-contrib's ``target_kl`` and ``cg_damping`` have to be multiplied by to mean the same here.
+
+    It averages the KL over action dimensions for Box and MultiBinary; we sum, as the definition of the KL of a joint
+    distribution has it. For Discrete and MultiDiscrete it sums too.
+
+    :param action_space: of the environment
+    :return: the factor
+    """
+    return get_action_dim(action_space) if isinstance(action_space, (spaces.Box, spaces.MultiBinary)) else 1
+
+
+def joint_kl_arguments(path: str | pathlib.Path | io.BufferedIOBase, custom_objects: dict[str, Any] | None) -> dict[str, Any]:
+    """
+    The ``target_kl`` and ``cg_damping`` of a model that sb3-contrib saved, in joint units, with a warning that says so.
+
+    :param path: as for ``load``; a file object is left where it was
+    :param custom_objects: as for ``load``
+    :return: both arguments
+    """
+    start = path.tell() if isinstance(path, io.IOBase) else None
+    data, _, _ = load_from_zip_file(path, device="cpu", custom_objects=custom_objects)
+    if start is not None:
+        path.seek(start)  # type: ignore[union-attr]
+    assert data is not None, "`is_contrib_model` has read it already"
+    factor = joint_kl_factor(data["action_space"])
+    converted = {name: data[name] * factor for name in ("target_kl", "cg_damping")}
+    if factor != 1:
+        warnings.warn(
+            f"This model was saved by sb3-contrib's TRPO, whose KL is averaged over the {factor} action dimensions; ours is "
+            f"summed. The values in the file were converted: target_kl from {data['target_kl']:g} to "
+            f"{converted['target_kl']:g}, cg_damping from {data['cg_damping']:g} to {converted['cg_damping']:g}.",
+            stacklevel=3,
+        )
+    return converted
+
+
+def critic_optimizer_state(
+    state: dict[str, Any], all_params: list[nn.Parameter], critic_params: list[nn.Parameter]
+) -> dict[str, Any]:
+    """
+    Cut the state of an optimiser over all of a policy's parameters down to the critic's.
+
+    :param state: state dict of an optimiser over ``all_params``
+    :param all_params: in the optimiser's order
+    :param critic_params: those to keep, in the order wanted
+    :return: state dict of an optimiser over ``critic_params``
+    """
+    position = {id(param): index for index, param in enumerate(all_params)}
+    kept = [position[id(param)] for param in critic_params]
+    moments: dict[int, dict[str, th.Tensor]] = state["state"]
+    return {
+        "state": {new: moments[old] for new, old in enumerate(kept) if old in moments},
+        "param_groups": [{**state["param_groups"][0], "params": list(range(len(kept)))}],
+    }

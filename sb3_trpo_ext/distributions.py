@@ -1,0 +1,395 @@
+"""What the update has to know of a distribution: its statistics, KL(old || new), entropy, and Fisher matrix.
+
+One :class:`Family` per kind of distribution. The KL is always the joint one, KL(old || new) **summed over action dimensions**,
+one number per state. (SB3's ``kl_divergence`` returns one number per action dimension for continuous and binary actions, and
+sb3-contrib averages over them too: its ``target_kl`` and ``cg_damping`` times the number of action dimensions are ours.)
+
+A distribution without a family of its own is served by :class:`TorchFamily`, through ``torch.distributions``; a user can
+register a better one with :func:`register_family`.
+"""
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    Distribution,
+    MultiCategoricalDistribution,
+    SquashedDiagGaussianDistribution,
+    StateDependentNoiseDistribution,
+)
+from torch.nn import functional as F
+
+Statistics = tuple[th.Tensor, ...]
+
+
+class Family(ABC):
+    """
+    A kind of distribution, described through tensors whose first axis is the batch.
+
+    ``statistics`` are the numbers that the KL is a smooth function of. They need not be minimal (logits are defined up to a
+    constant per state), but ``fisher`` must be the Hessian of ``kl(old, new)`` in those of ``new``, at ``new = old``.
+    """
+
+    #: Whether :meth:`fisher` is there; if not, the Fisher matrix is the Hessian of the KL by double backpropagation.
+    has_fisher = True
+
+    @abstractmethod
+    def statistics(self, distribution: Distribution) -> Any:
+        """
+        Read the statistics off a distribution.
+
+        :param distribution: as ``policy.get_distribution`` returned it
+        :return: a tuple of tensors with first axis ``n_batch``, with their graph
+        """
+
+    @abstractmethod
+    def kl(self, old: Any, new: Any) -> th.Tensor:
+        """
+        KL(old || new) per state, summed over action dimensions.
+
+        :param old: statistics
+        :param new: statistics
+        :return: shape ``(n_batch,)``
+        """
+
+    @abstractmethod
+    def entropy(self, statistics: Any, noise: th.Tensor | None = None) -> th.Tensor | None:
+        """
+        Entropy per state in nats, summed over action dimensions.
+
+        That of the action as the policy puts it out, which is in [-1, 1] if it is squashed.
+
+        :param statistics: of the distribution
+        :param noise: standard normal numbers of shape ``(n_batch, n_actions)``, for a family with ``needs_noise``
+        :return: shape ``(n_batch,)``; ``None`` if there is no way to tell
+        """
+
+    #: Whether the entropy has no closed form and is estimated with reparametrised noise.
+    needs_noise = False
+
+    def fisher(self, statistics: Any, tangents: Statistics) -> Statistics:
+        """
+        Multiply with the Fisher matrix in output space, state by state.
+
+        :param statistics: where the matrix is taken
+        :param tangents: one per statistic, of its shape
+        :return: one cotangent per statistic, of its shape
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no Fisher matrix in output space")
+
+    def std(self, statistics: Any) -> th.Tensor | None:
+        """
+        Standard deviation of the exploration noise, for logging.
+
+        :param statistics: of the distribution
+        :return: shape ``(n_batch, n_actions)``, or ``None`` for a distribution that has none
+        """
+        return None
+
+
+class GaussianFamily(Family):
+    """
+    Diagonal Gaussian with statistics ``(mean, log_std)``, each of shape ``(n_batch, n_actions)``.
+
+    Serves gSDE as well, whose action is Gaussian given the state. ``squashed`` means that the action is the tanh of it. That
+    is a bijection, so KL and Fisher matrix are those of the Gaussian; the entropy is not.
+
+    :param squashed: whether a tanh follows
+    """
+
+    def __init__(self, squashed: bool = False):
+        self.needs_noise = squashed
+
+    def statistics(self, distribution: Distribution) -> Statistics:
+        """
+        Mean and log std of the Gaussian (before the tanh, if there is one).
+
+        :param distribution: one of SB3's three kinds of Gaussian
+        :return: ``(mean, log_std)``
+        """
+        normal = distribution.distribution
+        assert isinstance(normal, th.distributions.Normal)
+        return normal.loc, normal.scale.log()
+
+    def kl(self, old: Statistics, new: Statistics) -> th.Tensor:
+        """
+        ``sum_i 1/2 [exp(2 d_i) - 1 - 2 d_i + ((mean_old - mean_new) / std_new)^2]`` with ``d = log_std_old - log_std_new``.
+
+        Written with ``expm1``: at the KLs of a trust region the textbook form loses the digits that matter.
+
+        :param old: ``(mean, log_std)``
+        :param new: ``(mean, log_std)``
+        :return: shape ``(n_batch,)``
+        """
+        (old_mean, old_log_std), (new_mean, new_log_std) = old, new
+        twice = 2 * (old_log_std - new_log_std)
+        shift = (old_mean - new_mean) * th.exp(-new_log_std)
+        return 0.5 * (th.expm1(twice) - twice + shift.square()).sum(dim=1)
+
+    def entropy(self, statistics: Statistics, noise: th.Tensor | None = None) -> th.Tensor:
+        """
+        ``sum_i log_std_i + 1/2 log(2 pi e)``; squashed, plus the mean of ``log(1 - tanh(u)^2)``, with one u per state.
+
+        :param statistics: ``(mean, log_std)``
+        :param noise: ``(u - mean) / std``, of shape ``(n_batch, n_actions)``
+        :return: shape ``(n_batch,)``
+        """
+        mean, log_std = statistics
+        entropy = log_std + 0.5 * math.log(2 * math.pi * math.e)
+        if self.needs_noise:
+            assert noise is not None, "a squashed Gaussian needs noise for its entropy"
+            u = mean + log_std.exp() * noise
+            # log(1 - tanh(u)^2), without the cancellation of the direct form at large |u|
+            entropy = entropy + 2 * (math.log(2.0) - u - F.softplus(-2 * u))
+        return entropy.sum(dim=1)
+
+    def fisher(self, statistics: Statistics, tangents: Statistics) -> Statistics:
+        """
+        ``diag(1 / std^2, 2)``.
+
+        :param statistics: ``(mean, log_std)``
+        :param tangents: of mean and log std
+        :return: cotangents of mean and log std
+        """
+        _, log_std = statistics
+        return tangents[0] * th.exp(-2 * log_std), 2 * tangents[1]
+
+    def std(self, statistics: Statistics) -> th.Tensor:
+        """
+        Standard deviation before the tanh, if there is one.
+
+        :param statistics: ``(mean, log_std)``
+        :return: shape ``(n_batch, n_actions)``
+        """
+        return statistics[1].exp()
+
+
+class CategoricalFamily(Family):
+    """
+    One or several independent categorical distributions, with the logits side by side: ``(logits,)``.
+
+    :param action_dims: number of actions of each
+    """
+
+    def __init__(self, action_dims: Sequence[int]):
+        self.action_dims = [int(dim) for dim in action_dims]
+
+    def _log_probs(self, statistics: Statistics) -> list[th.Tensor]:
+        """
+        Normalised log-probabilities, one tensor per categorical.
+
+        :param statistics: ``(logits,)``
+        :return: tensors of shape ``(n_batch, action_dim)``
+        """
+        return [th.log_softmax(logits, dim=1) for logits in statistics[0].split(self.action_dims, dim=1)]
+
+    def statistics(self, distribution: Distribution) -> Statistics:
+        """
+        The logits of all categoricals side by side.
+
+        :param distribution: categorical or multi-categorical
+        :return: ``(logits,)`` of shape ``(n_batch, sum(action_dims))``
+        """
+        inner = distribution.distribution
+        categoricals: Any = inner if isinstance(inner, list) else [inner]
+        return (th.cat([categorical.logits for categorical in categoricals], dim=1),)
+
+    def kl(self, old: Statistics, new: Statistics) -> th.Tensor:
+        """
+        ``sum p_old (log p_old - log p_new)``, where an action of probability zero counts nothing.
+
+        :param old: ``(logits,)``
+        :param new: ``(logits,)``
+        :return: shape ``(n_batch,)``
+        """
+        total = old[0].new_zeros(old[0].shape[0])
+        for old_log_prob, new_log_prob in zip(self._log_probs(old), self._log_probs(new), strict=True):
+            prob = old_log_prob.exp()
+            # A masked action has log-probability -inf on both sides, and 0 * (-inf + inf) would be NaN
+            difference = th.where(prob > 0, old_log_prob - new_log_prob, th.zeros_like(prob))
+            total = total + (prob * difference).sum(dim=1)
+        return total
+
+    def entropy(self, statistics: Statistics, noise: th.Tensor | None = None) -> th.Tensor:
+        """
+        ``-sum p log p``.
+
+        :param statistics: ``(logits,)``
+        :param noise: not used
+        :return: shape ``(n_batch,)``
+        """
+        total = statistics[0].new_zeros(statistics[0].shape[0])
+        for log_prob in self._log_probs(statistics):
+            prob = log_prob.exp()
+            total = total - (prob * th.where(prob > 0, log_prob, th.zeros_like(prob))).sum(dim=1)
+        return total
+
+    def fisher(self, statistics: Statistics, tangents: Statistics) -> Statistics:
+        """
+        ``diag(p) - p p^T`` for each categorical.
+
+        :param statistics: ``(logits,)``
+        :param tangents: of the logits
+        :return: cotangent of the logits
+        """
+        parts = []
+        for log_prob, tangent in zip(self._log_probs(statistics), tangents[0].split(self.action_dims, dim=1), strict=True):
+            weighted = log_prob.exp() * tangent
+            parts.append(weighted - log_prob.exp() * weighted.sum(dim=1, keepdim=True))
+        return (th.cat(parts, dim=1),)
+
+
+class BernoulliFamily(Family):
+    """Independent binary actions, with statistics ``(logits,)`` of shape ``(n_batch, n_actions)``."""
+
+    def statistics(self, distribution: Distribution) -> Statistics:
+        """
+        The logits.
+
+        :param distribution: Bernoulli
+        :return: ``(logits,)``
+        """
+        assert isinstance(distribution.distribution, th.distributions.Bernoulli)
+        return (distribution.distribution.logits,)
+
+    def kl(self, old: Statistics, new: Statistics) -> th.Tensor:
+        """
+        ``sum_i p_old (z_old - z_new) + softplus(z_new) - softplus(z_old)`` with logits z.
+
+        :param old: ``(logits,)``
+        :param new: ``(logits,)``
+        :return: shape ``(n_batch,)``
+        """
+        (z_old,), (z_new,) = old, new
+        return (th.sigmoid(z_old) * (z_old - z_new) + F.softplus(z_new) - F.softplus(z_old)).sum(dim=1)
+
+    def entropy(self, statistics: Statistics, noise: th.Tensor | None = None) -> th.Tensor:
+        """
+        ``sum_i softplus(z) - p z``.
+
+        :param statistics: ``(logits,)``
+        :param noise: not used
+        :return: shape ``(n_batch,)``
+        """
+        (z,) = statistics
+        return (F.softplus(z) - th.sigmoid(z) * z).sum(dim=1)
+
+    def fisher(self, statistics: Statistics, tangents: Statistics) -> Statistics:
+        """
+        ``diag(p (1 - p))``.
+
+        :param statistics: ``(logits,)``
+        :param tangents: of the logits
+        :return: cotangent of the logits
+        """
+        (z,) = statistics
+        return (th.sigmoid(z) * th.sigmoid(-z) * tangents[0],)
+
+
+class TorchFamily(Family):
+    """
+    Any SB3 distribution around a ``torch.distributions`` object, by that object's own KL and entropy.
+
+    The statistics are the SB3 distribution itself. KL and entropy with one number per action dimension are summed.
+    """
+
+    has_fisher = False
+
+    def statistics(self, distribution: Distribution) -> Distribution:
+        """
+        A copy, because SB3 puts the next distribution into the same object.
+
+        :param distribution: SB3's
+        :return: a shallow copy
+        """
+        return copy.copy(distribution)
+
+    def kl(self, old: Distribution, new: Distribution) -> th.Tensor:
+        """
+        ``torch.distributions.kl_divergence(old, new)``.
+
+        :param old: SB3 distribution
+        :param new: SB3 distribution
+        :return: shape ``(n_batch,)``
+        :raises ValueError: if PyTorch has no KL for this pair
+        """
+        try:
+            kl = th.distributions.kl_divergence(old.distribution, new.distribution)  # type: ignore[arg-type]
+        except NotImplementedError as error:
+            raise ValueError(
+                f"There is no KL divergence for {type(old).__name__}, which holds a {type(old.distribution).__name__}: "
+                "give it one with `torch.distributions.kl.register_kl` or a family with `sb3_trpo_ext.register_family`."
+            ) from error
+        return kl.flatten(start_dim=1).sum(dim=1) if kl.dim() > 1 else kl
+
+    def entropy(self, statistics: Distribution, noise: th.Tensor | None = None) -> th.Tensor | None:
+        """
+        The distribution's own.
+
+        :param statistics: SB3 distribution
+        :param noise: not used
+        :return: shape ``(n_batch,)``, or ``None`` if it has no closed form
+        """
+        try:
+            entropy = statistics.entropy()
+        except NotImplementedError:
+            return None
+        if entropy is None or entropy.dim() <= 1:
+            return entropy
+        return entropy.flatten(start_dim=1).sum(dim=1)
+
+
+_FAMILIES: dict[type[Distribution], Callable[[Any], Family]] = {}
+
+
+def register_family(distribution_class: type[Distribution], make_family: Callable[[Any], Family]) -> None:
+    """
+    Say how TRPO handles a kind of distribution. Not inherited: a subclass may differ in what matters here.
+
+    :param distribution_class: an SB3 distribution class
+    :param make_family: makes the family from a policy's ``action_dist``, an instance of that class
+    """
+    _FAMILIES[distribution_class] = make_family
+
+
+def family_of(distribution: Distribution) -> Family:
+    """
+    The family of a distribution: the one registered for its class, else :class:`TorchFamily`.
+
+    :param distribution: SB3 distribution
+    :return: its family
+    """
+    make_family = _FAMILIES.get(type(distribution))
+    return TorchFamily() if make_family is None else make_family(distribution)
+
+
+register_family(DiagGaussianDistribution, lambda _: GaussianFamily())
+register_family(SquashedDiagGaussianDistribution, lambda _: GaussianFamily(squashed=True))
+register_family(StateDependentNoiseDistribution, lambda dist: GaussianFamily(squashed=dist.bijector is not None))
+register_family(CategoricalDistribution, lambda dist: CategoricalFamily([dist.action_dim]))
+register_family(MultiCategoricalDistribution, lambda dist: CategoricalFamily(dist.action_dims))
+register_family(BernoulliDistribution, lambda _: BernoulliFamily())
+
+
+@contextmanager
+def no_argument_checks() -> Iterator[None]:
+    """
+    Switch off the argument checks of ``torch.distributions`` for a while.
+
+    A trial step of a line search may well give a NaN or a std of zero. That must come out as a non-finite KL, which rejects
+    the trial, and not as an exception. The checks also make the host wait for the accelerator.
+    """
+    before = th.distributions.Distribution._validate_args
+    th.distributions.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        th.distributions.Distribution.set_default_validate_args(before)

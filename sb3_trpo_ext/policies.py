@@ -1,0 +1,275 @@
+"""Policies for TRPO, and what an update has to know of a policy's structure."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    MultiCategoricalDistribution,
+    SquashedDiagGaussianDistribution,
+)
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    MultiInputActorCriticPolicy,
+)
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from sb3_trpo_ext.distributions import family_of
+from sb3_trpo_ext.optim.mlp import ELEMENTWISE_ACTIVATIONS
+
+MlpPolicy = ActorCriticPolicy
+
+
+class CnnPolicy(ActorCriticCnnPolicy):
+    """
+    SB3's ``CnnPolicy`` whose actor and critic each have a features extractor of their own, unless asked otherwise.
+
+    Layers that are shared belong to the actor: only the policy update may move them, so that with a shared extractor the
+    critic has to live with features that it cannot train.
+
+    :param args: as for :class:`~stable_baselines3.common.policies.ActorCriticCnnPolicy`
+    :param share_features_extractor: whether the critic uses the actor's features
+    :param kwargs: as for :class:`~stable_baselines3.common.policies.ActorCriticCnnPolicy`
+    """
+
+    def __init__(self, *args: Any, share_features_extractor: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs, share_features_extractor=share_features_extractor)  # type: ignore[misc]
+
+
+class MultiInputPolicy(MultiInputActorCriticPolicy):
+    """
+    SB3's ``MultiInputPolicy`` whose actor and critic each have a features extractor of their own, unless asked otherwise.
+
+    :param args: as for :class:`~stable_baselines3.common.policies.MultiInputActorCriticPolicy`
+    :param share_features_extractor: whether the critic uses the actor's features
+    :param kwargs: as for :class:`~stable_baselines3.common.policies.MultiInputActorCriticPolicy`
+    """
+
+    def __init__(self, *args: Any, share_features_extractor: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs, share_features_extractor=share_features_extractor)  # type: ignore[misc]
+
+
+class _SquashedMixin(ActorCriticPolicy):
+    """An actor whose Gaussian goes through a tanh, so that its actions never leave the bounds of the action space."""
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        """
+        Put the squashed Gaussian in place of SB3's before the networks are made.
+
+        :param lr_schedule: of the optimiser
+        :raises ValueError: for gSDE, which has a squashing of its own, and for an action space without bounds
+        """
+        if self.use_sde:
+            raise ValueError(
+                f"{type(self).__name__} is for `use_sde=False`; for gSDE with a tanh pass "
+                "`policy_kwargs=dict(squash_output=True)` to the policy of the same name without 'Squashed'."
+            )
+        if not isinstance(self.action_space, spaces.Box) or not self.action_space.is_bounded():
+            raise ValueError(
+                f"{type(self).__name__} needs a Box action space with finite bounds to squash into, got {self.action_space}."
+            )
+        self.action_dist = SquashedDiagGaussianDistribution(get_action_dim(self.action_space))
+        # What makes SB3 rescale actions from [-1, 1] to the bounds in `predict` and in the rollout
+        self._squash_output = True
+        super()._build(lr_schedule)
+
+
+class SquashedMlpPolicy(_SquashedMixin, MlpPolicy):
+    """``MlpPolicy`` with a tanh-squashed Gaussian for Box actions with finite bounds."""
+
+
+class SquashedCnnPolicy(_SquashedMixin, CnnPolicy):
+    """``CnnPolicy`` with a tanh-squashed Gaussian for Box actions with finite bounds."""
+
+
+class SquashedMultiInputPolicy(_SquashedMixin, MultiInputPolicy):
+    """``MultiInputPolicy`` with a tanh-squashed Gaussian for Box actions with finite bounds."""
+
+
+class PolicyParts(NamedTuple):
+    """Which of a policy's parameters and modules are the actor's and which the critic's."""
+
+    #: What the action distribution depends on, in the policy's order; shared parameters are among them.
+    actor_params: list[nn.Parameter]
+    #: What the values depend on and the action distribution does not, in the policy's order.
+    critic_params: list[nn.Parameter]
+    #: Modules that only the values go through: they alone may be in training mode while the critic is fitted.
+    critic_modules: list[nn.Module]
+
+
+def _example_observation(policy: ActorCriticPolicy) -> PyTorchObs:
+    """
+    A batch of one observation that is all zeros.
+
+    :param policy: whose observation space and device are used
+    :return: the observation as a tensor or a dict of tensors
+    """
+    space = policy.observation_space
+    if isinstance(space, spaces.Dict):
+        zeros: Any = {key: np.zeros(sub.shape, dtype=sub.dtype) for key, sub in space.spaces.items()}
+    else:
+        zeros = np.zeros(space.shape, dtype=space.dtype)
+    return policy.obs_to_tensor(zeros)[0]
+
+
+@contextmanager
+def _recorded_modules(policy: nn.Module) -> Iterator[set[nn.Module]]:
+    """
+    Collect the modules that are called inside the block.
+
+    :param policy: whose modules are watched
+    :return: a set that fills up
+    """
+    called: set[nn.Module] = set()
+    hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in policy.modules()]
+    try:
+        yield called
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def split_policy(policy: ActorCriticPolicy) -> PolicyParts:
+    """
+    Tell the actor's parameters from the critic's by what reaches the outputs, never by their names.
+
+    :param policy: any policy with ``get_distribution`` and ``predict_values``
+    :return: its parts
+    :raises ValueError: if the actor or the critic has nothing to train
+    """
+    was_training = policy.training
+    # In training mode a BatchNorm layer would learn from, and fail on, this one observation
+    policy.set_training_mode(False)
+    params = [param for param in policy.parameters() if param.requires_grad]
+    observation = _example_observation(policy)
+    with th.enable_grad():
+        with _recorded_modules(policy) as actor_modules:
+            distribution = policy.get_distribution(observation)
+            # Whatever the statistics of the family are, the log-probability of an action depends on all of them
+            log_prob = distribution.log_prob(distribution.mode())
+        with _recorded_modules(policy) as critic_modules:
+            values = policy.predict_values(observation)
+        family = family_of(distribution)
+        statistics = family.statistics(distribution)
+        outputs = [*statistics, log_prob] if isinstance(statistics, tuple) else [log_prob]
+        for_actor = _reaches(sum((output.sum() for output in outputs), start=th.zeros(())), params)
+        for_critic = _reaches(values.sum(), params)
+    policy.set_training_mode(was_training)
+    parts = PolicyParts(
+        actor_params=[param for param, is_actor in zip(params, for_actor, strict=True) if is_actor],
+        critic_params=[
+            param
+            for param, is_actor, is_critic in zip(params, for_actor, for_critic, strict=True)
+            if is_critic and not is_actor
+        ],
+        critic_modules=[module for module in policy.modules() if module in critic_modules - actor_modules],
+    )
+    for name, found in (("action distribution", parts.actor_params), ("value function", parts.critic_params)):
+        if not found:
+            raise ValueError(
+                f"The {name} of {type(policy).__name__} depends on no parameter of its own that requires a gradient: "
+                "there is nothing to train."
+            )
+    return parts
+
+
+def _reaches(output: th.Tensor, params: list[nn.Parameter]) -> list[bool]:
+    """
+    Which parameters a scalar depends on.
+
+    :param output: scalar
+    :param params: the parameters
+    :return: one flag per parameter
+    """
+    if not output.requires_grad:
+        return [False] * len(params)
+    gradients = th.autograd.grad(output, params, allow_unused=True)
+    return [gradient is not None for gradient in gradients]
+
+
+class MlpStructure(NamedTuple):
+    """An actor that is nothing but a multilayer perceptron on flat features."""
+
+    layers: list[nn.Linear]
+    activations: list[nn.Module]
+    log_std: nn.Parameter | None
+
+
+#: Distributions of which the last layer's output and the log std are the statistics. Not gSDE, whose std needs the features.
+_PLAIN_DISTRIBUTIONS = (
+    DiagGaussianDistribution,
+    SquashedDiagGaussianDistribution,
+    CategoricalDistribution,
+    MultiCategoricalDistribution,
+    BernoulliDistribution,
+)
+
+
+def mlp_structure(policy: ActorCriticPolicy, actor_params: list[nn.Parameter]) -> MlpStructure | None:
+    """
+    Recognise an actor whose Jacobian :class:`~sb3_trpo_ext.optim.mlp.MlpJacobian` knows.
+
+    Anything unusual (an overridden method, a hook, a parametrisation, frozen or further parameters, another activation) means
+    no: then the derivatives are left to autograd, which is slower and always right.
+
+    :param policy: the policy
+    :param actor_params: its actor's parameters
+    :return: the structure, or ``None``
+    """
+    methods = ("get_distribution", "_get_action_dist_from_latent")
+    is_stock = all(getattr(type(policy), name, None) is getattr(ActorCriticPolicy, name) for name in methods)
+    if (
+        not is_stock
+        or type(policy.action_dist) not in _PLAIN_DISTRIBUTIONS
+        or type(policy.pi_features_extractor) is not FlattenExtractor
+        or type(policy.mlp_extractor) is not MlpExtractor
+        or type(policy.mlp_extractor.policy_net) is not nn.Sequential
+    ):
+        return None
+    layers: list[nn.Linear] = []
+    activations: list[nn.Module] = []
+    for module in [*policy.mlp_extractor.policy_net, policy.action_net]:
+        if _is_plain(module, (nn.Linear,)) and len(activations) == len(layers):
+            layers.append(module)
+        elif _is_plain(module, ELEMENTWISE_ACTIVATIONS) and len(activations) == len(layers) - 1:
+            activations.append(module)
+        else:
+            return None
+    log_std = getattr(policy, "log_std", None)
+    containers = (policy.pi_features_extractor, policy.mlp_extractor, policy.mlp_extractor.policy_net)
+    expected = [param for layer in layers for param in layer.parameters()] + ([] if log_std is None else [log_std])
+    if any(_has_hooks(module) for module in containers) or {id(p) for p in expected} != {id(p) for p in actor_params}:
+        return None
+    return MlpStructure(layers, activations, log_std)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """
+    Whether calling a module does more than its ``forward``.
+
+    :param module: any module
+    :return: true if there are forward hooks
+    """
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _is_plain(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
+    """
+    Whether a module is exactly of one of these types and nothing has been attached to it.
+
+    :param module: any module
+    :param types: exact types
+    :return: true for a plain one
+    """
+    return type(module) in types and not is_parametrized(module) and not _has_hooks(module)

@@ -1,0 +1,201 @@
+"""The policy's side of an update: surrogate objective, KL and Fisher matrix of one rollout."""
+
+from typing import NamedTuple
+
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+
+from sb3_trpo_ext.distributions import Family, family_of
+from sb3_trpo_ext.optim import (
+    AutogradJacobian,
+    GaussNewtonFisher,
+    HessianFisher,
+    LinearOperator,
+    MlpJacobian,
+    Problem,
+)
+from sb3_trpo_ext.optim.operators import Jacobian
+from sb3_trpo_ext.policies import mlp_structure
+
+
+class Batch(NamedTuple):
+    """One rollout, flattened to ``n_batch`` samples."""
+
+    observations: PyTorchObs
+    #: Shape ``(n_batch, n_actions)``, or ``(n_batch,)`` for Discrete.
+    actions: th.Tensor
+    #: Log-probabilities at the time of the rollout, shape ``(n_batch,)``.
+    old_log_prob: th.Tensor
+    #: Shape ``(n_batch,)``.
+    advantages: th.Tensor
+    #: Targets of the value function, shape ``(n_batch,)``.
+    returns: th.Tensor
+
+    @property
+    def n_samples(self) -> int:
+        """Number of samples."""
+        return self.advantages.shape[0]
+
+
+def take(observations: PyTorchObs, index: th.Tensor | slice) -> PyTorchObs:
+    """
+    Select samples of a batch of observations.
+
+    :param observations: a tensor or a dict of tensors with first axis ``n_batch``
+    :param index: indices, or a slice (then the result is a view)
+    :return: the selected samples, in the same form
+    """
+    if isinstance(observations, dict):
+        return {key: value[index] for key, value in observations.items()}
+    return observations[index]
+
+
+class Surrogate:
+    """
+    What TRPO maximises on a rollout, and what it stays close to.
+
+    ``objective(theta) = mean(ratio * advantage) + ent_coef * mean(entropy)`` with ``ratio = pi(a|s) / pi_old(a|s)``; Schulman
+    et al. (2015), equation 14, with an entropy bonus. Statistics of the old distribution are those at construction.
+
+    :param policy: in evaluation mode, as during the rollout: dropout and BatchNorm must act as they did then
+    :param actor_params: the parameters to optimise, each reachable from the action distribution
+    :param batch: the rollout, with advantages that are normalised already if they are to be
+    :param ent_coef: weight of the entropy
+    :param fisher_stride: the Fisher matrix is taken on every so many-th sample only; objective and KL see all of them
+    :param noise_seed: of the noise with which an entropy without closed form is estimated: the same for all evaluations, so
+        that the line search compares like with like, and from a generator of its own, so that no global random number is used
+    """
+
+    def __init__(
+        self,
+        policy: ActorCriticPolicy,
+        actor_params: list[nn.Parameter],
+        batch: Batch,
+        ent_coef: float = 0.0,
+        fisher_stride: int = 1,
+        noise_seed: int = 0,
+    ):
+        self.policy = policy
+        self.actor_params = actor_params
+        self.batch = batch
+        self.ent_coef = ent_coef
+        self.fisher_stride = fisher_stride
+        with th.no_grad():
+            distribution = policy.get_distribution(batch.observations)
+            self.family: Family = family_of(distribution)
+            self._old = self.family.statistics(distribution)
+        self._noise: th.Tensor | None = None
+        if self.family.needs_noise:
+            generator = th.Generator().manual_seed(noise_seed)
+            example = self._old[0]
+            self._noise = th.randn(example.shape, generator=generator, dtype=example.dtype).to(example.device)
+
+    def problem(self) -> Problem:
+        """
+        This surrogate in the form that a policy update takes.
+
+        :return: objective, KL and Fisher matrix
+        """
+        return Problem(self.actor_params, self.batch.n_samples, self.evaluate, self.fisher)
+
+    def evaluate(self, indices: th.Tensor | None = None) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Objective and mean KL(old || new) at the policy's present parameters.
+
+        :param indices: of the samples to average over, or ``None`` for all
+        :return: two scalars, with a graph if gradients are enabled
+        :raises ValueError: if ``ent_coef`` is not zero and the distribution cannot tell its entropy
+        """
+        batch, old, noise = self.batch, self._old, self._noise
+        observations, actions = batch.observations, batch.actions
+        old_log_prob, advantages = batch.old_log_prob, batch.advantages
+        if indices is not None:
+            observations, actions = take(observations, indices), actions[indices]
+            old_log_prob, advantages = old_log_prob[indices], advantages[indices]
+            noise = None if noise is None else noise[indices]
+            old = self._old_at(indices)
+        distribution = self.policy.get_distribution(observations)
+        ratio = th.exp(distribution.log_prob(actions) - old_log_prob)
+        new = self.family.statistics(distribution)
+        objective = (ratio * advantages).mean()
+        if self.ent_coef != 0:
+            entropy = self.family.entropy(new, noise)
+            if entropy is None:
+                raise ValueError(
+                    f"`ent_coef` is {self.ent_coef}, but {type(distribution).__name__} has no entropy: set `ent_coef=0` or "
+                    "register a family that estimates it with `sb3_trpo_ext.register_family`."
+                )
+            objective = objective + self.ent_coef * entropy.mean()
+        return objective, self.family.kl(old, new).mean()
+
+    def _old_at(self, indices: th.Tensor) -> tuple[th.Tensor, ...]:
+        """
+        Statistics of the old distribution at some samples.
+
+        :param indices: of the samples
+        :return: the statistics
+        """
+        # The constructor of TRPO refuses the combination of a penalty with a distribution that cannot be cut
+        assert isinstance(self._old, tuple)
+        return tuple(statistic[indices] for statistic in self._old)
+
+    def fisher(self) -> LinearOperator:
+        """
+        The Fisher matrix of the mean KL at the old parameters, in the cheapest form that is exact for this policy.
+
+        :return: the operator, without damping
+        """
+        observations = take(self.batch.observations, slice(None, None, self.fisher_stride))
+        if not self.family.has_fisher:
+            return self._hessian_fisher(observations)
+        jacobian = self._mlp_jacobian(observations)
+        if jacobian is None:
+            with th.enable_grad():
+                statistics = self.family.statistics(self.policy.get_distribution(observations))
+                jacobian = AutogradJacobian(statistics, self.actor_params)
+        old = tuple(statistic[:: self.fisher_stride] for statistic in self._old)
+        return GaussNewtonFisher(jacobian, lambda tangents: self.family.fisher(old, tangents))
+
+    def _hessian_fisher(self, observations: PyTorchObs) -> HessianFisher:
+        """
+        The Fisher matrix by double backpropagation.
+
+        :param observations: the samples to take it on
+        :return: the operator
+        """
+        with th.enable_grad():
+            new = self.family.statistics(self.policy.get_distribution(observations))
+            with th.no_grad():
+                old = self.family.statistics(self.policy.get_distribution(observations))
+            return HessianFisher(self.family.kl(old, new).mean(), self.actor_params)
+
+    def _mlp_jacobian(self, observations: PyTorchObs) -> Jacobian | None:
+        """
+        The hand-written Jacobian, where the actor is an MLP.
+
+        :param observations: the samples to take it on
+        :return: the Jacobian, or ``None`` for any other actor
+        """
+        structure = mlp_structure(self.policy, self.actor_params)
+        if structure is None:
+            return None
+        with th.no_grad():
+            # As `get_distribution` does: `ActorCriticPolicy.extract_features` itself would run the critic's extractor too
+            features = super(ActorCriticPolicy, self.policy).extract_features(observations, self.policy.pi_features_extractor)
+        return MlpJacobian(features, structure.layers, structure.activations, self.actor_params, structure.log_std)
+
+    @th.no_grad()
+    def summary(self) -> tuple[float, float]:
+        """
+        Entropy and std at the policy's present parameters, for logging.
+
+        :return: mean entropy and mean std; NaN where the distribution has none
+        """
+        new = self.family.statistics(self.policy.get_distribution(self.batch.observations))
+        entropy, std = self.family.entropy(new, self._noise), self.family.std(new)
+        return (
+            float("nan") if entropy is None else entropy.mean().item(),
+            float("nan") if std is None else std.mean().item(),
+        )

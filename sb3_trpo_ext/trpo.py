@@ -1,0 +1,490 @@
+"""TRPO for Stable-Baselines3: the glue between SB3 and the mathematics in :mod:`sb3_trpo_ext.optim`."""
+
+import io
+import math
+import os
+import pathlib
+import time
+from collections.abc import Iterable
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule, TensorDict
+from stable_baselines3.common.utils import explained_variance
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_trpo_ext.arguments import check_action_space, check_integer, check_number, check_trust_region, scheduled
+from sb3_trpo_ext.contrib import critic_optimizer_state, is_contrib_model, joint_kl_arguments
+from sb3_trpo_ext.critic import fit_critic
+from sb3_trpo_ext.distributions import TorchFamily, family_of, no_argument_checks
+from sb3_trpo_ext.optim import AdaptiveKLPenalty, KLConstraint, PolicyUpdate, UpdateResult
+from sb3_trpo_ext.policies import (
+    CnnPolicy,
+    MlpPolicy,
+    MultiInputPolicy,
+    PolicyParts,
+    SquashedCnnPolicy,
+    SquashedMlpPolicy,
+    SquashedMultiInputPolicy,
+    split_policy,
+)
+from sb3_trpo_ext.records import record_update, warn_if_rejected
+from sb3_trpo_ext.surrogate import Batch, Surrogate
+
+SelfTRPO = TypeVar("SelfTRPO", bound="TRPO")
+
+
+class TRPO(OnPolicyAlgorithm):
+    """
+    Trust Region Policy Optimization (Schulman et al. 2015, https://arxiv.org/abs/1502.05477).
+
+    Maximises ``mean(ratio * advantage) + ent_coef * mean(entropy)`` subject to ``mean KL(old || new) <= target_kl``. The KL is
+    that of the joint distribution: **summed over action dimensions**, averaged over states. Damping is added to the Fisher
+    matrix of that KL. (sb3-contrib averages over action dimensions for Box and MultiBinary actions: multiply its ``target_kl``
+    and ``cg_damping`` by their number to get the same trust region here.)
+
+    Arguments up to ``_init_setup_model`` have sb3-contrib's names, positions and defaults; the defaults are in our units.
+
+    :param policy: The policy model to use: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, the same with "Squashed"
+        in front (tanh-squashed Gaussian for bounded Box actions), or a class
+    :param env: The environment to learn from (if registered in Gymnasium, can be a str)
+    :param learning_rate: The learning rate of the value function, a number or a function of the progress remaining (1 to 0)
+    :param n_steps: The number of steps to run for each environment per update
+    :param batch_size: Minibatch size for the value function
+    :param gamma: Discount factor
+    :param cg_max_steps: Maximum number of Fisher-vector products in conjugate gradient
+    :param cg_damping: Damping added to the diagonal of the Fisher matrix, a number or a schedule
+    :param line_search_shrinking_factor: What a trial of the line search is shrunk by when its KL does not tell how far to go
+    :param line_search_max_iter: Maximum number of trials of the line search
+    :param n_critic_updates: Number of passes of the value function over the rollout, per policy update
+    :param gae_lambda: Trade-off of bias against variance in Generalized Advantage Estimation
+    :param use_sde: Whether to use generalized State Dependent Exploration (gSDE)
+    :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE (-1: only at the start of the rollout)
+    :param rollout_buffer_class: Rollout buffer class to use. If ``None``, it is selected automatically
+    :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
+    :param normalize_advantage: Whether to normalize the advantage
+    :param target_kl: Radius of the trust region, a number or a schedule
+    :param sub_sampling_factor: Take the Fisher matrix on every so many-th sample only. Gradient, objective and KL always see
+        the whole rollout (sb3-contrib thins them too)
+    :param stats_window_size: Number of episodes that the reported means are taken over
+    :param tensorboard_log: The log location for TensorBoard (if ``None``, no logging)
+    :param policy_kwargs: Additional arguments to be passed to the policy on creation
+    :param verbose: Verbosity level: 0 no output, 1 info, 2 debug
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :param ent_coef: Weight of the entropy in the objective, a number or a schedule
+    :param cg_tolerance: Conjugate gradient ends when its residual is that small relative to the gradient
+    :param trust_region: ``"constraint"`` for TRPO, or ``"penalty"`` for the penalised form (Schulman et al. 2017, section 4:
+        ``surrogate - beta KL`` by Adam, where beta adapts so that the KL comes out near ``target_kl``)
+    :param trust_region_kwargs: Options of :class:`~sb3_trpo_ext.optim.KLConstraint` (``fill``, ``damped_scale``) or
+        :class:`~sb3_trpo_ext.optim.AdaptiveKLPenalty` (``learning_rate``, ``n_epochs``, ``batch_size``, ``beta``)
+    :raises ValueError: for a bad argument, with its name
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+        "SquashedMlpPolicy": SquashedMlpPolicy,
+        "SquashedCnnPolicy": SquashedCnnPolicy,
+        "SquashedMultiInputPolicy": SquashedMultiInputPolicy,
+    }
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 1e-3,
+        n_steps: int = 2048,
+        batch_size: int = 128,
+        gamma: float = 0.99,
+        cg_max_steps: int = 15,
+        cg_damping: float | Schedule = 0.1,
+        line_search_shrinking_factor: float = 0.8,
+        line_search_max_iter: int = 10,
+        n_critic_updates: int = 10,
+        gae_lambda: float = 0.95,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        normalize_advantage: bool = True,
+        target_kl: float | Schedule = 0.01,
+        sub_sampling_factor: int = 1,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        ent_coef: float | Schedule = 0.0,
+        cg_tolerance: float = 0.1,
+        trust_region: str = "constraint",
+        trust_region_kwargs: dict[str, Any] | None = None,
+    ):
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=0.0,  # may be a schedule, which the base class does not know: set below
+            vf_coef=0.0,  # the value function has an optimiser of its own
+            max_grad_norm=0.0,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            _init_setup_model=False,
+        )
+        self.batch_size = batch_size
+        self.normalize_advantage = normalize_advantage
+        self.n_critic_updates = n_critic_updates
+        self.target_kl = target_kl
+        self.cg_max_steps = cg_max_steps
+        self.cg_damping = cg_damping
+        self.cg_tolerance = cg_tolerance
+        self.line_search_shrinking_factor = line_search_shrinking_factor
+        self.line_search_max_iter = line_search_max_iter
+        self.sub_sampling_factor = sub_sampling_factor
+        self.ent_coef = ent_coef  # type: ignore[assignment]
+        self.trust_region = trust_region
+        self.trust_region_kwargs = trust_region_kwargs or {}
+        self.kl_penalty: AdaptiveKLPenalty | None = None
+        #: Number of updates that moved the policy, out of `_n_updates`.
+        self._n_accepted = 0
+
+        if _init_setup_model:
+            self._setup_model()
+
+    def _check_arguments(self) -> None:
+        """
+        Check all that can be checked before anything runs.
+
+        :raises ValueError: with the name of the argument, what came and what is accepted
+        """
+        for name in ("n_steps", "batch_size", "cg_max_steps", "line_search_max_iter", "sub_sampling_factor"):
+            check_integer(name, getattr(self, name), 1)
+        check_integer("n_critic_updates", self.n_critic_updates, 0)
+        for name in ("gamma", "gae_lambda"):
+            check_number(name, getattr(self, name), "between 0 and 1", lambda x: 0 <= x <= 1)
+        check_number("cg_tolerance", self.cg_tolerance, "at least 0 and less than 1", lambda x: 0 <= x < 1)
+        check_number("line_search_shrinking_factor", self.line_search_shrinking_factor, "between 0 and 1", lambda x: 0 < x < 1)
+        check_number("target_kl", scheduled("target_kl", self.target_kl, 1.0), "positive", lambda x: x > 0)
+        scheduled("cg_damping", self.cg_damping, 1.0, minimum=0.0)
+        scheduled("ent_coef", self.ent_coef, 1.0)
+        check_trust_region(self.trust_region, self.trust_region_kwargs)
+        if self.action_space is not None:
+            check_action_space(self.action_space)
+        if self.normalize_advantage and self.n_steps * self.n_envs < 2:
+            raise ValueError(
+                f"`n_steps * n_envs` must be greater than 1 to normalize the advantage, got n_steps={self.n_steps} and "
+                f"n_envs={self.n_envs}: raise `n_steps` or set `normalize_advantage=False`."
+            )
+
+    def _setup_model(self) -> None:
+        """Check the arguments, create buffer and policy, and give the critic an optimiser of its own."""
+        self._check_arguments()
+        super()._setup_model()
+        self._parts: PolicyParts = split_policy(self.policy)
+        # SB3's optimiser holds all parameters; an optimiser of the critic must not know the actor's
+        self.policy.optimizer = self.policy.optimizer_class(
+            self._parts.critic_params,
+            lr=self.lr_schedule(1),  # type: ignore[call-arg]
+            **self.policy.optimizer_kwargs,
+        )
+        if self.trust_region == "penalty":
+            if isinstance(family_of(self.policy.action_dist), TorchFamily):
+                raise ValueError(
+                    f"`trust_region='penalty'` needs a distribution that can be cut into minibatches, and "
+                    f"{type(self.policy.action_dist).__name__} is not one of those: use `trust_region='constraint'`, or "
+                    "register a family for it with `sb3_trpo_ext.register_family`."
+                )
+            self.kl_penalty = AdaptiveKLPenalty(self._parts.actor_params, **self.trust_region_kwargs)
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        """
+        Collect experiences with SB3's own loop.
+
+        :param env: The training environment
+        :param callback: Callback that is called at each step
+        :param rollout_buffer: Buffer to fill
+        :param n_rollout_steps: Number of steps to collect per environment
+        :return: False if the callback ended the training
+        :raises ValueError: if the environment returned an observation with a NaN or an infinity
+        """
+        try:
+            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        except ValueError as error:
+            observations = self._last_obs if isinstance(self._last_obs, dict) else {"observation": self._last_obs}
+            for key, value in observations.items():
+                if value is not None and not np.isfinite(value).all():
+                    raise ValueError(
+                        f"The environment returned a NaN or an infinity in its {key} after {self.num_timesteps} timesteps. "
+                        "The policy is as it was after the last update and can be saved; `VecCheckNan` from "
+                        "stable_baselines3.common.vec_env finds the step at which it happens."
+                    ) from error
+            raise
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        """
+        Compute the progress remaining, from 1 to 0.
+
+        :param num_timesteps: number of steps so far
+        :param total_timesteps: number of steps asked for
+        """
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # The last rollout may go past the end, and a schedule that decays to zero would become negative there
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
+    def train(self) -> None:
+        """Update the policy within the trust region, then fit the critic, on the rollout in the buffer."""
+        # As during the rollout: dropout or BatchNorm in training mode would make the ratio differ from 1 before any step
+        self.policy.set_training_mode(False)
+        self._update_learning_rate(self.policy.optimizer)
+        batch = self._full_batch()
+        started = time.perf_counter()
+        surrogate = Surrogate(
+            self.policy,
+            self._parts.actor_params,
+            batch,
+            ent_coef=scheduled("ent_coef", self.ent_coef, self._progress_remaining),
+            fisher_stride=self.sub_sampling_factor,
+            noise_seed=self._n_updates,
+        )
+        with no_argument_checks():
+            result = self._update_policy(surrogate)
+            entropy, std = surrogate.summary()
+        policy_done = time.perf_counter()
+        critic = fit_critic(
+            self.policy,
+            self._parts.critic_params,
+            self._parts.critic_modules,
+            batch.observations,
+            batch.returns,
+            self.n_critic_updates,
+            self.batch_size,
+        )
+        critic_done = time.perf_counter()
+        self._n_updates += 1
+        self._n_accepted += result.is_accepted
+        warn_if_rejected(result, critic)
+        record_update(self.logger, result, critic)
+        self.logger.record("train/entropy", entropy)
+        if not math.isnan(std):
+            self.logger.record("train/std", std)
+        values, returns = self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
+        self.logger.record("train/explained_variance", explained_variance(values, returns))
+        self.logger.record("train/n_accepted", self._n_accepted)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("time/policy_update", policy_done - started)
+        self.logger.record("time/critic_update", critic_done - policy_done)
+
+    @property
+    def _progress_remaining(self) -> float:
+        """SB3's, which becomes negative when the last rollout exceeds the number of steps asked for, cut off at zero."""
+        return max(self._current_progress_remaining, 0.0)
+
+    def _full_batch(self) -> Batch:
+        """
+        The whole rollout in the buffer's own order, with normalised advantages.
+
+        :return: the batch
+        """
+        buffer = self.rollout_buffer
+        # Asking for one minibatch makes the buffer flatten its arrays; its samples come in random order, and we want the
+        # order of time: thinning the Fisher matrix then takes every so many-th step of each environment
+        next(iter(buffer.get(batch_size=1)))
+        data = buffer._get_samples(np.arange(buffer.buffer_size * buffer.n_envs))
+        advantages = data.advantages
+        if self.normalize_advantage:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        is_discrete = isinstance(self.action_space, spaces.Discrete)
+        return Batch(
+            observations=_as_float32(data.observations),
+            actions=data.actions.long().flatten() if is_discrete else data.actions,
+            old_log_prob=data.old_log_prob,
+            advantages=advantages,
+            returns=data.returns,
+        )
+
+    def _update_policy(self, surrogate: Surrogate) -> UpdateResult:
+        """
+        Take one step within the trust region.
+
+        :param surrogate: objective and KL of the rollout
+        :return: what happened
+        """
+        target_kl = scheduled("target_kl", self.target_kl, self._progress_remaining, minimum=0.0)
+        cg_damping = scheduled("cg_damping", self.cg_damping, self._progress_remaining, minimum=0.0)
+        self.logger.record("train/target_kl", target_kl)
+        if target_kl == 0:
+            # Where a schedule that decays to zero ends
+            return UpdateResult("zero_target_kl", float("nan"), float("nan"))
+        update: PolicyUpdate
+        if self.kl_penalty is not None:
+            update = self.kl_penalty
+        else:
+            self.logger.record("train/cg_damping", cg_damping)
+            update = KLConstraint(
+                cg_max_steps=self.cg_max_steps,
+                cg_tolerance=self.cg_tolerance,
+                cg_damping=cg_damping,
+                shrinking_factor=self.line_search_shrinking_factor,
+                max_trials=self.line_search_max_iter,
+                **self.trust_region_kwargs,
+            )
+        return update.update(surrogate.problem(), target_kl)
+
+    def learn(
+        self: SelfTRPO,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "TRPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfTRPO:
+        """
+        Train the model.
+
+        :param total_timesteps: The total number of environment steps
+        :param callback: Callback(s) called at every step
+        :param log_interval: The number of updates between two logs
+        :param tb_log_name: The name of the run for TensorBoard
+        :param reset_num_timesteps: Whether to start counting timesteps at zero
+        :param progress_bar: Display a progress bar using tqdm and rich
+        :return: the trained model
+        """
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    def _excluded_save_params(self) -> list[str]:
+        """
+        Attributes that are not pickled.
+
+        :return: their names
+        """
+        return [*super()._excluded_save_params(), "_parts", "kl_penalty"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        """
+        What is saved as state dicts: policy, critic's optimiser, and the penalty's beta and optimiser.
+
+        :return: names of state dicts, names of tensors
+        """
+        state_dicts, tensors = super()._get_torch_save_params()
+        return state_dicts + ([] if self.kl_penalty is None else ["kl_penalty"]), tensors
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save the model; a file is replaced in one go, so that an interruption cannot leave half of one.
+
+        :param path: path to the file (".zip" is added if it has no suffix), or a file-like
+        :param exclude: names of attributes to leave out in addition to the default ones
+        :param include: names of attributes to save although they are left out by default
+        """
+        if not isinstance(path, (str, pathlib.Path)):
+            super().save(path, exclude, include)
+            return
+        target = pathlib.Path(path)
+        if target.suffix == "":
+            target = pathlib.Path(f"{target}.zip")
+        # The suffix must be there: SB3 would add one
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            super().save(partial, exclude, include)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(
+        cls: type[SelfTRPO],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> SelfTRPO:
+        """
+        Load a model that this class saved, or one that sb3-contrib's TRPO saved.
+
+        The latter's ``target_kl`` and ``cg_damping`` are converted to joint units, unless others are given, with a warning
+        that says so.
+
+        :param path: path to the file (or a file-like)
+        :param env: the new environment to run the model on (can be ``None`` for prediction)
+        :param device: Device on which the code should run
+        :param custom_objects: objects to use instead of those in the file
+        :param print_system_info: Whether to print system info from the saved model and of this system
+        :param force_reset: Whether to reset the environment before training
+        :param kwargs: attributes to change when loading, such as ``target_kl``
+        :return: new model instance
+        """
+        if is_contrib_model(path):
+            kwargs = {**joint_kl_arguments(path, custom_objects), **kwargs}
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """
+        Load parameters from a file or from what :meth:`get_parameters` returned; sb3-contrib's TRPO will do as well.
+
+        :param load_path_or_dict: path of a saved model, or a dict from names to state dicts
+        :param exact_match: whether all of the model's parameters must be there
+        :param device: Device on which the code should run
+        """
+        if isinstance(load_path_or_dict, dict):
+            params: dict[str, Any] = dict(load_path_or_dict)
+        else:
+            _, loaded, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
+            params = dict(loaded)
+        optimizer_state = params.get("policy.optimizer")
+        all_params = list(self.policy.parameters())
+        if optimizer_state is not None and len(optimizer_state["param_groups"][0]["params"]) == len(all_params):
+            params["policy.optimizer"] = critic_optimizer_state(optimizer_state, all_params, self._parts.critic_params)
+        # The form of the trust region can be changed when loading: a penalty is not the policy's, and starts afresh
+        if self.kl_penalty is None:
+            params.pop("kl_penalty", None)
+        else:
+            params.setdefault("kl_penalty", self.kl_penalty.state_dict())
+        super().set_parameters(params, exact_match, device)
+
+
+def _as_float32(observations: PyTorchObs) -> PyTorchObs:
+    """
+    Convert float64 observations once, instead of at each of the many forward passes of an update.
+
+    :param observations: a tensor or a dict of tensors
+    :return: the same with float32 for float64
+    """
+    if isinstance(observations, dict):
+        return {key: _as_float32(value) for key, value in observations.items()}  # type: ignore[misc]
+    return observations.float() if observations.dtype == th.float64 else observations
