@@ -1,0 +1,57 @@
+# Every target works alone from a fresh clone: it makes .venv first, and again when the requirements change.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# make train
+ENV ?= Humanoid-v5
+STEPS ?= 400000
+SEED ?= 0
+LOGS ?= logs
+
+# make test
+WORKERS ?= 2
+
+SOURCES := $(wildcard sb3_trpo_ext tests benchmarks examples)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help train test test-slow lint format type commit-checks clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	touch $@
+
+train: $(STAMP) ## Train and evaluate an agent: ENV=Humanoid-v5 STEPS=400000 SEED=0 LOGS=logs
+	$(BIN)/sb3-trpo train --env $(ENV) -n $(STEPS) --seed $(SEED) -f $(LOGS) -P
+	$(BIN)/sb3-trpo report --env $(ENV) -f $(LOGS)
+
+# One thread per worker: the networks of the tests are small, and two processes that both use all cores only get in
+# each other's way.
+test: $(STAMP) ## Run the tests and show the coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report term
+
+test-slow: $(STAMP) ## Run the tests that take longer
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
+
+lint: $(STAMP) ## Check style and formatting
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+format: $(STAMP) ## Format the code and sort the imports
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+type: $(STAMP) ## Check the types
+	$(BIN)/mypy
+
+commit-checks: format lint type test ## Everything to run before a commit
+
+clean: ## Remove the environment, the caches and the built distributions
+	rm -rf $(VENV) build dist .coverage .coverage.* htmlcov .mypy_cache .pytest_cache .ruff_cache
+	find sb3_trpo_ext tests -name __pycache__ -type d -prune -exec rm -rf {} +

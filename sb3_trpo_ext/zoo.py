@@ -1,0 +1,220 @@
+"""
+The command ``sb3-trpo``: the scripts of RL-Zoo, with the TRPO of this package under the key ``trpo_ext``.
+
+RL-Zoo's own key ``trpo`` keeps meaning sb3-contrib's class here, so that both can be run and compared side by side. To use our
+class under the key ``trpo`` of the stock ``rl_zoo3`` command, see ``sb3_trpo_ext.zoo_plugin``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from stable_baselines3.common.utils import LinearSchedule
+
+from sb3_trpo_ext import TRPO
+
+KEY = "trpo_ext"
+
+# Arguments of TRPO that may be schedules; RL-Zoo itself turns only `learning_rate` into one.
+SCHEDULED = ("target_kl", "cg_damping", "ent_coef")
+
+
+class Command(NamedTuple):
+    """One sub-command, and what it assumes where the user says nothing."""
+
+    summary: str
+    module: str
+    # None: the script is the module's `__main__` block
+    function: str | None
+    # The option that takes the algorithm's key, None if there is none to complete
+    algo_option: str | None = None
+    # The folder of the runs, where RL-Zoo's own default is its collection of downloadable agents
+    folder: str | None = None
+
+
+COMMANDS = {
+    "train": Command("train an agent, or tune hyperparameters with -optimize", "rl_zoo3.train", "train", "--algo"),
+    "report": Command("evaluate a trained agent and draw its learning curve", "sb3_trpo_ext.report", "main"),
+    "enjoy": Command("watch a trained agent", "rl_zoo3.enjoy", "enjoy", "--algo", "logs"),
+    "record-video": Command("film a trained agent", "rl_zoo3.record_video", None, "--algo", "logs"),
+    "record-training": Command("film every checkpoint of a run", "rl_zoo3.record_training", None, "--algo", "logs"),
+    "plot-train": Command("plot the returns of training", "rl_zoo3.plots", "plot_train", "--algo"),
+    "all-plots": Command("gather and plot the evaluations of runs", "rl_zoo3.plots", "all_plots", "--algos"),
+    "plot-from-file": Command("plot what all-plots has gathered", "rl_zoo3.plots", "plot_from_file"),
+}
+
+USAGE = f"""usage: sb3-trpo COMMAND [OPTION ...]
+
+RL-Zoo's scripts for the TRPO of sb3-trpo-ext. All of RL-Zoo's options work; --algo is {KEY} if it is not given.
+
+commands:
+{chr(10).join(f"  {name:<16} {command.summary}" for name, command in COMMANDS.items())}
+
+`sb3-trpo COMMAND --help` lists the options of a command."""
+
+
+def hyperparams_path() -> Path:
+    """
+    Path of ``trpo_ext.yml``, the settings for RL-Zoo: in the package if installed, else in the repository's top level.
+
+    :return: the path of an existing file
+    """
+    package = Path(__file__).resolve().parent
+    installed = package / "hyperparams" / "trpo_ext.yml"
+    return installed if installed.is_file() else package.parent / "hyperparams" / "trpo_ext.yml"
+
+
+def load_hyperparams() -> dict[str, dict[str, Any]]:
+    """
+    Read our settings for RL-Zoo.
+
+    :return: the arguments of every environment, by environment id
+    """
+    with hyperparams_path().open(encoding="utf-8") as file:
+        return yaml.safe_load(file)
+
+
+def linear_schedule(name: str, text: str) -> LinearSchedule:
+    """
+    Make a schedule that falls linearly to zero out of RL-Zoo's notation, such as ``lin_0.1``.
+
+    The result is a class of Stable-Baselines3, so that a saved agent loads where RL-Zoo is not installed. Unlike RL-Zoo's own,
+    it does not become negative in the last update, which may exceed the number of steps asked for.
+
+    :param name: the argument's name, for the error message
+    :param text: ``lin_`` and the initial value
+    :return: a function of the remaining progress, which goes from one to zero
+    :raises ValueError: if the text is no such schedule
+    """
+    kind, _, initial_value = text.partition("_")
+    try:
+        if kind == "lin":
+            return LinearSchedule(float(initial_value), 0.0, 1.0)
+    except ValueError:
+        pass
+    raise ValueError(f"`{name}` must be a number or a linear schedule such as 'lin_0.1', got {text!r}")
+
+
+def _install_schedules() -> None:
+    """Let RL-Zoo's experiment manager understand schedules of our arguments, for our class alone."""
+    from rl_zoo3 import ALGOS
+    from rl_zoo3.exp_manager import ExperimentManager
+
+    original = ExperimentManager._preprocess_hyperparams
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def preprocess(self: ExperimentManager, hyperparams: dict[str, Any]) -> Any:
+        # Other algorithms have strings of their own here, such as SAC's ent_coef="auto".
+        if ALGOS[self.algo] is TRPO:
+            for name in SCHEDULED:
+                if isinstance(hyperparams.get(name), str):
+                    hyperparams[name] = linear_schedule(name, hyperparams[name])
+        return original(self, hyperparams)
+
+    setattr(ExperimentManager, original.__name__, preprocess)
+
+
+def register(key: str = KEY) -> None:
+    """
+    Make the TRPO of this package known to RL-Zoo: the class, its Optuna search space and its schedules.
+
+    :param key: the name for ``--algo``; an existing one is replaced in this process
+    """
+    from rl_zoo3 import ALGOS
+    from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+
+    from sb3_trpo_ext.zoo_optuna import convert_trpo_params, sample_trpo_params
+
+    ALGOS[key] = TRPO
+    HYPERPARAMS_SAMPLER[key] = sample_trpo_params
+    HYPERPARAMS_CONVERTER[key] = convert_trpo_params
+    _install_schedules()
+
+
+def with_defaults(name: str, arguments: Sequence[str]) -> list[str]:
+    """
+    Complete a command line with our algorithm, our settings and the folder that ``train`` writes to.
+
+    :param name: the command
+    :param arguments: what the user wrote after it
+    :return: the arguments for RL-Zoo's script; what we add comes first, so that whatever the user wrote wins
+    """
+    command = COMMANDS[name]
+    parser = argparse.ArgumentParser(f"sb3-trpo {name}", add_help=False, allow_abbrev=False)
+    parser.add_argument("-a", "--algo", "--algos", dest="algos", nargs="+")
+    parser.add_argument("-conf", "--conf-file", dest="conf_file")
+    parser.add_argument("-f", "--folder", dest="folder")
+    given, _ = parser.parse_known_args(arguments)
+
+    defaults = []
+    if command.algo_option is not None and given.algos is None:
+        defaults += [command.algo_option, KEY]
+    if given.algos in (None, [KEY]):
+        if name == "train" and given.conf_file is None:
+            defaults += ["--conf-file", str(hyperparams_path())]
+        if command.folder is not None and given.folder is None:
+            defaults += ["--folder", command.folder]
+    return [*defaults, *arguments]
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _call_through_us(command: list[str], **kwargs: Any) -> int:
+    """``subprocess.call`` for ``record_training``, whose ``python -m rl_zoo3.record_video`` would not know our key."""
+    if command[:3] == ["python", "-m", "rl_zoo3.record_video"]:
+        command = [sys.executable, "-m", "sb3_trpo_ext.zoo", "record-video", *command[3:]]
+    with subprocess.Popen(command, **kwargs) as process:
+        return process.wait()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run the command ``sb3-trpo``.
+
+    :param argv: the arguments, those of the process if None
+    :return: the exit status: 0, or 2 for a command that does not exist
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments.pop(0) if arguments else ""
+    if name in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if name not in COMMANDS:
+        problem = f"there is no command {name!r}" if name else "a command is missing"
+        print(f"{USAGE}\n\nsb3-trpo: error: {problem}", file=sys.stderr)
+        return 2
+
+    register()
+    command = COMMANDS[name]
+    # RL-Zoo's scripts read `sys.argv`; its first entry is the name in their usage message.
+    with _replaced(sys, "argv", [f"sb3-trpo {name}", *with_defaults(name, arguments)]):
+        if command.function is not None:
+            getattr(importlib.import_module(command.module), command.function)()
+        else:
+            with _replaced(subprocess, "call", _call_through_us):
+                runpy.run_module(command.module, run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
