@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import Schedule
 
 #: The two forms of the trust region, with the options that `trust_region_kwargs` may hold.
 TRUST_REGION_OPTIONS: dict[str, tuple[str, ...]] = {
-    "constraint": ("fill", "damped_scale"),
+    "constraint": ("fill", "damped_scale", "precondition"),
     "penalty": ("learning_rate", "n_epochs", "batch_size", "beta"),
 }
 
@@ -96,7 +96,7 @@ def check_trust_region(trust_region: Any, options: Any) -> None:
         if name not in known:
             raise ValueError(f"`trust_region_kwargs` of {trust_region!r} has no option {name!r}; there are {list(known)}.")
         full_name = f"trust_region_kwargs[{name!r}]"
-        if name in ("fill", "damped_scale"):
+        if name in ("fill", "damped_scale", "precondition"):
             if not isinstance(value, bool):
                 raise ValueError(f"`{full_name}` must be True or False, got {value!r}.")
         elif name in ("n_epochs", "batch_size"):

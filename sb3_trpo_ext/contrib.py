@@ -5,6 +5,7 @@ import json
 import pathlib
 import warnings
 import zipfile
+from collections.abc import Collection
 from typing import Any
 
 import torch as th
@@ -48,13 +49,16 @@ def joint_kl_factor(action_space: spaces.Space) -> int:
     return get_action_dim(action_space) if isinstance(action_space, (spaces.Box, spaces.MultiBinary)) else 1
 
 
-def joint_kl_arguments(path: str | pathlib.Path | io.BufferedIOBase, custom_objects: dict[str, Any] | None) -> dict[str, Any]:
+def joint_kl_arguments(
+    path: str | pathlib.Path | io.BufferedIOBase, custom_objects: dict[str, Any] | None, given: Collection[str]
+) -> dict[str, Any]:
     """
     The ``target_kl`` and ``cg_damping`` of a model that sb3-contrib saved, in joint units, with a warning that says so.
 
     :param path: as for ``load``; a file object is left where it was
     :param custom_objects: as for ``load``
-    :return: both arguments
+    :param given: names of arguments that the user has set, and that nothing has to be converted for
+    :return: those of both that come from the file
     """
     start = path.tell() if isinstance(path, io.IOBase) else None
     data, _, _ = load_from_zip_file(path, device="cpu", custom_objects=custom_objects)
@@ -62,12 +66,13 @@ def joint_kl_arguments(path: str | pathlib.Path | io.BufferedIOBase, custom_obje
         path.seek(start)  # type: ignore[union-attr]
     assert data is not None, "`is_contrib_model` has read it already"
     factor = joint_kl_factor(data["action_space"])
-    converted = {name: data[name] * factor for name in ("target_kl", "cg_damping")}
-    if factor != 1:
+    names = [name for name in ("target_kl", "cg_damping") if name not in given and name not in (custom_objects or {})]
+    converted = {name: data[name] * factor for name in names}
+    if factor != 1 and converted:
+        changes = ", ".join(f"{name} from {data[name]:g} to {value:g}" for name, value in converted.items())
         warnings.warn(
             f"This model was saved by sb3-contrib's TRPO, whose KL is averaged over the {factor} action dimensions; ours is "
-            f"summed. The values in the file were converted: target_kl from {data['target_kl']:g} to "
-            f"{converted['target_kl']:g}, cg_damping from {data['cg_damping']:g} to {converted['cg_damping']:g}.",
+            f"summed. The values in the file were converted: {changes}.",
             stacklevel=3,
         )
     return converted

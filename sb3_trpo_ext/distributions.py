@@ -85,6 +85,16 @@ class Family(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no Fisher matrix in output space")
 
+    def sample_score(self, statistics: Any, generator: th.Generator) -> th.Tensor | None:
+        """
+        Gradient of the log-probability of a sampled action in the first statistic: its covariance is that block of `fisher`.
+
+        :param statistics: of the distribution to sample from
+        :param generator: on the CPU; no global random number is used
+        :return: shape of the first statistic, without a graph; ``None`` for a family that does not know
+        """
+        return None
+
     def std(self, statistics: Any) -> th.Tensor | None:
         """
         Standard deviation of the exploration noise, for logging.
@@ -161,6 +171,17 @@ class GaussianFamily(Family):
         """
         _, log_std = statistics
         return tangents[0] * th.exp(-2 * log_std), 2 * tangents[1]
+
+    @th.no_grad()
+    def sample_score(self, statistics: Statistics, generator: th.Generator) -> th.Tensor:
+        """
+        ``noise / std``, the score of the action ``mean + std noise``.
+
+        :param statistics: ``(mean, log_std)``
+        :param generator: on the CPU
+        :return: shape ``(n_batch, n_actions)``
+        """
+        return standard_normal(statistics[0], generator) * th.exp(-statistics[1])
 
     def std(self, statistics: Statistics) -> th.Tensor:
         """
@@ -246,6 +267,23 @@ class CategoricalFamily(Family):
             parts.append(weighted - log_prob.exp() * weighted.sum(dim=1, keepdim=True))
         return (th.cat(parts, dim=1),)
 
+    @th.no_grad()
+    def sample_score(self, statistics: Statistics, generator: th.Generator) -> th.Tensor:
+        """
+        ``one_hot(action) - p`` for each categorical, with an action sampled from p.
+
+        :param statistics: ``(logits,)``
+        :param generator: on the CPU
+        :return: shape ``(n_batch, sum(action_dims))``
+        """
+        parts = []
+        for log_prob in self._log_probs(statistics):
+            # The first of exponential clocks with these rates to ring is a sample (the Gumbel-max trick)
+            clock = th.empty(log_prob.shape, dtype=log_prob.dtype).exponential_(generator=generator).to(log_prob.device)
+            action = (log_prob - clock.log()).argmax(dim=1)
+            parts.append(F.one_hot(action, log_prob.shape[1]) - log_prob.exp())
+        return th.cat(parts, dim=1)
+
 
 class BernoulliFamily(Family):
     """Independent binary actions, with statistics ``(logits,)`` of shape ``(n_batch, n_actions)``."""
@@ -292,6 +330,29 @@ class BernoulliFamily(Family):
         """
         (z,) = statistics
         return (th.sigmoid(z) * th.sigmoid(-z) * tangents[0],)
+
+    @th.no_grad()
+    def sample_score(self, statistics: Statistics, generator: th.Generator) -> th.Tensor:
+        """
+        ``action - p`` with an action sampled from p.
+
+        :param statistics: ``(logits,)``
+        :param generator: on the CPU
+        :return: shape ``(n_batch, n_actions)``
+        """
+        probs = th.sigmoid(statistics[0])
+        return th.rand(probs.shape, generator=generator, dtype=probs.dtype).to(probs.device).lt(probs) - probs
+
+
+def standard_normal(like: th.Tensor, generator: th.Generator) -> th.Tensor:
+    """
+    Standard normal numbers from a generator of their own, the same on every device.
+
+    :param like: tensor whose shape, type and device are taken
+    :param generator: on the CPU
+    :return: the numbers
+    """
+    return th.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
 
 
 class TorchFamily(Family):

@@ -7,16 +7,16 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
-from sb3_trpo_ext.distributions import Family, family_of
+from sb3_trpo_ext.distributions import Family, family_of, standard_normal
 from sb3_trpo_ext.optim import (
     AutogradJacobian,
     GaussNewtonFisher,
     HessianFisher,
+    KroneckerPreconditioner,
     LinearOperator,
     MlpJacobian,
     Problem,
 )
-from sb3_trpo_ext.optim.operators import Jacobian
 from sb3_trpo_ext.policies import mlp_structure
 
 
@@ -86,11 +86,8 @@ class Surrogate:
             distribution = policy.get_distribution(batch.observations)
             self.family: Family = family_of(distribution)
             self._old = self.family.statistics(distribution)
-        self._noise: th.Tensor | None = None
-        if self.family.needs_noise:
-            generator = th.Generator().manual_seed(noise_seed)
-            example = self._old[0]
-            self._noise = th.randn(example.shape, generator=generator, dtype=example.dtype).to(example.device)
+        self._generator = th.Generator().manual_seed(noise_seed)
+        self._noise = standard_normal(self._old[0], self._generator) if self.family.needs_noise else None
 
     def problem(self) -> Problem:
         """
@@ -98,7 +95,7 @@ class Surrogate:
 
         :return: objective, KL and Fisher matrix
         """
-        return Problem(self.actor_params, self.batch.n_samples, self.evaluate, self.fisher)
+        return Problem(self.actor_params, self.batch.n_samples, self.evaluate, self.fisher, self.preconditioner)
 
     def evaluate(self, indices: th.Tensor | None = None) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -154,9 +151,36 @@ class Surrogate:
         if jacobian is None:
             with th.enable_grad():
                 statistics = self.family.statistics(self.policy.get_distribution(observations))
-                jacobian = AutogradJacobian(statistics, self.actor_params)
-        old = tuple(statistic[:: self.fisher_stride] for statistic in self._old)
-        return GaussNewtonFisher(jacobian, lambda tangents: self.family.fisher(old, tangents))
+                return GaussNewtonFisher(AutogradJacobian(statistics, self.actor_params), self._output_fisher)
+        return GaussNewtonFisher(jacobian, self._output_fisher)
+
+    def preconditioner(self, fisher: LinearOperator, damping: float) -> KroneckerPreconditioner | None:
+        """
+        An approximate inverse of the damped Fisher matrix.
+
+        :param fisher: what :meth:`fisher` returned
+        :param damping: added to the diagonal
+        :return: the preconditioner; ``None`` where there is none, which is for actors that are no MLP, for distributions that
+            cannot sample their score, and without damping
+        """
+        if not isinstance(fisher, GaussNewtonFisher) or not isinstance(fisher.jacobian, MlpJacobian) or damping <= 0:
+            return None
+        score = self.family.sample_score(self._thinned_old, self._generator)
+        return None if score is None else KroneckerPreconditioner(fisher.jacobian, self._output_fisher, score, damping)
+
+    @property
+    def _thinned_old(self) -> tuple[th.Tensor, ...]:
+        """Statistics of the old distribution at the samples that the Fisher matrix is taken on."""
+        return tuple(statistic[:: self.fisher_stride] for statistic in self._old)
+
+    def _output_fisher(self, tangents: tuple[th.Tensor, ...]) -> tuple[th.Tensor, ...]:
+        """
+        Multiply with the output-space Fisher matrix of the old distribution.
+
+        :param tangents: of the statistics
+        :return: cotangents
+        """
+        return self.family.fisher(self._thinned_old, tangents)
 
     def _hessian_fisher(self, observations: PyTorchObs) -> HessianFisher:
         """
@@ -171,7 +195,7 @@ class Surrogate:
                 old = self.family.statistics(self.policy.get_distribution(observations))
             return HessianFisher(self.family.kl(old, new).mean(), self.actor_params)
 
-    def _mlp_jacobian(self, observations: PyTorchObs) -> Jacobian | None:
+    def _mlp_jacobian(self, observations: PyTorchObs) -> MlpJacobian | None:
         """
         The hand-written Jacobian, where the actor is an MLP.
 

@@ -253,7 +253,8 @@ class TRPO(OnPolicyAlgorithm):
         :param total_timesteps: number of steps asked for
         """
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
-        # The last rollout may go past the end, and a schedule that decays to zero would become negative there
+        # The last rollout may go past the end, where SB3's becomes negative: so would a schedule that decays to zero, of the
+        # trust region or, unnoticed, of the learning rate
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     def train(self) -> None:
@@ -267,7 +268,7 @@ class TRPO(OnPolicyAlgorithm):
             self.policy,
             self._parts.actor_params,
             batch,
-            ent_coef=scheduled("ent_coef", self.ent_coef, self._progress_remaining),
+            ent_coef=scheduled("ent_coef", self.ent_coef, self._current_progress_remaining),
             fisher_stride=self.sub_sampling_factor,
             noise_seed=self._n_updates,
         )
@@ -299,11 +300,6 @@ class TRPO(OnPolicyAlgorithm):
         self.logger.record("time/policy_update", policy_done - started)
         self.logger.record("time/critic_update", critic_done - policy_done)
 
-    @property
-    def _progress_remaining(self) -> float:
-        """SB3's, which becomes negative when the last rollout exceeds the number of steps asked for, cut off at zero."""
-        return max(self._current_progress_remaining, 0.0)
-
     def _full_batch(self) -> Batch:
         """
         The whole rollout in the buffer's own order, with normalised advantages.
@@ -334,8 +330,8 @@ class TRPO(OnPolicyAlgorithm):
         :param surrogate: objective and KL of the rollout
         :return: what happened
         """
-        target_kl = scheduled("target_kl", self.target_kl, self._progress_remaining, minimum=0.0)
-        cg_damping = scheduled("cg_damping", self.cg_damping, self._progress_remaining, minimum=0.0)
+        target_kl = scheduled("target_kl", self.target_kl, self._current_progress_remaining, minimum=0.0)
+        cg_damping = scheduled("cg_damping", self.cg_damping, self._current_progress_remaining, minimum=0.0)
         self.logger.record("train/target_kl", target_kl)
         if target_kl == 0:
             # Where a schedule that decays to zero ends
@@ -448,7 +444,7 @@ class TRPO(OnPolicyAlgorithm):
         :return: new model instance
         """
         if is_contrib_model(path):
-            kwargs = {**joint_kl_arguments(path, custom_objects), **kwargs}
+            kwargs.update(joint_kl_arguments(path, custom_objects, given=kwargs))
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     def set_parameters(

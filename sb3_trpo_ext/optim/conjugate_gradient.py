@@ -36,6 +36,16 @@ _STATUSES = tuple(CGStatus)
 _CONVERGED, _MAX_STEPS, _NON_POSITIVE, _NON_FINITE = range(4)
 
 
+def _is_free_to_read(tensor: th.Tensor) -> bool:
+    """
+    Whether the host can look at a number without waiting for an accelerator.
+
+    :param tensor: where the number is
+    :return: true on the CPU
+    """
+    return tensor.device.type == "cpu"
+
+
 @th.no_grad()
 def conjugate_gradient(
     operator: LinearOperator,
@@ -79,7 +89,7 @@ def conjugate_gradient(
     n_steps = th.zeros((), dtype=th.long, device=b.device)
 
     for _ in range(max_steps):
-        if b.device.type == "cpu" and not active:
+        if _is_free_to_read(active) and not active:
             break
         ap = operator @ p
         curvature = th.dot(p, ap)

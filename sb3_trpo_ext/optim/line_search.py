@@ -45,7 +45,8 @@ def _power(trials: list[tuple[float, float]]) -> float:
     :return: the exponent, kept between 1 and 8
     """
     (s1, kl1), (s2, kl2) = trials[-2:]
-    return min(max(math.log(kl2 / kl1) / math.log(s2 / s1), 1.0), 8.0)
+    # The logarithms are subtracted because the ratio of two KLs can underflow to zero; that of two steps is never quite one
+    return min(max((math.log(kl2) - math.log(kl1)) / math.log(s2 / s1), 1.0), 8.0)
 
 
 def line_search(

@@ -123,19 +123,79 @@ class MlpJacobian(Jacobian):
         :param cotangents: those of the output and of the log std, each of shape ``(n_samples, n_outputs)``
         :return: shape ``(n_params,)``
         """
-        cotangent = cotangents[0]
-        result = cotangent.new_empty(sum(self._sizes))
+        result = cotangents[0].new_empty(sum(self._sizes))
         parts = th.split(result, self._sizes)
         if self._log_std_index is not None:
             th.sum(cotangents[1], dim=0, out=parts[self._log_std_index])
-        for index in reversed(range(len(self._weights))):
-            weight = self._weights[index]
-            th.mm(cotangent.t(), self._hidden[index], out=parts[self._weight_index[index]].view_as(weight))
+        for index, cotangent in enumerate(self.layer_cotangents(cotangents[0])):
+            weight_part = parts[self._weight_index[index]].view_as(self._weights[index])
+            th.mm(cotangent.t(), self._hidden[index], out=weight_part)
             bias_index = self._bias_index[index]
             if bias_index is not None:
                 th.sum(cotangent, dim=0, out=parts[bias_index])
-            if index > 0:
-                slope = self._slopes[index - 1]
-                cotangent = cotangent @ weight
-                cotangent = cotangent if slope is None else cotangent.mul_(slope)
+        return result
+
+    @th.no_grad()
+    def layer_cotangents(self, cotangent: th.Tensor) -> list[th.Tensor]:
+        """
+        Backpropagate a cotangent of the output to the output of each linear layer.
+
+        :param cotangent: shape ``(n_samples, n_outputs)``
+        :return: one cotangent per layer, from the first to the last
+        """
+        cotangents = [cotangent]
+        for weight, slope in zip(reversed(self._weights[1:]), reversed(self._slopes), strict=True):
+            cotangent = cotangent @ weight
+            cotangents.append(cotangent if slope is None else cotangent.mul_(slope))
+        return cotangents[::-1]
+
+    @property
+    def has_log_std(self) -> bool:
+        """Whether the log std is the second statistic."""
+        return self._log_std_index is not None
+
+    def layer_inputs(self) -> list[th.Tensor]:
+        """
+        The inputs of each linear layer, with a column of ones where it has a bias.
+
+        :return: tensors of shape ``(n_samples, n_in)`` or ``(n_samples, n_in + 1)``
+        """
+        return [
+            hidden if bias_index is None else th.cat([hidden, hidden.new_ones(self.n_samples, 1)], dim=1)
+            for hidden, bias_index in zip(self._hidden, self._bias_index, strict=True)
+        ]
+
+    def to_layers(self, vector: th.Tensor) -> tuple[list[th.Tensor], th.Tensor | None]:
+        """
+        Cut a vector into one matrix per layer, with the bias as its last column, and the part of the log std.
+
+        :param vector: shape ``(n_params,)``
+        :return: matrices of shape ``(n_out, n_in)`` or ``(n_out, n_in + 1)``; log std, if there is one
+        """
+        parts = th.split(vector, self._sizes)
+        matrices = []
+        for weight, weight_index, bias_index in zip(self._weights, self._weight_index, self._bias_index, strict=True):
+            matrix = parts[weight_index].view_as(weight)
+            matrices.append(matrix if bias_index is None else th.cat([matrix, parts[bias_index][:, None]], dim=1))
+        return matrices, None if self._log_std_index is None else parts[self._log_std_index]
+
+    def from_layers(self, matrices: Sequence[th.Tensor], log_std: th.Tensor | None) -> th.Tensor:
+        """
+        The inverse of :meth:`to_layers`.
+
+        :param matrices: one per layer
+        :param log_std: the part of the log std, if there is one
+        :return: shape ``(n_params,)``
+        """
+        result = matrices[0].new_empty(sum(self._sizes))
+        parts = th.split(result, self._sizes)
+        for matrix, weight, weight_index, bias_index in zip(
+            matrices, self._weights, self._weight_index, self._bias_index, strict=True
+        ):
+            parts[weight_index].view_as(weight).copy_(matrix[:, : weight.shape[1]])
+            if bias_index is not None:
+                parts[bias_index].copy_(matrix[:, -1])
+        if self._log_std_index is not None:
+            assert log_std is not None
+            parts[self._log_std_index].copy_(log_std)
         return result

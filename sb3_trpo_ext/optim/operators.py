@@ -120,7 +120,7 @@ class GaussNewtonFisher(LinearOperator):
     """
 
     def __init__(self, jacobian: Jacobian, output_fisher: Callable[[Statistics], Statistics]):
-        self._jacobian = jacobian
+        self.jacobian = jacobian
         self._output_fisher = output_fisher
 
     def __matmul__(self, vector: th.Tensor) -> th.Tensor:
@@ -130,7 +130,7 @@ class GaussNewtonFisher(LinearOperator):
         :param vector: shape ``(n_params,)``
         :return: shape ``(n_params,)``
         """
-        return self._jacobian.vjp(self._output_fisher(self._jacobian.jvp(vector))) / self._jacobian.n_samples
+        return self.jacobian.vjp(self._output_fisher(self.jacobian.jvp(vector))) / self.jacobian.n_samples
 
 
 class HessianFisher(LinearOperator):

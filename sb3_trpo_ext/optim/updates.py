@@ -21,13 +21,15 @@ class Problem(NamedTuple):
 
     ``evaluate(indices)`` returns (objective, mean KL(old || new)) at the current parameters as scalars, with a graph if
     gradients are enabled: of the whole batch for ``None``, else of the samples at these indices. ``fisher()`` returns the
-    operator of the Fisher matrix at the current parameters, without damping.
+    operator of the Fisher matrix at the current parameters, without damping; ``preconditioner(fisher, damping)``, where there
+    is one, an approximate inverse of ``fisher + damping I``, or ``None``.
     """
 
     params: Sequence[th.Tensor]
     n_samples: int
     evaluate: Callable[[th.Tensor | None], tuple[th.Tensor, th.Tensor]]
     fisher: Callable[[], LinearOperator]
+    preconditioner: Callable[[LinearOperator, float], Callable[[th.Tensor], th.Tensor] | None] | None = None
 
 
 class UpdateResult(NamedTuple):
@@ -92,6 +94,7 @@ class KLConstraint(PolicyUpdate):
     :param max_trials: of the line search
     :param fill: whether the line search fills the trust region
     :param damped_scale: scale the full step by the curvature with damping, as sb3-contrib and others do
+    :param precondition: use the problem's preconditioner, if it has one
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class KLConstraint(PolicyUpdate):
         max_trials: int = 10,
         fill: bool = True,
         damped_scale: bool = False,
+        precondition: bool = True,
     ):
         self.cg_max_steps = cg_max_steps
         self.cg_tolerance = cg_tolerance
@@ -111,6 +115,7 @@ class KLConstraint(PolicyUpdate):
         self.max_trials = max_trials
         self.fill = fill
         self.damped_scale = damped_scale
+        self.precondition = precondition
 
     def update(self, problem: Problem, target_kl: float) -> UpdateResult:
         """
@@ -129,8 +134,13 @@ class KLConstraint(PolicyUpdate):
         if result.grad_norm == 0:
             return result._replace(status="zero_gradient")
 
-        fisher = Averaged(problem.fisher())
-        solution = conjugate_gradient(Damped(fisher, self.cg_damping), gradient, self.cg_max_steps, self.cg_tolerance)
+        fisher = problem.fisher()
+        preconditioner = None
+        if self.precondition and problem.preconditioner is not None:
+            preconditioner = problem.preconditioner(fisher, self.cg_damping)
+        solution = conjugate_gradient(
+            Damped(Averaged(fisher), self.cg_damping), gradient, self.cg_max_steps, self.cg_tolerance, preconditioner
+        )
         direction = solution.x
         damping_share = self.cg_damping * float(th.dot(direction, direction))
         curvature = solution.curvature - damping_share
