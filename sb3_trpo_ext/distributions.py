@@ -341,7 +341,8 @@ class BernoulliFamily(Family):
         :return: shape ``(n_batch, n_actions)``
         """
         probs = th.sigmoid(statistics[0])
-        return th.rand(probs.shape, generator=generator, dtype=probs.dtype).to(probs.device).lt(probs) - probs
+        uniform = th.rand(probs.shape, generator=generator, dtype=probs.dtype).to(probs.device)
+        return (uniform < probs).to(probs.dtype) - probs
 
 
 def standard_normal(like: th.Tensor, generator: th.Generator) -> th.Tensor:

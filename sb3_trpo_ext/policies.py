@@ -249,7 +249,9 @@ def mlp_structure(policy: ActorCriticPolicy, actor_params: list[nn.Parameter]) -
     log_std = getattr(policy, "log_std", None)
     containers = (policy.pi_features_extractor, policy.mlp_extractor, policy.mlp_extractor.policy_net)
     expected = [param for layer in layers for param in layer.parameters()] + ([] if log_std is None else [log_std])
-    if any(_has_hooks(module) for module in containers) or {id(p) for p in expected} != {id(p) for p in actor_params}:
+    # Sorted lists and not sets: a weight that two layers share is there twice
+    is_complete = sorted(map(id, expected)) == sorted(map(id, actor_params))
+    if any(_has_hooks(module) for module in containers) or not is_complete:
         return None
     return MlpStructure(layers, activations, log_std)
 

@@ -264,15 +264,15 @@ class TRPO(OnPolicyAlgorithm):
         self._update_learning_rate(self.policy.optimizer)
         batch = self._full_batch()
         started = time.perf_counter()
-        surrogate = Surrogate(
-            self.policy,
-            self._parts.actor_params,
-            batch,
-            ent_coef=scheduled("ent_coef", self.ent_coef, self._current_progress_remaining),
-            fisher_stride=self.sub_sampling_factor,
-            noise_seed=self._n_updates,
-        )
         with no_argument_checks():
+            surrogate = Surrogate(
+                self.policy,
+                self._parts.actor_params,
+                batch,
+                ent_coef=scheduled("ent_coef", self.ent_coef, self._current_progress_remaining),
+                fisher_stride=self.sub_sampling_factor,
+                noise_seed=self._n_updates,
+            )
             result = self._update_policy(surrogate)
             entropy, std = surrogate.summary()
         policy_done = time.perf_counter()

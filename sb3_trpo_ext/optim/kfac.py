@@ -7,6 +7,7 @@ import torch as th
 
 from sb3_trpo_ext.optim.mlp import MlpJacobian
 from sb3_trpo_ext.optim.operators import Statistics
+from sb3_trpo_ext.optim.parallel import all_mean
 
 
 class _Block(NamedTuple):
@@ -31,7 +32,8 @@ class KroneckerPreconditioner:
     Damping enters exactly, in the eigenbasis of the two factors (as in George et al. 2018), and not by adding a share of it to
     each factor (Martens & Grosse 2015, section 6.3): both were measured, the eigenbasis saves one or two Fisher-vector products
     and costs less than one. Symmetric positive definite for any positive damping, so that conjugate gradient stays exact: the
-    preconditioner changes how fast it converges, never to what.
+    preconditioner changes how fast it converges, never to what. The factors are averaged over all processes: with one
+    preconditioner for each of them, they would take different steps.
 
     :param jacobian: of the policy on the batch
     :param output_fisher: maps tangents of the statistics to cotangents, sample by sample
@@ -52,11 +54,11 @@ class KroneckerPreconditioner:
         self._blocks: list[_Block] = []
         cotangents = jacobian.layer_cotangents(score)
         for index, (inputs, cotangent) in enumerate(zip(jacobian.layer_inputs(), cotangents, strict=True)):
-            input_factor = inputs.t() @ inputs / n_samples
+            input_factor = all_mean(inputs.t() @ inputs / n_samples)
             if index == len(cotangents) - 1:
-                output_factor = _mean_output_fisher(jacobian, output_fisher, score)
+                output_factor = all_mean(_mean_output_fisher(jacobian, output_fisher, score))
             else:
-                output_factor = cotangent.t() @ cotangent / n_samples
+                output_factor = all_mean(cotangent.t() @ cotangent / n_samples)
             input_values, input_basis = th.linalg.eigh(input_factor)
             output_values, output_basis = th.linalg.eigh(output_factor)
             # Rounding makes the smallest eigenvalues of a singular factor slightly negative
@@ -65,7 +67,7 @@ class KroneckerPreconditioner:
         self._log_std_scale: th.Tensor | None = None
         if jacobian.has_log_std:
             zeros, ones = th.zeros_like(score), th.ones_like(score)
-            self._log_std_scale = 1 / (output_fisher((zeros, ones))[1].mean(dim=0) + damping)
+            self._log_std_scale = 1 / (all_mean(output_fisher((zeros, ones))[1].mean(dim=0)) + damping)
 
     @th.no_grad()
     def __call__(self, vector: th.Tensor) -> th.Tensor:

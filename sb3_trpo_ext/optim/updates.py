@@ -233,6 +233,7 @@ class AdaptiveKLPenalty(PolicyUpdate):
                 moved = flatten(problem.params) - old
             is_accepted = math.isfinite(new_objective) and math.isfinite(kl) and bool(th.isfinite(moved).all())
         finally:
+            self.optimizer.zero_grad(set_to_none=True)
             if not is_accepted:
                 assign_(problem.params, old)
                 self.optimizer.load_state_dict(old_optimizer)
@@ -272,7 +273,6 @@ class AdaptiveKLPenalty(PolicyUpdate):
                 for param, gradient in zip(problem.params, gradients, strict=True):
                     param.grad = all_mean(gradient)
                 self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
         """

@@ -1,0 +1,35 @@
+"""Fixtures for all tests."""
+
+from collections.abc import Iterator
+
+import pytest
+import stable_baselines3.common.policies as sb3_policies
+import torch as th
+from stable_baselines3.common.preprocessing import preprocess_obs
+
+
+@pytest.fixture
+def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """
+    New tensors and networks are in double precision, and so are the observations that an SB3 policy feeds to its networks.
+
+    SB3 turns observations into float32 wherever they come from; here these float32 numbers are the exact input.
+    """
+
+    def preprocess(*args, **kwargs):
+        observations = preprocess_obs(*args, **kwargs)
+        if isinstance(observations, dict):
+            return {key: value.double() for key, value in observations.items()}
+        return observations.double()
+
+    monkeypatch.setattr(sb3_policies, "preprocess_obs", preprocess)
+    before = th.get_default_dtype()
+    th.set_default_dtype(th.float64)
+    yield
+    th.set_default_dtype(before)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same random numbers, whichever tests ran before it."""
+    th.manual_seed(0)

@@ -1,0 +1,125 @@
+"""Who never imports whom, and how long a file may be, read off the source."""
+
+import ast
+import io
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def module_name(path: Path) -> str:
+    """The name under which a file is imported."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {module_name(path): path for path in sorted((ROOT / "sb3_trpo_ext").rglob("*.py"))}
+#: The tools around training: they may load what is heavy, and nothing else may load it or them.
+TOOLS = tuple(f"sb3_trpo_ext.{name}" for name in ("compare", "plots", "report", "zoo", "zoo_optuna", "zoo_plugin"))
+HEAVY = ("envpool", "huggingface_sb3", "matplotlib", "optuna", "pandas", "plotly", "rl_zoo3", "sb3_contrib", "seaborn")
+#: What a module, or all that is in a package, must not import, nor anything within that.
+NEVER = {
+    "sb3_trpo_ext.distributions": ("sb3_trpo_ext",),
+    "sb3_trpo_ext.policies": ("sb3_trpo_ext.surrogate", "sb3_trpo_ext.trpo"),
+    "sb3_trpo_ext.surrogate": ("sb3_trpo_ext.trpo",),
+    "sb3_trpo_ext.critic": ("sb3_trpo_ext.trpo", "sb3_trpo_ext.optim"),
+    "sb3_trpo_ext.plots": ("sb3_trpo_ext.trpo",),
+    "sb3_trpo_ext.envs": ("sb3_trpo_ext.trpo",),
+}
+#: SB3 asks for one class with a constructor of thirty arguments, which alone are a hundred lines.
+MAX_CODE_LINES = {"sb3_trpo_ext.trpo": 400}
+
+
+def imports_of(module: str, only_on_import: bool = False) -> set[str]:
+    """
+    The modules that a file imports, in full.
+
+    :param module: the file
+    :param only_on_import: leave out what is imported when a function is called
+    """
+    tree = ast.parse(FILES[module].read_text())
+    functions = (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    within_functions = {node for function in functions for node in ast.walk(function)}
+    return {
+        name
+        for node in ast.walk(tree)
+        if not (only_on_import and node in within_functions)
+        for name in _imports_of_statement(node)
+    }
+
+
+def _imports_of_statement(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "imports are absolute"
+        assert node.module is not None
+        for alias in node.names:
+            # `from package import module` imports `package.module`, if there is such a module
+            full_name = f"{node.module}.{alias.name}"
+            yield full_name if full_name in FILES else node.module
+
+
+def is_within(name: str, packages: tuple[str, ...]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def count_code_lines(source: str) -> int:
+    """Lines with code on them: no blank lines, comments or docstrings."""
+    docstrings: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+                docstrings.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    no_code = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in no_code:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    return len(lines - docstrings)
+
+
+def test_reader_sees_what_is_there() -> None:
+    """All rules hold where nothing is found."""
+    assert {"sb3_trpo_ext", "sb3_trpo_ext.trpo", "sb3_trpo_ext.optim", "sb3_trpo_ext.optim.mlp"} <= set(FILES)
+    seen = imports_of("sb3_trpo_ext.surrogate")
+    assert {"torch", "sb3_trpo_ext.optim", "stable_baselines3.common.policies"} <= seen
+    assert "rl_zoo3" in imports_of("sb3_trpo_ext.zoo")
+    assert "rl_zoo3" not in imports_of("sb3_trpo_ext.zoo", only_on_import=True)
+    source = (
+        '"""Doc."""\n\nimport a  # comment\n# comment\n\ndef f():\n    """Doc.\n\n    More."""\n    return (\n        1)\n'
+    )
+    assert count_code_lines(source) == 4
+
+
+@pytest.mark.parametrize("module", [module for module in FILES if is_within(module, ("sb3_trpo_ext.optim",))])
+def test_mathematics_imports_torch_and_the_standard_library_alone(module: str) -> None:
+    for name in imports_of(module):
+        assert is_within(name, ("torch", "sb3_trpo_ext.optim", *sys.stdlib_module_names)), name
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_module_imports_nothing_that_it_must_not(module: str) -> None:
+    forbidden = () if module in TOOLS else (*HEAVY, *TOOLS)
+    for rule, never in NEVER.items():
+        forbidden += never if is_within(module, (rule,)) else ()
+    assert not [name for name in imports_of(module) if is_within(name, forbidden)]
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    needs = {module: imports_of(module, only_on_import=True) & set(FILES) for module in FILES}
+    done: set[str] = set()
+    while len(done) < len(FILES):
+        ready = {module for module in FILES if module not in done and needs[module] <= done}
+        assert ready, {module: needs[module] - done for module in FILES if module not in done}
+        done |= ready
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_file_is_short(module: str) -> None:
+    assert count_code_lines(FILES[module].read_text()) <= MAX_CODE_LINES.get(module, 300)
