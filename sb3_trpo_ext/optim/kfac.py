@@ -26,14 +26,14 @@ class KroneckerPreconditioner:
     An approximate inverse of ``F + damping I`` for a multilayer perceptron (Martens & Grosse 2015, K-FAC).
 
     Layer by layer, F is approximated by ``A (x) G`` with ``A = mean(h h^T)`` of the layer's inputs (and a 1 for the bias)
-    and ``G = mean(g g^T)`` of the cotangents at its output. There g is the score of an action sampled from the policy; at the last
-    layer G is the mean output-space Fisher matrix itself. The block of the log std is exact.
+    and ``G = mean(g g^T)`` of the cotangents at its output. There g is the score of an action sampled from the policy; at the
+    last layer G is the mean output-space Fisher matrix itself. The block of the log std is exact.
 
-    Damping enters exactly, in the eigenbasis of the two factors (as in George et al. 2018), and not by adding a share of it to
-    each factor (Martens & Grosse 2015, section 6.3): both were measured, the eigenbasis saves one or two Fisher-vector products
-    and costs less than one. Symmetric positive definite for any positive damping, so that conjugate gradient stays exact: the
-    preconditioner changes how fast it converges, never to what. The factors are averaged over all processes: with one
-    preconditioner for each of them, they would take different steps.
+    Damping enters exactly, in the eigenbasis of the two factors (as in George et al. 2018), and not by adding a share of it
+    to each factor (Martens & Grosse 2015, section 6.3): both were measured, the eigenbasis saves one or two Fisher-vector
+    products and costs less than one. Symmetric positive definite for any positive damping, so that conjugate gradient stays
+    exact: the preconditioner changes how fast it converges, never to what. The factors are averaged over all processes: with
+    one preconditioner for each of them, they would take different steps.
 
     :param jacobian: of the policy on the batch
     :param output_fisher: maps tangents of the statistics to cotangents, sample by sample
