@@ -161,12 +161,18 @@ class Surrogate:
         :param fisher: what :meth:`fisher` returned
         :param damping: added to the diagonal
         :return: the preconditioner; ``None`` where there is none, which is for actors that are no MLP, for distributions that
-            cannot sample their score, and without damping
+            cannot sample their score, without damping, and for a factor that is not finite
         """
         if not isinstance(fisher, GaussNewtonFisher) or not isinstance(fisher.jacobian, MlpJacobian) or damping <= 0:
             return None
         score = self.family.sample_score(self._thinned_old, self._generator)
-        return None if score is None else KroneckerPreconditioner(fisher.jacobian, self._output_fisher, score, damping)
+        if score is None:
+            return None
+        try:
+            return KroneckerPreconditioner(fisher.jacobian, self._output_fisher, score, damping)
+        except th.linalg.LinAlgError:  # type: ignore[attr-defined]
+            # The square of an observation of 1e20 is infinite in single precision, and has no eigenvalues
+            return None
 
     @property
     def _thinned_old(self) -> tuple[th.Tensor, ...]:

@@ -33,8 +33,12 @@ class LineSearchResult(NamedTuple):
 FILLED = 0.95
 #: Where a trial aims at: the middle of the band from `FILLED` to 1.
 _AIM = 0.975
-#: A trial grows the step by at most this factor, however flat the KL looks from here.
+#: A trial grows the step by at most this factor, however flat the KL looks from here, until there is an upper bound.
 _MAX_GROWTH = 4.0
+#: A trial shrinks the step by at most this factor: a KL from far outside says little about where the region ends.
+_MAX_SHRINKING = 0.01
+#: A bracket that is narrower than this is not searched any further.
+_NARROW = 1.02
 
 
 def _power(trials: list[tuple[float, float]]) -> float:
@@ -108,7 +112,7 @@ def line_search(
         if is_finite and kl > 0:
             measured.append((step, kl))
         step = _next_step(step, is_finite and (has_improved or kl > max_kl), max_kl, lower, upper, measured, shrinking_factor)
-        if not lower < step < upper:
+        if not lower < step < upper or (lower > 0 and upper < _NARROW * lower):
             break
     if best is None:
         return LineSearchResult(0.0, n_trials, objective_before, 0.0, status)
@@ -139,7 +143,8 @@ def _next_step(
     if kl_decides and measured and measured[-1][0] == step:
         kl = measured[-1][1]
         power = _power(measured) if len(measured) > 1 else 2.0
-        guess = step * min(math.pow(_AIM * max_kl / kl, 1 / power), _MAX_GROWTH)
+        max_growth = _MAX_GROWTH if upper == math.inf else math.inf
+        guess = step * min(max(math.pow(_AIM * max_kl / kl, 1 / power), _MAX_SHRINKING), max_growth)
     elif kl_decides:
         # The KL is zero: nothing has moved yet
         guess = step * _MAX_GROWTH

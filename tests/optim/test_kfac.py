@@ -195,6 +195,18 @@ def test_surrogate_makes_it_without_global_random_numbers_and_reproducibly() -> 
     assert not th.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("size", [1e200, math.inf])
+def test_surrogate_has_none_of_what_is_not_finite(size: float) -> None:
+    """A finite observation whose square is infinite is a matter for plain conjugate gradient, which gives a status."""
+    policy = make_policy()
+    batch = make_batch(policy)
+    assert isinstance(batch.observations, th.Tensor)
+    observations = batch.observations.double()
+    observations[2, 1] = size
+    surrogate = Surrogate(policy, split_policy(policy).actor_params, batch._replace(observations=observations))
+    assert surrogate.preconditioner(surrogate.fisher(), DAMPING) is None
+
+
 @pytest.mark.parametrize(
     ("kwargs", "damping"),
     [({}, 0.0), ({"use_sde": True}, DAMPING), ({"activation_fn": nn.Softplus}, DAMPING)],
@@ -204,3 +216,10 @@ def test_surrogate_has_none_where_there_is_none(kwargs: dict[str, Any], damping:
     policy = make_policy(**kwargs)
     surrogate = Surrogate(policy, split_policy(policy).actor_params, make_batch(policy))
     assert surrogate.preconditioner(surrogate.fisher(), damping) is None
+
+
+def test_surrogate_has_none_for_a_family_that_cannot_sample_its_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GaussianFamily, "sample_score", Family.sample_score)
+    policy = make_policy()
+    surrogate = Surrogate(policy, split_policy(policy).actor_params, make_batch(policy))
+    assert surrogate.preconditioner(surrogate.fisher(), DAMPING) is None
