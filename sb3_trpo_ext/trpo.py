@@ -313,7 +313,7 @@ class TRPO(OnPolicyAlgorithm):
         data = buffer._get_samples(np.arange(buffer.buffer_size * buffer.n_envs))
         advantages = data.advantages
         if self.normalize_advantage:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+            advantages = _normalised(advantages)
         is_discrete = isinstance(self.action_space, spaces.Discrete)
         return Batch(
             observations=_as_float32(data.observations),
@@ -472,6 +472,20 @@ class TRPO(OnPolicyAlgorithm):
         else:
             params.setdefault("kl_penalty", self.kl_penalty.state_dict())
         super().set_parameters(params, exact_match, device)
+
+
+def _normalised(advantages: th.Tensor) -> th.Tensor:
+    """
+    Shift and scale advantages to mean zero and standard deviation one; advantages that are all the same become zero.
+
+    :param advantages: shape ``(n_batch,)``, at least two
+    :return: the same shape
+    """
+    std = advantages.std()
+    # The mean of equal numbers is off by a rounding error, which the division would blow up to a full step in no direction at
+    # all. A product and not `th.where`, which would turn a NaN into zero
+    is_more_than_rounding = std > 10 * th.finfo(advantages.dtype).eps * advantages.abs().max()
+    return (advantages - advantages.mean()) / (std + 1e-8) * is_more_than_rounding
 
 
 def _as_float32(observations: PyTorchObs) -> PyTorchObs:

@@ -30,6 +30,12 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _log_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SB3 makes a folder for a log that nobody has asked for: one that goes away, and not a new one per `learn`."""
+    monkeypatch.setenv("SB3_LOGDIR", str(tmp_path_factory.getbasetemp() / "log"))
+
+
+@pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Every test starts from the same random numbers, whichever tests ran before it."""
     th.manual_seed(0)

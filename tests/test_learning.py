@@ -22,14 +22,21 @@ def identity_env(make_env: Callable[[], gym.Env[Any, Any]], seed: int) -> VecEnv
     return env
 
 
-#: Environment, steps, and arguments of each identity task.
+#: Environment, steps, and arguments of each identity task, with the mean returns of seeds 0 to 4 (100 is the most there is).
 IDENTITIES: dict[str, tuple[Callable[[], gym.Env[Any, Any]], int, dict[str, Any]]] = {
+    # 100, 100, 100, 100, 100
     "discrete": (lambda: IdentityEnv(10), 4000, {}),
+    # 100, 100, 100, 100, 100
     "box": (lambda: IdentityEnvBox(eps=0.5), 4000, {}),
-    "multi-discrete": (lambda: IdentityEnvMultiDiscrete(6), 5000, {}),
+    # 100, 100, 97, 100, 100
+    "multi-discrete": (lambda: IdentityEnvMultiDiscrete(6), 6000, {}),
+    # 100, 100, 100, 100, 100
     "multi-binary": (lambda: IdentityEnvMultiBinary(3), 4000, {}),
-    "penalty-discrete": (lambda: IdentityEnv(10), 5000, {"trust_region": "penalty"}),
+    # 100, 100, 100, 90, 100
+    "penalty-discrete": (lambda: IdentityEnv(10), 7000, {"trust_region": "penalty"}),
+    # 100, 100, 100, 100, 100
     "squashed": (lambda: IdentityEnvBox(eps=0.5), 5000, {"policy": "SquashedMlpPolicy"}),
+    # 100, 100, 100, 100, 93
     "gSDE": (lambda: IdentityEnvBox(eps=0.5), 5000, {"use_sde": True}),
 }
 
@@ -48,8 +55,8 @@ def learn_identity(make_env: Callable[[], gym.Env[Any, Any]], n_timesteps: int, 
 
 @pytest.mark.parametrize(("make_env", "n_timesteps", "kwargs"), IDENTITIES.values(), ids=list(IDENTITIES))
 def test_identity(make_env: Callable[[], gym.Env[Any, Any]], n_timesteps: int, kwargs: dict[str, Any]) -> None:
-    # Guessing gets 10 of 100 (discrete), 47 (box), 3 (multi-discrete) or 12 (multi-binary)
-    assert learn_identity(make_env, n_timesteps, kwargs, seed=0) > 90
+    # Guessing gets 10 of 100 (discrete), 44 (box), 3 (multi-discrete) or 12 (multi-binary)
+    assert learn_identity(make_env, n_timesteps, kwargs, seed=0) > 85
 
 
 def decaying(start: float) -> Callable[[float], float]:
@@ -57,42 +64,22 @@ def decaying(start: float) -> Callable[[float], float]:
     return lambda progress_remaining: start * progress_remaining
 
 
-#: Environment, steps and arguments of each control task.
-CONTROL: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "cart-pole": (
-        "CartPole-v1",
-        60_000,
-        {"n_steps": 256, "batch_size": 256, "target_kl": decaying(0.03), "cg_damping": 0.01, "learning_rate": 3e-3},
-    ),
-    "cart-pole-penalty": (
-        "CartPole-v1",
-        60_000,
-        {
-            "n_steps": 128,
-            "batch_size": 256,
-            "gamma": 0.98,
-            "target_kl": decaying(0.03),
-            "trust_region": "penalty",
-            "trust_region_kwargs": {"learning_rate": 1e-3, "batch_size": 256},
-        },
-    ),
-    "pendulum": (
-        "Pendulum-v1",
-        60_000,
-        {"n_steps": 256, "gamma": 0.9, "target_kl": 0.05, "cg_damping": 0.05, "n_critic_updates": 15},
-    ),
+CART_POLE: dict[str, Any] = {"n_steps": 256, "batch_size": 256, "target_kl": decaying(0.03), "learning_rate": 3e-3}
+PENALTY: dict[str, Any] = {"trust_region": "penalty", "trust_region_kwargs": {"learning_rate": 1e-3, "batch_size": 256}}
+PENDULUM: dict[str, Any] = {"n_steps": 256, "gamma": 0.9, "cg_damping": 0.05, "n_critic_updates": 15}
+#: Environment, steps, arguments and threshold of each control task, with the mean returns of seeds 0 to 4.
+CONTROL: dict[str, tuple[str, int, dict[str, Any], float]] = {
+    # 500 is the most there is. Seeds 0 to 4: 500, 500, 500, 500, 500; for both forms
+    "cart-pole": ("CartPole-v1", 60_000, {**CART_POLE, "cg_damping": 0.01}, 475),
+    "cart-pole-penalty": ("CartPole-v1", 60_000, {**CART_POLE, **PENALTY}, 475),
+    # Good agents get about -150, idle ones -1200. Seeds 0 to 4: -219, -219, -189, -186, -183
+    "pendulum": ("Pendulum-v1", 100_000, {**PENDULUM, "target_kl": decaying(0.1)}, -300),
+    # Seeds 0 to 4: -170, -161, -161, -173, -190
     "pendulum-gSDE": (
         "Pendulum-v1",
-        60_000,
-        {
-            "n_steps": 512,
-            "gamma": 0.9,
-            "target_kl": 0.03,
-            "cg_damping": 0.05,
-            "n_critic_updates": 15,
-            "use_sde": True,
-            "sde_sample_freq": 4,
-        },
+        100_000,
+        {**PENDULUM, "target_kl": decaying(0.06), "use_sde": True, "sde_sample_freq": 4},
+        -300,
     ),
 }
 
@@ -104,3 +91,12 @@ def learn_control(env_id: str, n_timesteps: int, kwargs: dict[str, Any], seed: i
     mean_return, _ = evaluate_policy(model, make_vec_env(env_id, n_envs=8, seed=seed + 1000), n_eval_episodes=100)
     assert isinstance(mean_return, float)
     return mean_return
+
+
+@pytest.mark.parametrize(
+    ("env_id", "n_timesteps", "kwargs", "threshold"),
+    # The first takes ten seconds, the others longer
+    [pytest.param(*task, id=name, marks=[] if name == "cart-pole" else pytest.mark.slow) for name, task in CONTROL.items()],
+)
+def test_control(env_id: str, n_timesteps: int, kwargs: dict[str, Any], threshold: float) -> None:
+    assert learn_control(env_id, n_timesteps, kwargs, seed=0) > threshold

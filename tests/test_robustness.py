@@ -1,6 +1,7 @@
 """What goes wrong: numbers that are none, operators that are not positive, interruptions, and arguments that make no sense."""
 
 import copy
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -147,10 +148,11 @@ def test_huge_rewards_do_no_harm(normalize_advantage: bool, status: str, trust_r
     assert_sound(model, tmp_path)
 
 
-def test_equal_advantages_leave_the_policy_alone() -> None:
+# The mean of 32 numbers is exact for 0 and 0.5, and off by a rounding error for the others
+@pytest.mark.parametrize("advantage", [0.0, 0.5, 0.3, -1e-20, 1e20])
+def test_equal_advantages_leave_the_policy_alone(advantage: float) -> None:
     model = collect(make_model())
-    # A number whose mean over 32 samples is exact
-    model.rollout_buffer.advantages[:] = 0.5
+    model.rollout_buffer.advantages[:] = advantage
     before = copies(model._parts.actor_params)
     with warnings.catch_warnings():
         # There is nothing to hear of
@@ -247,9 +249,9 @@ def test_bad_reward_in_a_normalised_environment_does_no_harm(tmp_path: Path) -> 
         (0.0, 0.0, "cg_non_positive_curvature"),
         (NAN, 0.1, "cg_non_finite"),
         (INF, 0.1, "cg_non_finite"),
-        # The KL feels nothing, but the damping hides it from conjugate gradient
+        # The damping hides from conjugate gradient that the KL feels nothing
         (0.0, 1.0, "no_curvature"),
-        # So small a curvature that no step would reach the end of the trust region
+        # Or that it has no minimum
         (-1e-3, 1.0, "no_curvature"),
     ],
 )
@@ -356,11 +358,9 @@ BAD_VALUES: dict[str, list[Any]] = {
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_VALUES.items() for value in values])
 def test_bad_argument_is_named_together_with_its_value(name: str, value: Any) -> None:
-    with pytest.raises(ValueError) as caught:
+    shown = re.escape(repr(value(1.0) if callable(value) else value))
+    with pytest.raises(ValueError, match=f"`{name}` must be .*(got|returned) {shown}"):
         make_model(**{name: value})
-    shown = repr(value(1.0)) if callable(value) else repr(value)
-    assert f"`{name}` must be" in str(caught.value)
-    assert f"got {shown}" in str(caught.value) or f"returned {shown}" in str(caught.value) or shown in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,21 @@ def test_kl_stays_within_the_trust_region_and_fills_it() -> None:
     np.testing.assert_array_equal(kls > 0, accepted)
 
 
+@pytest.mark.parametrize(
+    ("policy", "observation_space", "action_space", "kwargs"),
+    [*SPACES[: len(ACTION_SPACES)], *KINDS_OF_GAUSSIANS[:3], *PENALTIES],
+)
+def test_ratio_is_one_at_the_start_for_every_distribution(
+    policy: str, observation_space: spaces.Space, action_space: spaces.Space, kwargs: dict[str, Any]
+) -> None:
+    # Without normalisation, so that the objective at ratio 1 is not just zero
+    model = make_model(random_vec_env(2, observation_space, action_space), policy, normalize_advantage=False, **kwargs)
+    for _ in range(2):
+        log = train(collect(model))
+        assert log["train/status"] == "accepted"
+        assert log["train/policy_objective_before"] == pytest.approx(model.rollout_buffer.advantages.mean(), rel=1e-4)
+
+
 def test_improvement_is_what_the_objective_gained() -> None:
     log = train(collect(make_model()))
     gain = log["train/policy_objective"] - log["train/policy_objective_before"]
