@@ -1,0 +1,48 @@
+"""Draw the comparison on Humanoid-v5 from the runs in ``results/``, and print its table for the README.
+
+python benchmarks/humanoid_figure.py
+"""
+
+import json
+import pathlib
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, StrMethodFormatter
+
+RESULTS = pathlib.Path(__file__).parent.parent / "results"
+RUNS = {"sb3-trpo-ext": ("trpo_ext", "tab:orange"), "sb3-contrib TRPO, RL-Zoo's settings": ("trpo", "tab:blue")}
+STEPS = (200_000, 400_000, 600_000, 1_000_000)
+
+
+def main() -> None:
+    """Draw and print."""
+    figure = Figure(figsize=(8, 4.2), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    print("| Humanoid-v5 | " + " | ".join(f"{steps // 1000}k" for steps in STEPS) + " | 100 episodes at the end | distance |")
+    print("|---|" + "---|" * (len(STEPS) + 2))
+    for label, (algo, color) in RUNS.items():
+        folder = RESULTS / algo / "Humanoid-v5_1"
+        with np.load(folder / "evaluations.npz") as data:
+            steps, returns = data["timesteps"], data["results"]
+        mean, std = returns.mean(axis=1), returns.std(axis=1)
+        axes.fill_between(steps, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
+        axes.plot(steps, mean, "o-", color=color, markersize=3.5, label=label)
+        final = json.loads((folder / "evaluation.json").read_text())
+        cells = [f"{mean[np.flatnonzero(steps == step)[0]]:,.0f}" for step in STEPS]
+        cells += [f"{final['return']['mean']:,.0f} ± {final['return']['std']:,.0f}", f"{final['distance']['mean']:.1f} m"]
+        print(f"| {label} | " + " | ".join(cells) + " |")
+    axes.set_title("Humanoid-v5, one seed each: 10 deterministic episodes, mean ± std")
+    axes.set_xlabel("environment steps")
+    axes.set_ylabel("return of an episode")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper left", frameon=False)
+    figure.savefig(RESULTS / "humanoid.png")
+
+
+if __name__ == "__main__":
+    main()
