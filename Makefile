@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 train: $(STAMP) ## Train and evaluate an agent: ENV=Humanoid-v5 STEPS=400000 SEED=0 LOGS=logs
-	$(BIN)/sb3-trpo train --env $(ENV) -n $(STEPS) --seed $(SEED) -f $(LOGS) -P
+	$(BIN)/sb3-trpo train --env $(ENV) -n $(STEPS) --seed $(SEED) -f $(LOGS) -P --verbose 0
 	$(BIN)/sb3-trpo report --env $(ENV) -f $(LOGS)
 
 # One thread per worker: the networks of the tests are small, and two processes that both use all cores only get in
