@@ -1,8 +1,9 @@
 """The policy's side of an update: surrogate objective, KL and Fisher matrix of one rollout."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch as th
+from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
@@ -82,8 +83,19 @@ class Surrogate:
         self.batch = batch
         self.ent_coef = ent_coef
         self.fisher_stride = fisher_stride
+        self._structure = mlp_structure(policy, actor_params)
+        #: Of the whole batch at the old parameters, if the actor is an MLP: one forward pass serves the old statistics, the
+        #: gradient, the Fisher matrix and its preconditioner.
+        self._jacobian: MlpJacobian | None = None
         with th.no_grad():
-            distribution = policy.get_distribution(batch.observations)
+            if self._structure is None:
+                distribution = policy.get_distribution(batch.observations)
+            else:
+                # As `get_distribution` does: `ActorCriticPolicy.extract_features` would run the critic's extractor too
+                features = super(ActorCriticPolicy, policy).extract_features(batch.observations, policy.pi_features_extractor)
+                layers, activations, log_std = self._structure
+                self._jacobian = MlpJacobian(features, layers, activations, actor_params, log_std)
+                distribution = self._distribution(self._jacobian.output, log_std)
             self.family: Family = family_of(distribution)
             self._old = self.family.statistics(distribution)
         self._generator = th.Generator().manual_seed(noise_seed)
@@ -95,7 +107,18 @@ class Surrogate:
 
         :return: objective, KL and Fisher matrix
         """
-        return Problem(self.actor_params, self.batch.n_samples, self.evaluate, self.fisher, self.preconditioner)
+        gradient = None if self._jacobian is None else self.gradient
+        return Problem(self.actor_params, self.batch.n_samples, self.evaluate, self.fisher, self.preconditioner, gradient)
+
+    def _distribution(self, output: th.Tensor, log_std: th.Tensor | None) -> Distribution:
+        """
+        The action distribution of an MLP actor.
+
+        :param output: of the last layer, shape ``(n_samples, n_outputs)``
+        :param log_std: shape ``(n_outputs,)`` or ``(n_samples, n_outputs)``, if there is one
+        :return: SB3's distribution
+        """
+        return self.policy.action_dist.proba_distribution(*((output,) if log_std is None else (output, log_std)))
 
     def evaluate(self, indices: th.Tensor | None = None) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -114,18 +137,52 @@ class Surrogate:
             noise = None if noise is None else noise[indices]
             old = self._old_at(indices)
         distribution = self.policy.get_distribution(observations)
-        ratio = th.exp(distribution.log_prob(actions) - old_log_prob)
+        log_prob = distribution.log_prob(actions)
         new = self.family.statistics(distribution)
-        objective = (ratio * advantages).mean()
-        if self.ent_coef != 0:
-            entropy = self.family.entropy(new, noise)
-            if entropy is None:
-                raise ValueError(
-                    f"`ent_coef` is {self.ent_coef}, but {type(distribution).__name__} has no entropy: set `ent_coef=0` or "
-                    "register a family that estimates it with `sb3_trpo_ext.register_family`."
-                )
-            objective = objective + self.ent_coef * entropy.mean()
+        objective = self._objective(log_prob - old_log_prob, advantages, new, noise)
         return objective, self.family.kl(old, new).mean()
+
+    def gradient(self) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Objective and its gradient at the old parameters, by the hand-written Jacobian of an MLP actor.
+
+        Autograd goes from the objective to what the network puts out, and no further.
+
+        :return: scalar, and vector of shape ``(n_params,)``
+        """
+        assert self._jacobian is not None and self._structure is not None
+        outputs = [self._jacobian.output.detach().requires_grad_()]
+        if self._structure.log_std is not None:
+            outputs.append(self._structure.log_std.detach().expand_as(outputs[0]).clone().requires_grad_())
+        with th.enable_grad():
+            distribution = self._distribution(outputs[0], outputs[1] if len(outputs) == 2 else None)
+            log_ratio = distribution.log_prob(self.batch.actions) - self.batch.old_log_prob
+            new = self.family.statistics(distribution)
+            objective = self._objective(log_ratio, self.batch.advantages, new, self._noise)
+            cotangents = th.autograd.grad(objective, outputs, materialize_grads=True)
+        return objective.detach(), self._jacobian.vjp(cotangents)
+
+    def _objective(self, log_ratio: th.Tensor, advantages: th.Tensor, new: Any, noise: th.Tensor | None) -> th.Tensor:
+        """
+        ``mean(ratio * advantage) + ent_coef * mean(entropy)``.
+
+        :param log_ratio: ``log pi(a|s) - log pi_old(a|s)``, shape ``(n_samples,)``
+        :param advantages: shape ``(n_samples,)``
+        :param new: statistics of the new distribution
+        :param noise: for an entropy without closed form
+        :return: scalar
+        :raises ValueError: if ``ent_coef`` is not zero and the distribution cannot tell its entropy
+        """
+        objective = (th.exp(log_ratio) * advantages).mean()
+        if self.ent_coef == 0:
+            return objective
+        entropy = self.family.entropy(new, noise)
+        if entropy is None:
+            raise ValueError(
+                f"`ent_coef` is {self.ent_coef}, but {type(self.policy.action_dist).__name__} has no entropy: set "
+                "`ent_coef=0` or register a family that estimates it with `sb3_trpo_ext.register_family`."
+            )
+        return objective + self.ent_coef * entropy.mean()
 
     def _old_at(self, indices: th.Tensor) -> tuple[th.Tensor, ...]:
         """
@@ -147,12 +204,11 @@ class Surrogate:
         observations = take(self.batch.observations, slice(None, None, self.fisher_stride))
         if not self.family.has_fisher:
             return self._hessian_fisher(observations)
-        jacobian = self._mlp_jacobian(observations)
-        if jacobian is None:
-            with th.enable_grad():
-                statistics = self.family.statistics(self.policy.get_distribution(observations))
-                return GaussNewtonFisher(AutogradJacobian(statistics, self.actor_params), self._output_fisher)
-        return GaussNewtonFisher(jacobian, self._output_fisher)
+        if self._jacobian is not None:
+            return GaussNewtonFisher(self._jacobian.thinned(self.fisher_stride), self._output_fisher)
+        with th.enable_grad():
+            statistics = self.family.statistics(self.policy.get_distribution(observations))
+            return GaussNewtonFisher(AutogradJacobian(statistics, self.actor_params), self._output_fisher)
 
     def preconditioner(self, fisher: LinearOperator, damping: float) -> KroneckerPreconditioner | None:
         """
@@ -201,30 +257,16 @@ class Surrogate:
                 old = self.family.statistics(self.policy.get_distribution(observations))
             return HessianFisher(self.family.kl(old, new).mean(), self.actor_params)
 
-    def _mlp_jacobian(self, observations: PyTorchObs) -> MlpJacobian | None:
-        """
-        The hand-written Jacobian, where the actor is an MLP.
-
-        :param observations: the samples to take it on
-        :return: the Jacobian, or ``None`` for any other actor
-        """
-        structure = mlp_structure(self.policy, self.actor_params)
-        if structure is None:
-            return None
-        with th.no_grad():
-            # As `get_distribution` does: `ActorCriticPolicy.extract_features` itself would run the critic's extractor too
-            features = super(ActorCriticPolicy, self.policy).extract_features(observations, self.policy.pi_features_extractor)
-        return MlpJacobian(features, structure.layers, structure.activations, self.actor_params, structure.log_std)
-
     @th.no_grad()
     def summary(self) -> tuple[float, float]:
         """
-        Entropy and std at the policy's present parameters, for logging.
+        Entropy and std at the policy's present parameters, for logging: over 1,024 samples or a few more, if there are any.
 
         :return: mean entropy and mean std; NaN where the distribution has none
         """
-        new = self.family.statistics(self.policy.get_distribution(self.batch.observations))
-        entropy, std = self.family.entropy(new, self._noise), self.family.std(new)
+        every = slice(None, None, max(self.batch.n_samples // 1024, 1))
+        new = self.family.statistics(self.policy.get_distribution(take(self.batch.observations, every)))
+        entropy, std = self.family.entropy(new, None if self._noise is None else self._noise[every]), self.family.std(new)
         return (
             float("nan") if entropy is None else entropy.mean().item(),
             float("nan") if std is None else std.mean().item(),

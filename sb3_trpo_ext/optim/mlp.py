@@ -1,5 +1,6 @@
 """The Jacobian of a multilayer perceptron by hand, on activations that are computed once per update."""
 
+import copy
 from collections.abc import Sequence
 
 import torch as th
@@ -27,8 +28,11 @@ def _value_and_slope(activation: nn.Module, pre_activation: th.Tensor) -> tuple[
     :param pre_activation: its input, of any shape
     :return: value and derivative, of the input's shape; no derivative for the identity
     """
-    if isinstance(activation, nn.Identity):
+    if type(activation) is nn.Identity:
         return pre_activation, None
+    if type(activation) is nn.Tanh:
+        value = pre_activation.tanh()
+        return value, th.addcmul(th.ones((), dtype=value.dtype, device=value.device), value, value, value=-1)
     with th.enable_grad():
         leaf = pre_activation.detach().requires_grad_()
         # An in-place activation (nn.ReLU(inplace=True)) would overwrite a leaf, which autograd refuses
@@ -88,6 +92,25 @@ class MlpJacobian(Jacobian):
                 value, slope = _value_and_slope(activation, layer(self._hidden[-1]))
                 self._hidden.append(value)
                 self._slopes.append(slope)
+            #: What the network puts out, shape ``(n_samples, n_outputs)``.
+            self.output: th.Tensor = layers[-1](self._hidden[-1])
+
+    def thinned(self, stride: int) -> "MlpJacobian":
+        """
+        The Jacobian on every so many-th sample, without computing anything again.
+
+        :param stride: from one sample to the next
+        :return: the Jacobian of the smaller batch
+        """
+        if stride == 1:
+            return self
+        smaller = copy.copy(self)
+        # Copies are contiguous, which the products are worth
+        smaller._hidden = [hidden[::stride].contiguous() for hidden in self._hidden]
+        smaller._slopes = [None if slope is None else slope[::stride].contiguous() for slope in self._slopes]
+        smaller.output = self.output[::stride].contiguous()
+        smaller.n_samples = smaller.output.shape[0]
+        return smaller
 
     @th.no_grad()
     def jvp(self, vector: th.Tensor) -> Statistics:
