@@ -1,7 +1,7 @@
 """The fit of the value function, by an optimiser that holds nothing but the critic's parameters."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch as th
@@ -10,6 +10,8 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_trpo_ext.optim import MlpRegression
+from sb3_trpo_ext.policies import critic_structure
 from sb3_trpo_ext.surrogate import take
 
 
@@ -60,15 +62,12 @@ def fit_critic(
     for module in critic_modules:
         module.training = True
     try:
+        minibatches = _minibatch_gradients(policy, list(critic_params), observations, returns, batch_size)
         for _ in range(n_epochs):
-            for indices in th.randperm(len(returns)).to(returns.device).split(batch_size):
-                values = policy.predict_values(take(observations, indices)).flatten()
-                loss = F.mse_loss(values, returns[indices])
-                for param, gradient in zip(critic_params, th.autograd.grad(loss, critic_params), strict=True):
-                    param.grad = gradient
+            for loss in minibatches():
                 policy.optimizer.step()
                 # The loss stays on the device: reading it here would stop an accelerator at every step
-                total_loss += loss.detach()
+                total_loss += loss
                 n_steps += 1
         mean_loss = (total_loss / n_steps).item()
         # An infinite second moment leaves the parameters finite: it freezes them for good
@@ -84,3 +83,48 @@ def fit_critic(
                     tensor.copy_(old)
             policy.optimizer.load_state_dict(old_optimizer)
     return CriticResult(mean_loss, "fitted" if is_fitted else "non_finite_fit")
+
+
+def _minibatch_gradients(
+    policy: ActorCriticPolicy,
+    critic_params: list[nn.Parameter],
+    observations: PyTorchObs,
+    returns: th.Tensor,
+    batch_size: int,
+) -> Callable[[], Iterator[th.Tensor]]:
+    """
+    Choose how an epoch gets its gradients: by hand for an MLP on flat features, by autograd for every other critic.
+
+    :param policy: whose values are fitted
+    :param critic_params: what is trained
+    :param observations: a batch
+    :param returns: targets
+    :param batch_size: of the minibatches
+    :return: makes one pass over the shuffled batch; for each minibatch it puts the gradients into the parameters and yields
+        the loss, without a graph
+    """
+
+    def by_autograd() -> Iterator[th.Tensor]:
+        for indices in th.randperm(len(returns)).to(returns.device).split(batch_size):
+            values = policy.predict_values(take(observations, indices)).flatten()
+            loss = F.mse_loss(values, returns[indices])
+            for param, gradient in zip(critic_params, th.autograd.grad(loss, critic_params), strict=True):
+                param.grad = gradient
+            yield loss.detach()
+
+    structure = critic_structure(policy, critic_params)
+    if structure is None:
+        return by_autograd
+    regression = MlpRegression(structure.layers, structure.activations)
+    with th.no_grad():
+        # As `predict_values` does, but once for all epochs
+        features = super(ActorCriticPolicy, policy).extract_features(observations, policy.vf_features_extractor)
+
+    def by_hand() -> Iterator[th.Tensor]:
+        order = th.randperm(len(returns)).to(returns.device)
+        # Shuffled once and cut into slices, which costs less than gathering each minibatch
+        shuffled, targets = features[order], returns[order]
+        for inputs, target in zip(shuffled.split(batch_size), targets.split(batch_size), strict=True):
+            yield regression.backward(inputs, target)
+
+    return by_hand

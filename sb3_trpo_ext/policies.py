@@ -27,6 +27,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from sb3_trpo_ext.distributions import family_of
 from sb3_trpo_ext.optim.mlp import ELEMENTWISE_ACTIVATIONS
+from sb3_trpo_ext.optim.regression import REGRESSION_ACTIVATIONS
 
 MlpPolicy = ActorCriticPolicy
 
@@ -234,26 +235,78 @@ def mlp_structure(policy: ActorCriticPolicy, actor_params: list[nn.Parameter]) -
         or type(policy.action_dist) not in _PLAIN_DISTRIBUTIONS
         or type(policy.pi_features_extractor) is not FlattenExtractor
         or type(policy.mlp_extractor) is not MlpExtractor
-        or type(policy.mlp_extractor.policy_net) is not nn.Sequential
     ):
+        return None
+    found = _plain_layers(policy.mlp_extractor.policy_net, policy.action_net, ELEMENTWISE_ACTIVATIONS)
+    if found is None:
+        return None
+    layers, activations = found
+    log_std = getattr(policy, "log_std", None)
+    expected = [param for layer in layers for param in layer.parameters()] + ([] if log_std is None else [log_std])
+    has_hooks = _has_hooks(policy.pi_features_extractor) or _has_hooks(policy.mlp_extractor)
+    return None if has_hooks or not _is_same(expected, actor_params) else MlpStructure(layers, activations, log_std)
+
+
+def critic_structure(policy: ActorCriticPolicy, critic_params: list[nn.Parameter]) -> MlpStructure | None:
+    """
+    Recognise a critic whose gradient :class:`~sb3_trpo_ext.optim.regression.MlpRegression` knows.
+
+    :param policy: the policy
+    :param critic_params: its critic's parameters
+    :return: the structure, or ``None`` for anything unusual
+    """
+    if (
+        getattr(type(policy), "predict_values", None) is not ActorCriticPolicy.predict_values
+        or type(policy.vf_features_extractor) is not FlattenExtractor
+        or type(policy.mlp_extractor) is not MlpExtractor
+        or _has_hooks(policy.vf_features_extractor)
+    ):
+        return None
+    found = _plain_layers(policy.mlp_extractor.value_net, policy.value_net, REGRESSION_ACTIVATIONS)
+    if found is None:
+        return None
+    layers, activations = found
+    has_biases = all(layer.bias is not None for layer in layers)
+    expected = [param for layer in layers for param in layer.parameters()]
+    is_known = has_biases and layers[-1].out_features == 1 and _is_same(expected, critic_params)
+    return MlpStructure(layers, activations, None) if is_known else None
+
+
+def _plain_layers(
+    body: nn.Module, head: nn.Module, activation_types: tuple[type[nn.Module], ...]
+) -> tuple[list[nn.Linear], list[nn.Module]] | None:
+    """
+    Take a network apart into linear layers with an activation between each two of them.
+
+    :param body: all but the last layer
+    :param head: the last layer
+    :param activation_types: which activations are acceptable
+    :return: layers and activations, or ``None`` if there is anything else in it
+    """
+    if not _is_plain(body, (nn.Sequential,)):
         return None
     layers: list[nn.Linear] = []
     activations: list[nn.Module] = []
-    for module in [*policy.mlp_extractor.policy_net, policy.action_net]:
+    for module in [*body.children(), head]:
         if _is_plain(module, (nn.Linear,)) and len(activations) == len(layers):
+            assert isinstance(module, nn.Linear)
             layers.append(module)
-        elif _is_plain(module, ELEMENTWISE_ACTIVATIONS) and len(activations) == len(layers) - 1:
+        elif _is_plain(module, activation_types) and len(activations) == len(layers) - 1:
             activations.append(module)
         else:
             return None
-    log_std = getattr(policy, "log_std", None)
-    containers = (policy.pi_features_extractor, policy.mlp_extractor, policy.mlp_extractor.policy_net)
-    expected = [param for layer in layers for param in layer.parameters()] + ([] if log_std is None else [log_std])
-    # Sorted lists and not sets: a weight that two layers share is there twice
-    is_complete = sorted(map(id, expected)) == sorted(map(id, actor_params))
-    if any(_has_hooks(module) for module in containers) or not is_complete:
-        return None
-    return MlpStructure(layers, activations, log_std)
+    return layers, activations
+
+
+def _is_same(expected: list[nn.Parameter], params: list[nn.Parameter]) -> bool:
+    """
+    Whether two lists hold the same parameters, in any order.
+
+    :param expected: a list; a parameter that two layers share is there twice
+    :param params: a list
+    :return: whether they do, each as often
+    """
+    return sorted(map(id, expected)) == sorted(map(id, params))
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ NEVER = {
     "sb3_trpo_ext.distributions": ("sb3_trpo_ext",),
     "sb3_trpo_ext.policies": ("sb3_trpo_ext.surrogate", "sb3_trpo_ext.trpo"),
     "sb3_trpo_ext.surrogate": ("sb3_trpo_ext.trpo",),
-    "sb3_trpo_ext.critic": ("sb3_trpo_ext.trpo", "sb3_trpo_ext.optim"),
+    "sb3_trpo_ext.critic": ("sb3_trpo_ext.trpo",),
     "sb3_trpo_ext.plots": ("sb3_trpo_ext.trpo",),
     "sb3_trpo_ext.envs": ("sb3_trpo_ext.trpo",),
 }

@@ -319,16 +319,16 @@ def test_interrupted_fit_of_the_critic_is_undone(monkeypatch: pytest.MonkeyPatch
     model = make_model().learn(32)
     collect(model)
     before, moments = copies(model._parts.critic_params), copy.deepcopy(model.policy.optimizer.state_dict())
-    predict_values, calls = type(model.policy).predict_values, []
+    step, calls = model.policy.optimizer.step, []
 
-    def interrupted(policy: Any, observations: Any) -> th.Tensor:
+    def interrupted() -> None:
         calls.append(True)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return predict_values(policy, observations)
+        step()
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(type(model.policy), "predict_values", interrupted)
+        patch.setattr(model.policy.optimizer, "step", interrupted)
         train(model)
     assert_identical(copies(model._parts.critic_params), before)
     assert_identical(model.policy.optimizer.state_dict(), moments)

@@ -118,6 +118,26 @@ def test_gradient_is_that_of_finite_differences(name: str, ent_coef: float, dist
         assert (gradient.norm() < 1e-3) == is_stationary
 
 
+@pytest.mark.parametrize("name", ["gaussian", "squashed", "categorical", "multi_categorical", "bernoulli"])
+@pytest.mark.parametrize("ent_coef", [0.0, 0.3])
+def test_gradient_by_hand_is_that_of_autograd(name: str, ent_coef: float) -> None:
+    surrogate = make_surrogate(name, ent_coef=ent_coef)
+    expected_objective, _ = surrogate.evaluate()
+    expected = flatten(th.autograd.grad(expected_objective, surrogate.actor_params))
+    objective, gradient = surrogate.gradient()
+    assert objective.item() == expected_objective.item()
+    assert not objective.requires_grad and not gradient.requires_grad
+    assert relative_error(gradient, expected) < 1e-12
+    problem = surrogate.problem()
+    assert problem.gradient is not None
+    assert th.equal(problem.gradient()[1], gradient)
+
+
+@pytest.mark.parametrize("name", ["gsde", "dict", "users"])
+def test_actors_that_are_no_mlp_leave_the_gradient_to_autograd(name: str) -> None:
+    assert make_surrogate(name).problem().gradient is None
+
+
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "users"])
 def test_entropy_term_is_the_mean_entropy_times_its_coefficient(name: str) -> None:
     surrogate = make_surrogate(name)

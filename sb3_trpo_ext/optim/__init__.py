@@ -17,6 +17,7 @@ from sb3_trpo_ext.optim.operators import (
     Jacobian,
     LinearOperator,
 )
+from sb3_trpo_ext.optim.regression import MlpRegression
 from sb3_trpo_ext.optim.updates import AdaptiveKLPenalty, KLConstraint, PolicyUpdate, Problem, UpdateResult
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "LineSearchStatus",
     "LinearOperator",
     "MlpJacobian",
+    "MlpRegression",
     "PolicyUpdate",
     "Problem",
     "UpdateResult",
