@@ -21,6 +21,7 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
 import time
 from typing import Any, NamedTuple
 
@@ -344,15 +345,27 @@ def peak_memory(case_name: str, which: str) -> float:
 
 def measure_memory(pair: Pair, which: str) -> float:
     """
-    Growth of this process's peak memory through one ``train()``.
+    Growth of this process's resident memory during one ``train()``, sampled every two milliseconds (Linux).
 
     :param pair: the models
     :param which: "ours" or "theirs"
     :return: MiB
     """
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resident = pathlib.Path("/proc/self/statm")
+    page = resource.getpagesize() / 2**20
+    is_done = threading.Event()
+    seen = [int(resident.read_text().split()[1])]
+
+    def watch() -> None:
+        while not is_done.wait(0.002):
+            seen.append(int(resident.read_text().split()[1]))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     getattr(pair, which).train()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    is_done.set()
+    watcher.join()
+    return (max(seen) - seen[0]) * page
 
 
 def main() -> None:
