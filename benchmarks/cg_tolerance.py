@@ -5,7 +5,7 @@ damping and tolerance the number of Fisher-vector products, and the quality of t
 improvement per square root of KL that the direction promises. In-sample, g and F are those that x was computed from; on fresh
 data, g is the mean over the fresh rollouts and F that of the first of them.
 
-    python benchmarks/cg_tolerance.py results/trpo_ext/Humanoid-v5_1 --output benchmarks/results/cg_tolerance.json
+    python benchmarks/cg_tolerance.py results/trpo_ext/Humanoid-v5_2 --output benchmarks/results/cg_tolerance.json
 """
 
 import argparse

@@ -7,6 +7,8 @@ import json
 import pathlib
 
 import numpy as np
+import pandas
+import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
@@ -22,17 +24,28 @@ def main() -> None:
     print("| Humanoid-v5 | " + " | ".join(f"{steps // 1000}k" for steps in STEPS) + " | 100 episodes at the end | distance |")
     print("|---|" + "---|" * (len(STEPS) + 2))
     for label, (algo, color) in RUNS.items():
-        folder = RESULTS / algo / "Humanoid-v5_1"
-        with np.load(folder / "evaluations.npz") as data:
-            steps, returns = data["timesteps"], data["results"]
-        mean, std = returns.mean(axis=1), returns.std(axis=1)
-        axes.fill_between(steps, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
-        axes.plot(steps, mean, "o-", color=color, markersize=3.5, label=label)
-        final = json.loads((folder / "evaluation.json").read_text())
-        cells = [f"{mean[np.flatnonzero(steps == step)[0]]:,.0f}" for step in STEPS]
-        cells += [f"{final['return']['mean']:,.0f} ± {final['return']['std']:,.0f}", f"{final['distance']['mean']:.1f} m"]
-        print(f"| {label} | " + " | ".join(cells) + " |")
-    axes.set_title("Humanoid-v5, one seed each: 10 deterministic episodes, mean ± std")
+        for index, folder in enumerate(sorted((RESULTS / algo).glob("Humanoid-v5_*"))):
+            seed = yaml.load((folder / "Humanoid-v5" / "args.yml").read_text(), Loader=yaml.UnsafeLoader)["seed"]
+            with np.load(folder / "evaluations.npz") as data:
+                steps, returns = data["timesteps"], data["results"]
+            mean, std = returns.mean(axis=1), returns.std(axis=1)
+            axes.fill_between(steps, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
+            style = ("o-", "s--", "^:")[index]
+            axes.plot(steps, mean, style, color=color, markersize=3.5, linewidth=1.4, label=f"{label}, seed {seed}")
+            final = json.loads((folder / "evaluation.json").read_text())
+            cells = [f"{mean[np.flatnonzero(steps == step)[0]]:,.0f}" for step in STEPS]
+            cells += [f"{final['return']['mean']:,.0f} ± {final['return']['std']:,.0f}", f"{final['distance']['mean']:.1f} m"]
+            print(f"| {label}, seed {seed} | " + " | ".join(cells) + " |")
+    for file in sorted(RESULTS.glob("trpo_ext/*/updates.csv")):
+        # The training's log, without the columns that nothing is said of
+        updates = pandas.read_csv(file)
+        share = updates["kl_divergence_loss"] / updates["target_kl"]
+        print(
+            f"{file.parent.name}: {len(updates)} updates, {(updates['status'] == 'accepted').sum()} accepted, "
+            f"{share.between(0.95, 1).sum()} with a KL within 95 to 100% of target_kl, "
+            f"{updates['cg_steps'].mean():.1f} Fisher-vector products and {updates['line_search_trials'].mean():.2f} trials each"
+        )
+    axes.set_title("Humanoid-v5: 10 deterministic episodes, mean ± std")
     axes.set_xlabel("environment steps")
     axes.set_ylabel("return of an episode")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
