@@ -43,7 +43,7 @@ def main() -> None:
         print(
             f"{file.parent.name}: {len(updates)} updates, {(updates['status'] == 'accepted').sum()} accepted, "
             f"{share.between(0.95, 1).sum()} with a KL within 95 to 100% of target_kl, "
-            f"{updates['cg_steps'].mean():.1f} Fisher-vector products and {updates['line_search_trials'].mean():.2f} trials each"
+            f"{updates['cg_steps'].mean():.1f} Fisher-vector products, {updates['line_search_trials'].mean():.2f} trials each"
         )
     axes.set_title("Humanoid-v5: 10 deterministic episodes, mean ± std")
     axes.set_xlabel("environment steps")
