@@ -10,7 +10,8 @@ import numpy as np
 import pandas
 import yaml
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, StrMethodFormatter
+
+from sb3_trpo_ext.plots import evaluation_curve, style_axes
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
 RUNS = {"sb3-trpo-ext": ("trpo_ext", "tab:orange"), "sb3-contrib TRPO, RL-Zoo's settings": ("trpo", "tab:blue")}
@@ -26,8 +27,7 @@ def main() -> None:
     for label, (algo, color) in RUNS.items():
         for index, folder in enumerate(sorted((RESULTS / algo).glob("Humanoid-v5_*"))):
             seed = yaml.load((folder / "Humanoid-v5" / "args.yml").read_text(), Loader=yaml.UnsafeLoader)["seed"]
-            with np.load(folder / "evaluations.npz") as data:
-                steps, returns = data["timesteps"], data["results"]
+            steps, returns = evaluation_curve(folder)
             mean, std = returns.mean(axis=1), returns.std(axis=1)
             axes.fill_between(steps, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
             style = ("o-", "s--", "^:")[index]
@@ -45,14 +45,7 @@ def main() -> None:
             f"{share.between(0.95, 1).sum()} with a KL within 95 to 100% of target_kl, "
             f"{updates['cg_steps'].mean():.1f} Fisher-vector products, {updates['line_search_trials'].mean():.2f} trials each"
         )
-    axes.set_title("Humanoid-v5: 10 deterministic episodes, mean ± std")
-    axes.set_xlabel("environment steps")
-    axes.set_ylabel("return of an episode")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    style_axes(axes, "Humanoid-v5: 10 deterministic episodes, mean ± std")
     axes.legend(loc="upper left", frameon=False)
     figure.savefig(RESULTS / "humanoid.png")
 

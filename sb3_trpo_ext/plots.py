@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 from stable_baselines3.common.monitor import get_monitor_files
@@ -70,6 +71,23 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     return pandas.Series(values).rolling(window, min_periods=1).mean().to_numpy()
 
 
+def style_axes(axes: Axes, title: str) -> None:
+    """
+    Label and format the axes of a learning curve.
+
+    :param axes: environment steps against returns
+    :param title: title of the picture
+    """
+    axes.set_title(title)
+    axes.set_xlabel("environment steps")
+    axes.set_ylabel("return of an episode")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def plot_learning_curve(
     path: str | Path, title: str, training: Curve, evaluations: Curve, final_step: int, final_returns: Sequence[float]
 ) -> None:
@@ -126,14 +144,7 @@ def plot_learning_curve(
         zorder=5,
         label=f"trained agent, mean ± std of {len(final_returns)} episodes",
     )
-    axes.set_title(title)
-    axes.set_xlabel("environment steps")
-    axes.set_ylabel("return of an episode")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    style_axes(axes, title)
     legend = axes.legend(loc="best", frameon=True, framealpha=0.9, fontsize=9)
     for handle in legend.get_lines():
         handle.set_alpha(1.0)

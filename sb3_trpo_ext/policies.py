@@ -32,33 +32,36 @@ from sb3_trpo_ext.optim.regression import REGRESSION_ACTIVATIONS
 MlpPolicy = ActorCriticPolicy
 
 
-class CnnPolicy(ActorCriticCnnPolicy):
+class _OwnExtractorsMixin(ActorCriticPolicy):
     """
-    SB3's ``CnnPolicy`` whose actor and critic each have a features extractor of their own, unless asked otherwise.
+    Actor and critic each have a features extractor of their own, unless asked otherwise.
 
     Layers that are shared belong to the actor: only the policy update may move them, so that with a shared extractor the
     critic has to live with features that it cannot train.
-
-    :param args: as for :class:`~stable_baselines3.common.policies.ActorCriticCnnPolicy`
-    :param share_features_extractor: whether the critic uses the actor's features
-    :param kwargs: as for :class:`~stable_baselines3.common.policies.ActorCriticCnnPolicy`
     """
 
     def __init__(self, *args: Any, share_features_extractor: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs, share_features_extractor=share_features_extractor)  # type: ignore[misc]
 
 
-class MultiInputPolicy(MultiInputActorCriticPolicy):
+class CnnPolicy(_OwnExtractorsMixin, ActorCriticCnnPolicy):
+    """
+    SB3's ``CnnPolicy`` whose actor and critic each have a features extractor of their own, unless asked otherwise.
+
+    :param args: as for :class:`~stable_baselines3.common.policies.ActorCriticCnnPolicy`
+    :param share_features_extractor: whether the critic uses the actor's features, which it then cannot train
+    :param kwargs: as for :class:`~stable_baselines3.common.policies.ActorCriticCnnPolicy`
+    """
+
+
+class MultiInputPolicy(_OwnExtractorsMixin, MultiInputActorCriticPolicy):
     """
     SB3's ``MultiInputPolicy`` whose actor and critic each have a features extractor of their own, unless asked otherwise.
 
     :param args: as for :class:`~stable_baselines3.common.policies.MultiInputActorCriticPolicy`
-    :param share_features_extractor: whether the critic uses the actor's features
+    :param share_features_extractor: whether the critic uses the actor's features, which it then cannot train
     :param kwargs: as for :class:`~stable_baselines3.common.policies.MultiInputActorCriticPolicy`
     """
-
-    def __init__(self, *args: Any, share_features_extractor: bool = False, **kwargs: Any):
-        super().__init__(*args, **kwargs, share_features_extractor=share_features_extractor)  # type: ignore[misc]
 
 
 class _SquashedMixin(ActorCriticPolicy):
