@@ -25,7 +25,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from sb3_trpo_ext.distributions import family_of
+from sb3_trpo_ext.distributions import BernoulliFamily, CategoricalFamily, GaussianFamily, family_of
 from sb3_trpo_ext.optim.mlp import ELEMENTWISE_ACTIVATIONS
 from sb3_trpo_ext.optim.regression import REGRESSION_ACTIVATIONS
 
@@ -218,6 +218,9 @@ _PLAIN_DISTRIBUTIONS = (
     MultiCategoricalDistribution,
     BernoulliDistribution,
 )
+#: Families whose statistics these are. Exact types: a user's family, a subclass too, may describe the same distribution by
+#: other numbers, and the products of `MlpJacobian` would be of the wrong ones.
+_PLAIN_FAMILIES = (GaussianFamily, CategoricalFamily, BernoulliFamily)
 
 
 def mlp_structure(policy: ActorCriticPolicy, actor_params: list[nn.Parameter]) -> MlpStructure | None:
@@ -236,6 +239,7 @@ def mlp_structure(policy: ActorCriticPolicy, actor_params: list[nn.Parameter]) -
     if (
         not is_stock
         or type(policy.action_dist) not in _PLAIN_DISTRIBUTIONS
+        or type(family_of(policy.action_dist)) not in _PLAIN_FAMILIES
         or type(policy.pi_features_extractor) is not FlattenExtractor
         or type(policy.mlp_extractor) is not MlpExtractor
     ):

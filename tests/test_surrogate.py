@@ -17,9 +17,11 @@ from helpers import (
     relative_error,
     thinned,
 )
-from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.distributions import DiagGaussianDistribution, Distribution
 from torch.distributions import Normal, kl_divergence
 
+from sb3_trpo_ext import distributions
+from sb3_trpo_ext.distributions import GaussianFamily
 from sb3_trpo_ext.optim.vectors import assign_, flatten
 from sb3_trpo_ext.policies import MultiInputPolicy, SquashedMlpPolicy, split_policy
 from sb3_trpo_ext.surrogate import Surrogate, take
@@ -131,6 +133,36 @@ def test_gradient_by_hand_is_that_of_autograd(name: str, ent_coef: float) -> Non
     problem = surrogate.problem()
     assert problem.gradient is not None
     assert th.equal(problem.gradient()[1], gradient)
+
+
+class MeanAndStd(GaussianFamily):
+    """The same Gaussian by other numbers: the std and not its logarithm."""
+
+    def statistics(self, distribution: Distribution) -> tuple[th.Tensor, ...]:
+        """Mean and std."""
+        assert isinstance(distribution.distribution, Normal)
+        return distribution.distribution.loc, distribution.distribution.scale
+
+    def kl(self, old: tuple[th.Tensor, ...], new: tuple[th.Tensor, ...]) -> th.Tensor:
+        """By way of the log std."""
+        return super().kl((old[0], old[1].log()), (new[0], new[1].log()))
+
+    def fisher(self, statistics: tuple[th.Tensor, ...], tangents: tuple[th.Tensor, ...]) -> tuple[th.Tensor, ...]:
+        """``diag(1, 2) / std^2``."""
+        precision = statistics[1] ** -2
+        return tangents[0] * precision, 2 * tangents[1] * precision
+
+
+def test_fisher_of_a_users_family_for_a_stock_distribution_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = make_surrogate("gaussian").fisher()
+    # A copy of the registry, so that the other tests keep theirs
+    monkeypatch.setattr(distributions, "_FAMILIES", dict(distributions._FAMILIES))
+    distributions.register_family(DiagGaussianDistribution, lambda _: MeanAndStd())
+    th.manual_seed(0)
+    surrogate = make_surrogate("gaussian")
+    vector = th.randn(sum(param.numel() for param in surrogate.actor_params))
+    assert isinstance(surrogate.family, MeanAndStd)
+    assert relative_error(surrogate.fisher() @ vector, expected @ vector) < 1e-10
 
 
 @pytest.mark.parametrize("name", ["gsde", "dict", "users"])
