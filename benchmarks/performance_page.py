@@ -40,7 +40,7 @@ PHASES = """
 
 Milliseconds. A Fisher-vector product is compared with its matrix products done by themselves in the same run.
 
-| case | gradient | Fisher-vector product | of the GEMM rate | preconditioner: build / apply | evaluation |
+| case | first pass | Fisher-vector product | of the GEMM rate | preconditioner: build / apply | evaluation |
 |---|---|---|---|---|---|
 """
 
@@ -80,7 +80,7 @@ def phases(result: dict[str, Any]) -> str:
     has_preconditioner = "preconditioner_setup" in times
     cells = [
         result["case"],
-        f"{times['gradient']:.1f}",
+        f"{times['first_pass']:.1f}",
         f"{times['fisher_vector_product']:.2f}",
         "-" if share is None else f"{share:.0%}",
         f"{times['preconditioner_setup']:.1f} / {times['preconditioner_product']:.2f}" if has_preconditioner else "-",

@@ -77,6 +77,7 @@ CASES = {
     "humanoid-8192": Case("Humanoid-v5", "MlpPolicy", 16, 512, [256, 256], {"sub_sampling_factor": 4}, True),
     "humanoid-2048": Case("Humanoid-v5", "MlpPolicy", 2, 1024, [64, 64], {"sub_sampling_factor": 4}, True),
     "humanoid-65536": Case("Humanoid-v5", "MlpPolicy", 16, 4096, [256, 256], {"sub_sampling_factor": 4}, True),
+    "images-8192": Case(RandomImages, "CnnPolicy", 8, 1024, None, {"sub_sampling_factor": 4}),
     "images-1024": Case(RandomImages, "CnnPolicy", 8, 128, None, {"sub_sampling_factor": 4}),
     "cartpole-1024": Case("CartPole-v1", "MlpPolicy", 8, 128, [64, 64], {}),
 }
@@ -250,15 +251,16 @@ def phases(model: TRPO, case: Case) -> dict[str, float]:
     :return: seconds, and the Fisher-vector product's share of the GEMM rate
     """
     batch = model._full_batch()
-    surrogate = Surrogate(model.policy, model._parts.actor_params, batch, fisher_stride=model.sub_sampling_factor)
-    objective_and_gradient = lambda: flatten(  # noqa: E731
-        th.autograd.grad(surrogate.evaluate()[0], surrogate.actor_params)
-    )
-    gradient = objective_and_gradient()
+
+    def first_pass() -> Surrogate:
+        return Surrogate(model.policy, model._parts.actor_params, batch, fisher_stride=model.sub_sampling_factor)
+
+    surrogate = first_pass()
+    _, gradient = surrogate.gradient()
     fisher = surrogate.fisher()
     result = {
         "batch": median_time(model._full_batch),
-        "gradient": median_time(objective_and_gradient),
+        "first_pass": median_time(first_pass),
         "fisher_setup": median_time(surrogate.fisher),
         "fisher_vector_product": median_time(lambda: fisher @ gradient),
         "evaluation": median_time(lambda: th.no_grad()(surrogate.evaluate)()),
@@ -339,7 +341,8 @@ def peak_memory(case_name: str, which: str) -> float:
     :param which: "ours" or "theirs"
     :return: MiB
     """
-    command = [sys.executable, __file__, case_name, "--measure-memory-of", which]
+    # One epoch: the memory of the others is the same
+    command = [sys.executable, __file__, case_name, "--measure-memory-of", which, "--critic-epochs", "1"]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -377,12 +380,16 @@ def main() -> None:
     parser.add_argument("--critic-epochs", type=int, default=10, help="sb3-contrib's default is 10")
     parser.add_argument("--fresh", type=int, default=10, help="number of fresh rollouts for the quality of the step")
     parser.add_argument("--output", type=pathlib.Path)
+    parser.add_argument("--memory-only", nargs="+", choices=["ours", "theirs"], help="print the peak memory, and no times")
     parser.add_argument("--measure-memory-of", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.list or args.case is None:
         print("\n".join(f"{name:16} {case}" for name, case in CASES.items()))
         return
     case = CASES[args.case]
+    if args.memory_only:
+        print(json.dumps({which: peak_memory(args.case, which) for which in args.memory_only}))
+        return
     pair = make_pair(case, args.critic_epochs)
     if args.measure_memory_of is not None:
         print(measure_memory(pair, args.measure_memory_of))

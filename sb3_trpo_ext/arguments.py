@@ -42,6 +42,19 @@ def check_number(name: str, value: Any, requirement: str, is_valid: Callable[[fl
         raise ValueError(f"`{name}` must be {requirement}, got {value!r}.")
 
 
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """
+    Check a word that must be one of a few.
+
+    :param name: of the argument
+    :param value: what came
+    :param choices: what is acceptable
+    :raises ValueError: if it is something else
+    """
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {sorted(choices)}, got {value!r}.")
+
+
 def check_integer(name: str, value: Any, minimum: int) -> None:
     """
     Check one whole number.
@@ -87,8 +100,7 @@ def check_trust_region(trust_region: Any, options: Any) -> None:
     :param options: what came for ``trust_region_kwargs``
     :raises ValueError: for an unknown form, an unknown option, or a bad value of a known one
     """
-    if trust_region not in tuple(TRUST_REGION_OPTIONS):
-        raise ValueError(f"`trust_region` must be one of {sorted(TRUST_REGION_OPTIONS)}, got {trust_region!r}.")
+    check_choice("trust_region", trust_region, tuple(TRUST_REGION_OPTIONS))
     if not isinstance(options, dict):
         raise ValueError(f"`trust_region_kwargs` must be a dict, got {options!r}.")
     known = TRUST_REGION_OPTIONS[trust_region]

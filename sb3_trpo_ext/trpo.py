@@ -16,13 +16,14 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule, TensorDict
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_trpo_ext.arguments import check_action_space, check_integer, check_number, check_trust_region, scheduled
+from sb3_trpo_ext.arguments import check_action_space, check_choice, check_integer, check_number, check_trust_region, scheduled
+from sb3_trpo_ext.batch import Batch, rollout_batch
 from sb3_trpo_ext.contrib import critic_optimizer_state, is_contrib_model, joint_kl_arguments
-from sb3_trpo_ext.critic import fit_critic
+from sb3_trpo_ext.critic import VALUE_LOSSES, CriticFit, fit_critic
 from sb3_trpo_ext.distributions import TorchFamily, family_of, no_argument_checks
 from sb3_trpo_ext.optim import AdaptiveKLPenalty, KLConstraint, PolicyUpdate, UpdateResult
 from sb3_trpo_ext.policies import (
@@ -36,7 +37,7 @@ from sb3_trpo_ext.policies import (
     split_policy,
 )
 from sb3_trpo_ext.records import record_update, warn_if_rejected
-from sb3_trpo_ext.surrogate import Batch, Surrogate
+from sb3_trpo_ext.surrogate import Surrogate
 
 SelfTRPO = TypeVar("SelfTRPO", bound="TRPO")
 
@@ -86,6 +87,11 @@ class TRPO(OnPolicyAlgorithm):
         ``surrogate - beta KL`` by Adam, where beta adapts so that the KL comes out near ``target_kl``)
     :param trust_region_kwargs: Options of :class:`~sb3_trpo_ext.optim.KLConstraint` (``fill``, ``damped_scale``) or
         :class:`~sb3_trpo_ext.optim.AdaptiveKLPenalty` (``learning_rate``, ``n_epochs``, ``batch_size``, ``beta``)
+    :param vf_loss: ``"mse"``, or ``"huber"``, which is linear in errors of the values above 1
+    :param clip_range_vf: Values are fitted only as long as they are within this of those of the rollout (as in SB3's PPO; it
+        depends on the scaling of the rewards), a number or a schedule; ``None`` for no limit
+    :param max_grad_norm: Maximum norm of the value function's gradient, ``None`` or 0 for no limit. (For weight decay pass
+        ``policy_kwargs=dict(optimizer_class=th.optim.AdamW)``: the policy's optimiser is the value function's.)
     :raises ValueError: for a bad argument, with its name
     """
 
@@ -131,6 +137,9 @@ class TRPO(OnPolicyAlgorithm):
         cg_tolerance: float = 0.1,
         trust_region: str = "constraint",
         trust_region_kwargs: dict[str, Any] | None = None,
+        vf_loss: str = "mse",
+        clip_range_vf: float | Schedule | None = None,
+        max_grad_norm: float | None = None,
     ):
         super().__init__(
             policy,
@@ -141,7 +150,7 @@ class TRPO(OnPolicyAlgorithm):
             gae_lambda=gae_lambda,
             ent_coef=0.0,  # may be a schedule, which the base class does not know: set below
             vf_coef=0.0,  # the value function has an optimiser of its own
-            max_grad_norm=0.0,
+            max_grad_norm=max_grad_norm,  # type: ignore[arg-type]
             use_sde=use_sde,
             sde_sample_freq=sde_sample_freq,
             rollout_buffer_class=rollout_buffer_class,
@@ -167,9 +176,13 @@ class TRPO(OnPolicyAlgorithm):
         self.ent_coef = ent_coef  # type: ignore[assignment]
         self.trust_region = trust_region
         self.trust_region_kwargs = trust_region_kwargs or {}
+        self.vf_loss = vf_loss
+        self.clip_range_vf = clip_range_vf
         self.kl_penalty: AdaptiveKLPenalty | None = None
         #: Number of updates that moved the policy, out of `_n_updates`.
         self._n_accepted = 0
+        #: Where the last line searches ended, as a share of the full step: where the next one starts.
+        self._step_share = 1.0
 
         if _init_setup_model:
             self._setup_model()
@@ -191,6 +204,12 @@ class TRPO(OnPolicyAlgorithm):
         scheduled("cg_damping", self.cg_damping, 1.0, minimum=0.0)
         scheduled("ent_coef", self.ent_coef, 1.0)
         check_trust_region(self.trust_region, self.trust_region_kwargs)
+        check_choice("vf_loss", self.vf_loss, tuple(VALUE_LOSSES))
+        if self.clip_range_vf is not None:
+            clip_range_vf = scheduled("clip_range_vf", self.clip_range_vf, 1.0)
+            check_number("clip_range_vf", clip_range_vf, "positive or `None`", lambda x: x > 0)
+        if self.max_grad_norm is not None:
+            check_number("max_grad_norm", self.max_grad_norm, "at least 0 or `None`", lambda x: x >= 0)
         if self.action_space is not None:
             check_action_space(self.action_space)
         if self.normalize_advantage and self.n_steps * self.n_envs < 2:
@@ -269,7 +288,7 @@ class TRPO(OnPolicyAlgorithm):
                 self.policy,
                 self._parts.actor_params,
                 batch,
-                ent_coef=scheduled("ent_coef", self.ent_coef, self._current_progress_remaining),
+                ent_coef=self._scheduled("ent_coef"),
                 fisher_stride=self.sub_sampling_factor,
                 noise_seed=self._n_updates,
             )
@@ -280,10 +299,14 @@ class TRPO(OnPolicyAlgorithm):
             self.policy,
             self._parts.critic_params,
             self._parts.critic_modules,
-            batch.observations,
-            batch.returns,
-            self.n_critic_updates,
-            self.batch_size,
+            batch,
+            CriticFit(
+                self.n_critic_updates,
+                self.batch_size,
+                self.vf_loss,
+                None if self.clip_range_vf is None else self._scheduled("clip_range_vf"),
+                self.max_grad_norm or None,
+            ),
         )
         critic_done = time.perf_counter()
         self._n_updates += 1
@@ -302,26 +325,21 @@ class TRPO(OnPolicyAlgorithm):
 
     def _full_batch(self) -> Batch:
         """
-        The whole rollout in the buffer's own order, with normalised advantages.
+        The whole rollout in the buffer, with normalised advantages.
 
         :return: the batch
         """
-        buffer = self.rollout_buffer
-        # Asking for one minibatch makes the buffer flatten its arrays; its samples come in random order, and we want the
-        # order of time: thinning the Fisher matrix then takes every so many-th step of each environment
-        next(iter(buffer.get(batch_size=1)))
-        data = buffer._get_samples(np.arange(buffer.buffer_size * buffer.n_envs))
-        advantages = data.advantages
-        if self.normalize_advantage:
-            advantages = _normalised(advantages)
-        is_discrete = isinstance(self.action_space, spaces.Discrete)
-        return Batch(
-            observations=_as_float32(data.observations),
-            actions=data.actions.long().flatten() if is_discrete else data.actions,
-            old_log_prob=data.old_log_prob,
-            advantages=advantages,
-            returns=data.returns,
-        )
+        return rollout_batch(self.rollout_buffer, isinstance(self.action_space, spaces.Discrete), self.normalize_advantage)
+
+    def _scheduled(self, name: str, minimum: float = -math.inf) -> float:
+        """
+        Present value of an argument that may be a schedule.
+
+        :param name: of the argument
+        :param minimum: the smallest acceptable value
+        :return: the number
+        """
+        return scheduled(name, getattr(self, name), self._current_progress_remaining, minimum)
 
     def _update_policy(self, surrogate: Surrogate) -> UpdateResult:
         """
@@ -330,8 +348,7 @@ class TRPO(OnPolicyAlgorithm):
         :param surrogate: objective and KL of the rollout
         :return: what happened
         """
-        target_kl = scheduled("target_kl", self.target_kl, self._current_progress_remaining, minimum=0.0)
-        cg_damping = scheduled("cg_damping", self.cg_damping, self._current_progress_remaining, minimum=0.0)
+        target_kl, cg_damping = self._scheduled("target_kl", 0.0), self._scheduled("cg_damping", 0.0)
         self.logger.record("train/target_kl", target_kl)
         if target_kl == 0:
             # Where a schedule that decays to zero ends
@@ -347,9 +364,14 @@ class TRPO(OnPolicyAlgorithm):
                 cg_damping=cg_damping,
                 shrinking_factor=self.line_search_shrinking_factor,
                 max_trials=self.line_search_max_iter,
+                first_trial=self._step_share if self.trust_region_kwargs.get("fill", True) else 1.0,
                 **self.trust_region_kwargs,
             )
-        return update.update(surrogate.problem(), target_kl)
+        result = update.update(surrogate.problem(), target_kl)
+        if result.step_share > 0:
+            # How far the KL's quadratic model is off changes slowly. Averaged over updates, most searches need one trial
+            self._step_share = math.sqrt(self._step_share * result.step_share)
+        return result
 
     def learn(
         self: SelfTRPO,
@@ -474,20 +496,6 @@ class TRPO(OnPolicyAlgorithm):
         super().set_parameters(params, exact_match, device)
 
 
-def _normalised(advantages: th.Tensor) -> th.Tensor:
-    """
-    Shift and scale advantages to mean zero and standard deviation one; advantages that are all the same become zero.
-
-    :param advantages: shape ``(n_batch,)``, at least two
-    :return: the same shape
-    """
-    std = advantages.std()
-    # The mean of equal numbers is off by a rounding error, which the division would blow up to a full step in no direction at
-    # all. A product and not `th.where`, which would turn a NaN into zero
-    is_more_than_rounding = std > 10 * th.finfo(advantages.dtype).eps * advantages.abs().max()
-    return (advantages - advantages.mean()) / (std + 1e-8) * is_more_than_rounding
-
-
 def _fused(policy: ActorCriticPolicy) -> dict[str, Any]:
     """
     Ask Adam for its fused implementation: one kernel per step instead of a dozen per parameter.
@@ -498,15 +506,3 @@ def _fused(policy: ActorCriticPolicy) -> dict[str, Any]:
     is_adam = policy.optimizer_class in (th.optim.Adam, th.optim.AdamW)
     is_chosen = not {"fused", "foreach", "capturable", "differentiable"}.isdisjoint(policy.optimizer_kwargs)
     return {"fused": True} if is_adam and not is_chosen and policy.device.type in ("cpu", "cuda") else {}
-
-
-def _as_float32(observations: PyTorchObs) -> PyTorchObs:
-    """
-    Convert float64 observations once, instead of at each of the many forward passes of an update.
-
-    :param observations: a tensor or a dict of tensors
-    :return: the same with float32 for float64
-    """
-    if isinstance(observations, dict):
-        return {key: _as_float32(value) for key, value in observations.items()}  # type: ignore[misc]
-    return observations.float() if observations.dtype == th.float64 else observations

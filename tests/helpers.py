@@ -12,9 +12,9 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
+from sb3_trpo_ext.batch import Batch, take
 from sb3_trpo_ext.optim import LinearOperator
 from sb3_trpo_ext.policies import MlpPolicy
-from sb3_trpo_ext.surrogate import Batch, take
 
 VECTOR = spaces.Box(-2.0, 2.0, (3,))
 #: The smallest image that NatureCNN takes.
@@ -88,7 +88,8 @@ def make_batch(policy: ActorCriticPolicy, n_samples: int = 6) -> Batch:
             policy.reset_noise(n_samples)
         distribution = policy.get_distribution(observations)
         actions = distribution.get_actions()
-        return Batch(observations, actions, distribution.log_prob(actions), th.randn(n_samples), th.randn(n_samples))
+        random = [th.randn(n_samples) for _ in range(3)]
+        return Batch(observations, actions, distribution.log_prob(actions), *random)
 
 
 def thinned(batch: Batch, stride: int) -> Batch:

@@ -353,6 +353,9 @@ BAD_VALUES: dict[str, list[Any]] = {
     "cg_damping": [-0.1, NAN, "0.1", lambda _: -1.0, lambda _: "0.1"],
     "ent_coef": [NAN, INF, "auto", None, lambda _: NAN],
     "trust_region": ["ball", "", None, True, ["penalty"]],
+    "vf_loss": ["l1", "", None, ["mse"]],
+    "clip_range_vf": [0, -0.2, NAN, "0.2", lambda _: NAN, lambda _: 0.0],
+    "max_grad_norm": [-0.5, NAN, INF, "0.5", True],
 }
 
 

@@ -21,10 +21,11 @@ from stable_baselines3.common.distributions import DiagGaussianDistribution, Dis
 from torch.distributions import Normal, kl_divergence
 
 from sb3_trpo_ext import distributions
+from sb3_trpo_ext.batch import numbers_per_sample, take
 from sb3_trpo_ext.distributions import GaussianFamily
 from sb3_trpo_ext.optim.vectors import assign_, flatten
 from sb3_trpo_ext.policies import MultiInputPolicy, SquashedMlpPolicy, split_policy
-from sb3_trpo_ext.surrogate import Surrogate, take
+from sb3_trpo_ext.surrogate import Limits, Surrogate
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -120,9 +121,9 @@ def test_gradient_is_that_of_finite_differences(name: str, ent_coef: float, dist
         assert (gradient.norm() < 1e-3) == is_stationary
 
 
-@pytest.mark.parametrize("name", ["gaussian", "squashed", "categorical", "multi_categorical", "bernoulli"])
+@each_policy
 @pytest.mark.parametrize("ent_coef", [0.0, 0.3])
-def test_gradient_by_hand_is_that_of_autograd(name: str, ent_coef: float) -> None:
+def test_gradient_of_the_first_pass_is_that_of_autograd(name: str, ent_coef: float) -> None:
     surrogate = make_surrogate(name, ent_coef=ent_coef)
     expected_objective, _ = surrogate.evaluate()
     expected = flatten(th.autograd.grad(expected_objective, surrogate.actor_params))
@@ -165,9 +166,30 @@ def test_fisher_of_a_users_family_for_a_stock_distribution_is_right(monkeypatch:
     assert relative_error(surrogate.fisher() @ vector, expected @ vector) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["gsde", "dict", "users"])
-def test_actors_that_are_no_mlp_leave_the_gradient_to_autograd(name: str) -> None:
-    assert make_surrogate(name).problem().gradient is None
+@pytest.mark.parametrize("ent_coef", [0.0, 0.3])
+@pytest.mark.parametrize(("stride", "n_at_once"), [(1, 4), (1, 2), (2, 2), (2, 10)])
+@each_policy
+def test_chunks_change_nothing(
+    name: str, stride: int, n_at_once: int, ent_coef: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in the passes over the batch nor in the graphs that are kept for the Fisher matrix."""
+    whole = make_surrogate(name, ent_coef=ent_coef, fisher_stride=stride)
+    n_numbers = n_at_once * numbers_per_sample(whole.batch.observations)
+    monkeypatch.setattr("sb3_trpo_ext.surrogate._CPU_LIMITS", Limits(4, n_numbers))
+    noise = whole._noise
+    if noise is not None:
+        # Drawn chunk by chunk, other noise would come out
+        pieces = iter(noise.split(min(4, n_at_once)))
+        monkeypatch.setattr("sb3_trpo_ext.surrogate.standard_normal", lambda *_: next(pieces))
+    chunked = Surrogate(whole.policy, whole.actor_params, whole.batch, ent_coef=ent_coef, fisher_stride=stride)
+    assert len(chunked._chunks) == (1 if name == "users" else -(-N_SAMPLES // min(4, n_at_once)))
+    vector = th.randn(flatten(whole.actor_params).shape)
+    for fast, expected in zip(chunked.gradient(), whole.gradient(), strict=True):
+        assert relative_error(fast, expected) < 1e-12
+    assert relative_error(chunked.fisher() @ vector, whole.fisher() @ vector) < 1e-12
+    move(whole, 0.3)
+    for fast, expected in zip(chunked.evaluate(), whole.evaluate(), strict=True):
+        assert fast.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "users"])
@@ -235,10 +257,9 @@ def test_entropy_of_a_distribution_that_has_none_is_refused(monkeypatch: pytest.
         return None
 
     monkeypatch.setattr("helpers.BetaDistribution.entropy", entropy)
-    surrogate = make_surrogate("users", ent_coef=0.1)
     with pytest.raises(ValueError, match=r"`ent_coef` is 0\.1, but BetaDistribution has no entropy"):
-        surrogate.evaluate()
-    assert all(math.isnan(value) for value in surrogate.summary())
+        make_surrogate("users", ent_coef=0.1)
+    assert all(math.isnan(value) for value in make_surrogate("users").summary())
 
 
 @pytest.mark.parametrize("name", ["gaussian", "gsde"])

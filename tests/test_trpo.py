@@ -33,7 +33,9 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
-from sb3_trpo_ext import TRPO
+from sb3_trpo_ext import TRPO, critic, trpo
+from sb3_trpo_ext.critic import CriticFit, CriticResult
+from sb3_trpo_ext.optim import KLConstraint, Problem, UpdateResult
 
 OBSERVATION_SPACES: dict[str, tuple[str, spaces.Space]] = {
     "vector": ("MlpPolicy", VECTOR),
@@ -198,6 +200,47 @@ def test_batch_is_in_the_order_of_time() -> None:
     # One environment after the other
     np.testing.assert_array_equal(batch.observations, np.concatenate([observations[:, 0], observations[:, 1]]))
     np.testing.assert_array_equal(batch.actions, np.concatenate([actions[:, 0], actions[:, 1]]))
+
+
+def test_line_search_starts_where_the_last_ones_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts, ends = [], []
+
+    class Recorded(KLConstraint):
+        def update(self, problem: Problem, target_kl: float) -> UpdateResult:
+            starts.append(self.first_trial)
+            result = super().update(problem, target_kl)
+            ends.append(result.step_share)
+            return result
+
+    monkeypatch.setattr(trpo, "KLConstraint", Recorded)
+    make_model().learn(96)
+    assert all(end > 0 for end in ends)
+    expected = [1.0, ends[0] ** 0.5, (ends[0] ** 0.5 * ends[1]) ** 0.5]
+    np.testing.assert_allclose(starts, expected, rtol=1e-12)
+    assert starts[1] != 1
+    # Backtracking that does not fill the region has its own start
+    starts.clear()
+    make_model(trust_region_kwargs={"fill": False}).learn(64)
+    assert starts == [1.0, 1.0]
+
+
+def test_options_of_the_value_function_reach_its_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits = []
+
+    def fit_critic(*args: Any) -> CriticResult:
+        fits.append(args[-1])
+        return critic.fit_critic(*args)
+
+    monkeypatch.setattr(trpo, "fit_critic", fit_critic)
+    make_model().learn(32)
+    make_model(vf_loss="huber", clip_range_vf=lambda progress: 0.1 + progress, max_grad_norm=0.5).learn(64)
+    make_model(max_grad_norm=0.0).learn(32)
+    assert fits == [
+        CriticFit(2, 16, "mse", None, None),
+        CriticFit(2, 16, "huber", 0.6, 0.5),
+        CriticFit(2, 16, "huber", 0.1, 0.5),
+        CriticFit(2, 16, "mse", None, None),
+    ]
 
 
 # --- Schedules ---------------------------------------------------------------------------------------------------------

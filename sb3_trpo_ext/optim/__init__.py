@@ -11,6 +11,7 @@ from sb3_trpo_ext.optim.mlp import MlpJacobian
 from sb3_trpo_ext.optim.operators import (
     AutogradJacobian,
     Averaged,
+    ChunkedOperator,
     Damped,
     GaussNewtonFisher,
     HessianFisher,
@@ -26,6 +27,7 @@ __all__ = [
     "Averaged",
     "CGResult",
     "CGStatus",
+    "ChunkedOperator",
     "Damped",
     "GaussNewtonFisher",
     "HessianFisher",

@@ -30,6 +30,10 @@ class CGResult(NamedTuple):
     #: Number of products with A that moved ``x``.
     n_steps: int
     status: CGStatus
+    #: ``b - A x`` as the recursion has it, shape ``(n_params,)``.
+    residual: th.Tensor
+    #: The search direction of the next step, shape ``(n_params,)``; ``None`` after a preconditioned run.
+    direction: th.Tensor | None
 
 
 _STATUSES = tuple(CGStatus)
@@ -53,12 +57,13 @@ def conjugate_gradient(
     max_steps: int,
     tolerance: float,
     preconditioner: Callable[[th.Tensor], th.Tensor] | None = None,
+    start: CGResult | None = None,
 ) -> CGResult:
     """
     Solve ``A x = b`` for a positive definite A (Hestenes & Stiefel 1952; preconditioned: Saad 2003, algorithm 9.1).
 
-    Starts at zero, so that no product is spent on the start and no random numbers are consumed, and ends as soon as
-    ``||r||_P <= tolerance ||b||_P`` with ``||v||_P^2 = v . P v``. A zero ``b`` is solved by zero.
+    Starts at zero or where an earlier run stopped: no product is spent on the start, and no random numbers are consumed. Ends
+    as soon as ``||r||_P <= tolerance ||b||_P`` with ``||v||_P^2 = v . P v``. A zero ``b`` is solved by zero.
 
     On an accelerator the loop always makes ``max_steps`` products and freezes the iterate on the device once it is done; the
     host waits for it once, at the end. On the CPU, where looking at a number is free, it stops there.
@@ -68,24 +73,25 @@ def conjugate_gradient(
     :param max_steps: at most that many products with A
     :param tolerance: of the residual, relative to ``b``
     :param preconditioner: P, an approximation of the inverse of A: symmetric positive definite
+    :param start: what an earlier run on the same A and b found. Two runs without a preconditioner are one; a preconditioner
+        starts with search directions of its own
     :return: the solution with its status
     """
 
     def apply_preconditioner(vector: th.Tensor) -> th.Tensor:
         return vector if preconditioner is None else preconditioner(vector)
 
-    x = th.zeros_like(b)
-    r = b
+    x, r = (th.zeros_like(b), b) if start is None else (start.x, start.residual)
     z = apply_preconditioner(r)
-    p = z
+    p = z if start is None or start.direction is None or preconditioner is not None else start.direction
     rz = th.dot(r, z)
-    bound = tolerance**2 * rz
+    bz = rz if start is None else th.dot(b, apply_preconditioner(b))
+    bound = tolerance**2 * bz
     # The first of several reasons counts, so the status is written only while the iteration is active.
     status = th.full((), _MAX_STEPS, device=b.device)
-    status = th.where(rz == 0, _CONVERGED, status)
+    status = th.where(rz <= bound, _CONVERGED, status)
     status = th.where(th.isfinite(rz), status, _NON_FINITE)
     active = status == _MAX_STEPS
-    first_rz = rz
     n_steps = th.zeros((), dtype=th.long, device=b.device)
 
     for _ in range(max_steps):
@@ -112,9 +118,15 @@ def conjugate_gradient(
 
     # An overflow can spoil the iterate in the very step that reveals it
     status = th.where(th.isfinite(x).all(), status, _NON_FINITE)
-    residual_norm = th.where(first_rz == 0, first_rz, (rz / first_rz).clamp(min=0).sqrt())
+    residual_norm = th.where(bz == 0, bz, (rz / bz).clamp(min=0).sqrt())
     # One transfer for all that the host wants to know
     numbers = th.stack([th.dot(x, b - r), residual_norm, n_steps.to(b.dtype), status.to(b.dtype)]).tolist()
     return CGResult(
-        x=x, curvature=numbers[0], residual_norm=numbers[1], n_steps=int(numbers[2]), status=_STATUSES[int(numbers[3])]
+        x=x,
+        curvature=numbers[0],
+        residual_norm=numbers[1],
+        n_steps=int(numbers[2]),
+        status=_STATUSES[int(numbers[3])],
+        residual=r,
+        direction=p if preconditioner is None else None,
     )

@@ -188,6 +188,17 @@ class MlpJacobian(Jacobian):
             for hidden, bias_index in zip(self._hidden, self._bias_index, strict=True)
         ]
 
+    def layer_shapes(self) -> list[tuple[int, int]]:
+        """
+        Shapes of the matrices that :meth:`to_layers` returns.
+
+        :return: pairs ``(n_out, n_in)``, with the bias counted as an input
+        """
+        return [
+            (weight.shape[0], weight.shape[1] + (bias_index is not None))
+            for weight, bias_index in zip(self._weights, self._bias_index, strict=True)
+        ]
+
     def to_layers(self, vector: th.Tensor) -> tuple[list[th.Tensor], th.Tensor | None]:
         """
         Cut a vector into one matrix per layer, with the bias as its last column, and the part of the log std.

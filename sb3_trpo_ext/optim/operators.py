@@ -161,6 +161,31 @@ class HessianFisher(LinearOperator):
         )
 
 
+class ChunkedOperator(LinearOperator):
+    """
+    A weighted sum of operators that are made anew for every product, so that the graph of only one of them is in memory.
+
+    :param parts: each makes one operator
+    :param weights: of the operators, such as each one's share of the samples
+    """
+
+    def __init__(self, parts: Sequence[Callable[[], LinearOperator]], weights: Sequence[float]):
+        self._parts = parts
+        self._weights = weights
+
+    def __matmul__(self, vector: th.Tensor) -> th.Tensor:
+        """
+        Multiply.
+
+        :param vector: shape ``(n_params,)``
+        :return: shape ``(n_params,)``
+        """
+        result = th.zeros_like(vector)
+        for make, weight in zip(self._parts, self._weights, strict=True):
+            result.add_(make() @ vector, alpha=weight)
+        return result
+
+
 class Damped(LinearOperator):
     """
     ``A + damping I``.

@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 
 import torch as th
 
-from sb3_trpo_ext.optim.conjugate_gradient import CGStatus, conjugate_gradient
+from sb3_trpo_ext.optim.conjugate_gradient import CGResult, CGStatus, conjugate_gradient
 from sb3_trpo_ext.optim.line_search import LineSearchStatus, line_search
 from sb3_trpo_ext.optim.operators import Averaged, Damped, LinearOperator
 from sb3_trpo_ext.optim.parallel import all_mean
 from sb3_trpo_ext.optim.vectors import assign_, flatten
+
+#: Products without preconditioner after which to decide whether to build one.
+_PROBE = 2
 
 
 class Problem(NamedTuple):
@@ -22,8 +25,9 @@ class Problem(NamedTuple):
     ``evaluate(indices)`` returns (objective, mean KL(old || new)) at the current parameters as scalars, with a graph if
     gradients are enabled: of the whole batch for ``None``, else of the samples at these indices. ``fisher()`` returns the
     operator of the Fisher matrix at the current parameters, without damping; ``preconditioner(fisher, damping)``, where there
-    is one, an approximate inverse of ``fisher + damping I``, or ``None``. ``gradient()``, where there is one, returns the
-    objective of the whole batch with its flat gradient, for a problem that knows a faster way to it than autograd.
+    is one, an approximate inverse of ``fisher + damping I`` for a positive damping, or ``None`` if that failed, and
+    ``preconditioner_cost(fisher)`` how many products with ``fisher`` it takes the time of. ``gradient()``, where there is one,
+    returns the objective of the whole batch with its flat gradient, for a problem that knows a faster way to it than autograd.
     """
 
     params: Sequence[th.Tensor]
@@ -32,6 +36,7 @@ class Problem(NamedTuple):
     fisher: Callable[[], LinearOperator]
     preconditioner: Callable[[LinearOperator, float], Callable[[th.Tensor], th.Tensor] | None] | None = None
     gradient: Callable[[], tuple[th.Tensor, th.Tensor]] | None = None
+    preconditioner_cost: Callable[[LinearOperator], int] = lambda _: 0
 
 
 class UpdateResult(NamedTuple):
@@ -46,7 +51,10 @@ class UpdateResult(NamedTuple):
     predicted_improvement: float = math.nan
     #: Mean KL(old || new) of the step taken.
     kl: float = 0.0
+    #: Factor of the direction.
     step_size: float = 0.0
+    #: The same relative to the full step of the quadratic model.
+    step_share: float = 0.0
     n_trials: int = 0
     grad_norm: float = math.nan
     #: x^T F x of the direction x, without damping.
@@ -89,6 +97,10 @@ class KLConstraint(PolicyUpdate):
     curvature without damping, which is what the quadratic model of the KL is about (with damping, the step ends well inside
     the region), and the line search fills the region instead of stopping at the first point within it.
 
+    A preconditioner is built only where it pays: after two products the residual tells how many more plain conjugate gradient
+    will need, and if these are fewer than what building costs, it gets them. Nothing is lost where that does not suffice: the
+    preconditioned run goes on from the solution so far.
+
     :param cg_max_steps: at most that many Fisher-vector products
     :param cg_tolerance: of conjugate gradient's residual, relative to the gradient
     :param cg_damping: added to the diagonal of the Fisher matrix
@@ -97,6 +109,7 @@ class KLConstraint(PolicyUpdate):
     :param fill: whether the line search fills the trust region
     :param damped_scale: scale the full step by the curvature with damping, as sb3-contrib and others do
     :param precondition: use the problem's preconditioner, if it has one
+    :param first_trial: where the line search starts, as a share of the full step
     """
 
     def __init__(
@@ -109,6 +122,7 @@ class KLConstraint(PolicyUpdate):
         fill: bool = True,
         damped_scale: bool = False,
         precondition: bool = True,
+        first_trial: float = 1.0,
     ):
         self.cg_max_steps = cg_max_steps
         self.cg_tolerance = cg_tolerance
@@ -118,6 +132,7 @@ class KLConstraint(PolicyUpdate):
         self.fill = fill
         self.damped_scale = damped_scale
         self.precondition = precondition
+        self.first_trial = first_trial
 
     def update(self, problem: Problem, target_kl: float) -> UpdateResult:
         """
@@ -136,13 +151,7 @@ class KLConstraint(PolicyUpdate):
         if result.grad_norm == 0:
             return result._replace(status="zero_gradient")
 
-        fisher = problem.fisher()
-        preconditioner = None
-        if self.precondition and problem.preconditioner is not None:
-            preconditioner = problem.preconditioner(fisher, self.cg_damping)
-        solution = conjugate_gradient(
-            Damped(Averaged(fisher), self.cg_damping), gradient, self.cg_max_steps, self.cg_tolerance, preconditioner
-        )
+        solution = self._solve(problem, gradient)
         direction = solution.x
         damping_share = self.cg_damping * float(th.dot(direction, direction))
         curvature = solution.curvature - damping_share
@@ -166,7 +175,13 @@ class KLConstraint(PolicyUpdate):
         step_size = 0.0
         try:
             search = line_search(
-                evaluate, objective, target_kl, full_step, self.shrinking_factor, self.max_trials, fill=self.fill
+                evaluate,
+                objective,
+                target_kl,
+                full_step * self.first_trial,
+                self.shrinking_factor,
+                self.max_trials,
+                fill=self.fill,
             )
             step_size = search.step_size
         finally:
@@ -179,8 +194,34 @@ class KLConstraint(PolicyUpdate):
             predicted_improvement=search.step_size * float(th.dot(gradient, direction)),
             kl=search.kl,
             step_size=search.step_size,
+            step_share=search.step_size / full_step,
             n_trials=search.n_trials,
         )
+
+    def _solve(self, problem: Problem, gradient: th.Tensor) -> CGResult:
+        """
+        Solve ``(F + damping I) x = gradient``.
+
+        :param problem: with the Fisher matrix
+        :param gradient: the right-hand side
+        :return: x with its status; steps are those with and without preconditioner
+        """
+        fisher = problem.fisher()
+        damped = Damped(Averaged(fisher), self.cg_damping)
+        if not self.precondition or problem.preconditioner is None or self.cg_damping == 0:
+            return conjugate_gradient(damped, gradient, self.cg_max_steps, self.cg_tolerance)
+        cost = problem.preconditioner_cost(fisher)
+        solution = conjugate_gradient(damped, gradient, min(cost, _PROBE, self.cg_max_steps), self.cg_tolerance)
+        if solution.status is CGStatus.MAX_STEPS and _remaining_steps(solution, self.cg_tolerance) <= cost:
+            n_steps = min(cost, self.cg_max_steps - solution.n_steps)
+            solution = _continued(conjugate_gradient(damped, gradient, n_steps, self.cg_tolerance, start=solution), solution)
+        n_steps = self.cg_max_steps - solution.n_steps
+        if solution.status is CGStatus.MAX_STEPS and n_steps > 0:
+            preconditioner = problem.preconditioner(fisher, self.cg_damping)
+            solution = _continued(
+                conjugate_gradient(damped, gradient, n_steps, self.cg_tolerance, preconditioner, start=solution), solution
+            )
+        return solution
 
 
 class AdaptiveKLPenalty(PolicyUpdate):
@@ -293,6 +334,30 @@ class AdaptiveKLPenalty(PolicyUpdate):
         """
         self.beta = state_dict["beta"]
         self.optimizer.load_state_dict(state_dict["optimizer"])
+
+
+def _remaining_steps(solution: CGResult, tolerance: float) -> float:
+    """
+    How many more steps conjugate gradient will need, if the residual goes on to shrink by the same factor per step.
+
+    :param solution: so far
+    :param tolerance: where it ends
+    :return: the number; infinite if it does not shrink
+    """
+    if solution.n_steps == 0 or solution.residual_norm >= 1 or tolerance == 0:
+        return math.inf
+    return solution.n_steps * (math.log(tolerance) / math.log(solution.residual_norm) - 1)
+
+
+def _continued(second: CGResult, first: CGResult) -> CGResult:
+    """
+    The result of two runs, one after the other.
+
+    :param second: what the second run returned
+    :param first: where it started
+    :return: the same with the steps of both
+    """
+    return second._replace(n_steps=first.n_steps + second.n_steps)
 
 
 def _objective_and_gradient(problem: Problem) -> tuple[float, th.Tensor]:

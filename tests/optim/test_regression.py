@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_trpo_ext.optim import MlpRegression
+from sb3_trpo_ext.optim.regression import LossAndSlope
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -15,6 +16,11 @@ def network(sizes: list[int], activation: type[nn.Module]) -> tuple[list[nn.Line
     """Layers of these widths with one output, and the activations between them."""
     layers = [nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, [*sizes[1:], 1], strict=True)]
     return layers, [activation() for _ in layers[1:]]
+
+
+def squared_error(targets: th.Tensor) -> LossAndSlope:
+    """The mean squared error and its derivative."""
+    return lambda outputs: ((outputs - targets).square().mean(), 2 * (outputs - targets) / len(targets))
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, nn.Identity])
@@ -29,8 +35,9 @@ def test_loss_and_gradient_are_those_of_autograd(sizes: list[int], activation: t
 
     regression = MlpRegression(layers, activations)
     # Twice: what is left of the first minibatch must not reach the second
-    regression.backward(th.randn(5, 3), th.randn(5))
-    loss = regression.backward(inputs, targets)
+    regression.backward(th.randn(5, 3), squared_error(th.randn(5)))
+    regression.backward(th.randn(7, 3), squared_error(th.randn(7)))
+    loss = regression.backward(inputs, squared_error(targets))
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-12)
     for param, gradient in zip(params, expected, strict=True):
         assert param.grad is not None

@@ -449,3 +449,46 @@ def test_penalty_continues_from_its_state_as_if_nothing_had_happened() -> None:
 def test_only_an_accepted_update_says_that_it_moved_the_parameters() -> None:
     assert UpdateResult("accepted", 0.0, 1.0).is_accepted
     assert not UpdateResult("kl_too_large", 0.0, 0.0).is_accepted
+
+
+@pytest.mark.parametrize(("cost", "plain", "preconditioned"), [(0, 0, 1), (1, 1, 1), (2, 2, 1), (100, 3, 0)])
+def test_preconditioner_is_built_when_plain_steps_have_cost_as_much(cost: int, plain: int, preconditioned: int) -> None:
+    gaussian, fisher = GaussianMean(), Dense(th.diag(STD**-2))
+    built_after: list[int] = []
+
+    def preconditioner(operator: LinearOperator, damping: float) -> Callable[[th.Tensor], th.Tensor]:
+        assert operator is fisher
+        built_after.append(fisher.n_products)
+        return lambda vector: vector / (STD**-2 + damping)
+
+    problem = gaussian.problem(fisher=lambda: fisher, preconditioner=preconditioner, preconditioner_cost=lambda _: cost)
+    result = KLConstraint(cg_damping=0.1, cg_tolerance=1e-6).update(problem, TARGET_KL)
+    assert result.cg_steps == fisher.n_products == plain + preconditioned
+    assert built_after == ([plain] if preconditioned else [])
+    direction = natural_gradient(0.1)
+    assert relative_error(gaussian.step / gaussian.step.norm(), direction / direction.norm()) < 1e-5
+
+
+def test_steps_with_and_without_preconditioner_are_bounded_together() -> None:
+    gaussian, fisher = GaussianMean(), Dense(th.diag(STD**-2))
+    problem = gaussian.problem(
+        fisher=lambda: fisher, preconditioner=lambda *_: lambda vector: vector, preconditioner_cost=lambda _: 1
+    )
+    result = KLConstraint(cg_damping=0.1, cg_tolerance=1e-9, cg_max_steps=2).update(problem, TARGET_KL)
+    assert result.cg_steps == fisher.n_products == 2
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 1.5])
+def test_line_search_starts_where_it_is_told(share: float) -> None:
+    gaussian = GaussianMean()
+    update = KLConstraint(cg_damping=0.1, cg_tolerance=1e-12, max_trials=1, fill=True, first_trial=share)
+    kls: list[float] = []
+
+    def evaluate(indices: th.Tensor | None) -> tuple[th.Tensor, th.Tensor]:
+        objective, kl = gaussian.evaluate(indices)
+        kls.append(float(kl.detach()))
+        return objective, kl
+
+    result = update.update(gaussian.problem(evaluate=evaluate), TARGET_KL)
+    assert kls[1:] == pytest.approx([share**2 * TARGET_KL], rel=1e-9)
+    assert result.step_share == pytest.approx(share if share < 1 else 0.0)

@@ -1,0 +1,105 @@
+"""One rollout as one batch."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.type_aliases import PyTorchObs
+
+
+class Batch(NamedTuple):
+    """One rollout, flattened to ``n_batch`` samples."""
+
+    observations: PyTorchObs
+    #: Shape ``(n_batch, n_actions)``, or ``(n_batch,)`` for Discrete.
+    actions: th.Tensor
+    #: Log-probabilities at the time of the rollout, shape ``(n_batch,)``.
+    old_log_prob: th.Tensor
+    #: Shape ``(n_batch,)``.
+    advantages: th.Tensor
+    #: Targets of the value function, shape ``(n_batch,)``.
+    returns: th.Tensor
+    #: Values at the time of the rollout, shape ``(n_batch,)``.
+    old_values: th.Tensor
+
+    @property
+    def n_samples(self) -> int:
+        """Number of samples."""
+        return self.advantages.shape[0]
+
+
+def rollout_batch(buffer: RolloutBuffer, is_discrete: bool, normalize_advantage: bool) -> Batch:
+    """
+    The whole rollout in a full buffer, in the order of time within each environment.
+
+    :param buffer: SB3's or one with its methods
+    :param is_discrete: whether an action is one whole number
+    :param normalize_advantage: whether to shift and scale the advantages
+    :return: the batch; what is float64 in the buffer's observations is float32 in it
+    """
+    # Asking for one minibatch makes the buffer flatten its arrays; its samples come in random order, and we want the order of
+    # time: thinning the Fisher matrix then takes every so many-th step of each environment
+    next(iter(buffer.get(batch_size=1)))
+    # A slice saves SB3's own buffers a copy of everything
+    is_stock = type(buffer) in (RolloutBuffer, DictRolloutBuffer)
+    every: Any = slice(None) if is_stock else np.arange(buffer.buffer_size * buffer.n_envs)
+    data = buffer._get_samples(every)
+    return Batch(
+        observations=_as_float32(data.observations),
+        actions=data.actions.long().flatten() if is_discrete else data.actions,
+        old_log_prob=data.old_log_prob,
+        advantages=_normalised(data.advantages) if normalize_advantage else data.advantages,
+        returns=data.returns,
+        old_values=data.old_values,
+    )
+
+
+def take(observations: PyTorchObs, index: th.Tensor | slice) -> PyTorchObs:
+    """
+    Select samples of a batch of observations.
+
+    :param observations: a tensor or a dict of tensors with first axis ``n_batch``
+    :param index: indices, or a slice (then the result is a view)
+    :return: the selected samples, in the same form
+    """
+    if isinstance(observations, dict):
+        return {key: value[index] for key, value in observations.items()}
+    return observations[index]
+
+
+def numbers_per_sample(observations: PyTorchObs) -> int:
+    """
+    How many numbers an observation has.
+
+    :param observations: a tensor or a dict of tensors with first axis ``n_batch``
+    :return: the count, at least 1
+    """
+    tensors = observations.values() if isinstance(observations, dict) else [observations]
+    return max(sum(tensor[0].numel() for tensor in tensors), 1)
+
+
+def _normalised(advantages: th.Tensor) -> th.Tensor:
+    """
+    Shift and scale advantages to mean zero and standard deviation one; advantages that are all the same become zero.
+
+    :param advantages: shape ``(n_batch,)``, at least two
+    :return: the same shape
+    """
+    std = advantages.std()
+    # The mean of equal numbers is off by a rounding error, which the division would blow up to a full step in no direction at
+    # all. A product and not `th.where`, which would turn a NaN into zero
+    is_more_than_rounding = std > 10 * th.finfo(advantages.dtype).eps * advantages.abs().max()
+    return (advantages - advantages.mean()) / (std + 1e-8) * is_more_than_rounding
+
+
+def _as_float32(observations: PyTorchObs) -> PyTorchObs:
+    """
+    Convert float64 observations once, instead of at each of the many forward passes of an update.
+
+    :param observations: a tensor or a dict of tensors
+    :return: the same with float32 for float64
+    """
+    if isinstance(observations, dict):
+        return {key: _as_float32(value) for key, value in observations.items()}  # type: ignore[misc]
+    return observations.float() if observations.dtype == th.float64 else observations
