@@ -14,7 +14,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +56,7 @@ COMMANDS = {
 USAGE = f"""usage: sb3-trpo COMMAND [OPTION ...]
 
 RL-Zoo's scripts for the TRPO of sb3-trpo-ext. All of RL-Zoo's options work; --algo is {KEY} if it is not given.
+`sb3-trpo train --vec-env envpool` trains in EnvPool's environments.
 
 commands:
 {chr(10).join(f"  {name:<16} {command.summary}" for name, command in COMMANDS.items())}
@@ -170,7 +171,14 @@ def with_defaults(name: str, arguments: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """
+    Give an attribute another value for a while.
+
+    :param owner: a module or a class
+    :param name: the attribute
+    :param value: its value within the ``with`` block
+    """
     original = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -206,12 +214,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     register()
     command = COMMANDS[name]
+    vec_envs: AbstractContextManager[None] = nullcontext()
+    if name == "train":
+        from sb3_trpo_ext.zoo_envpool import envpool_for_training, split_vec_env
+
+        in_envpool, arguments = split_vec_env(arguments)
+        vec_envs = envpool_for_training() if in_envpool else vec_envs
     # RL-Zoo's scripts read `sys.argv`; its first entry is the name in their usage message.
-    with _replaced(sys, "argv", [f"sb3-trpo {name}", *with_defaults(name, arguments)]):
+    with vec_envs, replaced(sys, "argv", [f"sb3-trpo {name}", *with_defaults(name, arguments)]):
         if command.function is not None:
             getattr(importlib.import_module(command.module), command.function)()
         else:
-            with _replaced(subprocess, "call", _call_through_us):
+            with replaced(subprocess, "call", _call_through_us):
                 runpy.run_module(command.module, run_name="__main__")
     return 0
 

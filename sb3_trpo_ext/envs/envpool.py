@@ -1,0 +1,511 @@
+"""EnvPool, which steps many environments in C++ threads, as a ``VecEnv`` of Stable-Baselines3."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+from stable_baselines3.common.monitor import Monitor, ResultsWriter
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
+
+#: Options of EnvPool that have a name of their own here, or that this class cannot do, and what to do instead.
+RESERVED = {
+    "num_envs": "pass `n_envs`",
+    "batch_size": "all environments step together, leave it away",
+    "env_seed": "pass `seed`, environment i gets `seed + i`",
+    "gym_reset_return_info": "leave it away",
+    "render_mode": "EnvPoolVecEnv does not render, use `gymnasium.make(..., render_mode=...)` to watch an agent",
+    "max_num_players": "EnvPoolVecEnv is for one agent per environment",
+}
+#: EnvPool counts seeds and steps in 32 bits.
+MAX_INT32 = int(np.iinfo(np.int32).max)
+
+
+class EnvPoolVecEnv(VecEnv):
+    """
+    Environments of EnvPool for any algorithm of Stable-Baselines3.
+
+    It behaves as SB3's own VecEnvs do. An environment that is done is reset at once: the observation returned is the first
+    one of the new episode, and ``info["terminal_observation"]`` is the last one of the old. (EnvPool itself would reset it in
+    the next step, and ignore the action of that step.) ``info["TimeLimit.truncated"]`` tells a time limit from a true end, and
+    ``info["episode"]`` holds return, length and time of the episode, as with ``Monitor`` and ``VecMonitor``.
+
+    Observations and actions are float32 where EnvPool has float64, and so are their spaces. SB3 compares data types when a
+    model is loaded together with an environment: wrap a Gymnasium environment in ``gymnasium.wrappers.DtypeObservation`` to
+    go on training there with a model that was trained here.
+
+    :param env_id: the task, such as ``"Humanoid-v5"``; ``envpool.list_all_envs()`` names them all
+    :param n_envs: the number of environments
+    :param seed: environment i is seeded with ``seed + i``; if None, with a number of NumPy's global generator
+    :param num_threads: the number of threads that step the environments; if None, one per environment, but no more than there
+        are cores for this process
+    :param monitor_file: where to write every episode, as ``Monitor`` does, with ``.monitor.csv`` at its end; None for nowhere.
+        ``VecMonitor`` can do that too, but then the environments for evaluation would have to be wrapped in it as well
+    :param info_keywords: keys of ``info`` to add to ``info["episode"]`` and to that file
+    :param kwargs: options of the task, such as ``max_episode_steps`` or ``healthy_reward``
+    :raises ImportError: if EnvPool is not installed
+    :raises ValueError: if there is no such task or option, or if a value is of no use
+    """
+
+    def __init__(
+        self,
+        env_id: str,
+        n_envs: int = 1,
+        seed: int | None = None,
+        num_threads: int | None = None,
+        monitor_file: str | None = None,
+        info_keywords: tuple[str, ...] = (),
+        **kwargs: Any,
+    ) -> None:
+        self._envpool = load_envpool()
+        _check_count("n_envs", n_envs)
+        if num_threads is None:
+            num_threads = min(n_envs, n_cores())
+        _check_count("num_threads", num_threads)
+        if seed is not None and (not isinstance(seed, (int, np.integer)) or isinstance(seed, bool)):
+            raise ValueError(f"`seed` must be an integer or None, got {seed!r}")
+        config = task_options(self._envpool, env_id, kwargs)
+        self.spec, self._max_episode_steps = task_spec(env_id, config)
+
+        self._env_id = env_id
+        self._options_of_task = {**kwargs, "num_envs": n_envs, "num_threads": num_threads}
+        if self._max_episode_steps is not None:
+            self._options_of_task["max_episode_steps"] = MAX_INT32
+        self._pool: Any = None
+        # EnvPool takes seeds when it makes the environments, and only then
+        self._has_new_seed = True
+        # From the call into EnvPool until its answer is dealt with. If Ctrl-C comes in between, nobody knows whether there is
+        # an answer to wait for, and waiting for none would never end.
+        self._is_busy = False
+        self._is_closed = False
+
+        self._returns = np.zeros(n_envs)
+        self._lengths = np.zeros(n_envs, dtype=np.int64)
+        self._start = time.time()
+        self._info_keywords = tuple(info_keywords)
+        self._results: ResultsWriter | None = None
+        if monitor_file is not None:
+            header: dict[str, float | str] = {"t_start": self._start, "env_id": env_id}
+            self._results = ResultsWriter(monitor_file, header, self._info_keywords)
+
+        with spaces_without_warnings():
+            spec = self._envpool.make_spec(env_id, **kwargs)
+            observation_space = single_precision(spec.observation_space)
+            action_space = single_precision(spec.action_space)
+        super().__init__(n_envs, observation_space, action_space)
+        self.seed(None if seed is None else int(seed))
+
+    # === What SB3 calls in training ===
+
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        """
+        Seed the environments, which takes effect at the next reset.
+
+        EnvPool takes seeds only when it makes environments, so that the next reset makes them anew.
+
+        :param seed: environment i gets ``seed + i``; if None, a number of NumPy's global generator is taken
+        :return: the seed of every environment
+        """
+        if seed is None:
+            seed = int(np.random.randint(MAX_INT32 - self.num_envs))  # noqa: NPY002 as SB3, for `set_random_seed`
+        # SB3's seeds go up to 2^32, EnvPool's up to 2^31
+        seed = int(seed) % (MAX_INT32 - self.num_envs)
+        self._seeds = [seed + index for index in range(self.num_envs)]
+        self._has_new_seed = True
+        return self._seeds
+
+    def set_options(self, options: list[dict] | dict | None = None) -> None:
+        """
+        Refuse options for the next reset, for EnvPool has none.
+
+        :param options: nothing, or empty
+        :raises ValueError: if there is an option
+        """
+        if options and (isinstance(options, dict) or any(options)):
+            raise ValueError(f"`options`: EnvPool takes options when the environments are made, not at reset, got {options!r}")
+
+    def reset(self) -> VecEnvObs:
+        """
+        Start a new episode in all environments.
+
+        :return: the first observations
+        """
+        self._check_open()
+        if self._is_busy:
+            # The seed of the old environments would repeat the episodes that they have had
+            self.seed(None)
+        if self._has_new_seed:
+            # First end the threads of the old environments
+            self._pool = None
+            self._pool = self._envpool.make_gymnasium(self._env_id, seed=self._seeds[0], **self._options_of_task)
+            with spaces_without_warnings():
+                # It makes its spaces when it needs them first, and keeps them
+                assert self._pool.observation_space is not None and self._pool.action_space is not None
+            self._has_new_seed = False
+        self._is_busy = True
+        observations, columns = self._pool.reset()
+        self.reset_infos = rows(columns, self.num_envs)
+        self._returns[:] = 0
+        self._lengths[:] = 0
+        self._is_busy = False
+        return in_single_precision(observations)
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """
+        Start a step of all environments in EnvPool's threads.
+
+        :param actions: of shape ``(n_envs, *action_space.shape)``
+        :raises ValueError: if the actions are of another shape
+        """
+        self._check_open()
+        if self._pool is None or self._is_busy:
+            raise RuntimeError("call `reset` before the first step, and after a step that was interrupted")
+        actions = np.asarray(actions)
+        expected = (self.num_envs, *(self.action_space.shape or ()))
+        if actions.shape != expected:
+            # EnvPool checks the first step only, and reads beyond the array after that
+            raise ValueError(f"`actions` must be of shape {expected}, got {actions.shape}")
+        self._is_busy = True
+        self._pool.send(actions)
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """
+        Wait for the step, and start a new episode in the environments that are done.
+
+        :return: observations, rewards, dones and infos
+        """
+        raw_observations, rewards, terminated, truncated, columns = self._pool.recv()
+        observations = in_single_precision(raw_observations)
+        self._returns += rewards
+        self._lengths += 1
+        if self._max_episode_steps is not None:
+            truncated = self._lengths >= self._max_episode_steps
+        dones = terminated | truncated
+
+        infos = rows(columns, self.num_envs)
+        for info, is_cut_off in zip(infos, (truncated & ~terminated).tolist(), strict=True):
+            info["TimeLimit.truncated"] = is_cut_off
+        if dones.any():
+            self._start_anew(np.flatnonzero(dones), observations, infos)
+        self._is_busy = False
+        return observations, rewards.astype(np.float32), dones, infos
+
+    def _start_anew(self, done: np.ndarray, observations: VecEnvObs, infos: list[dict[str, Any]]) -> None:
+        """
+        Close the books on episodes, and reset their environments in one batch.
+
+        :param done: which environments
+        :param observations: of all environments; those of the environments that are done are replaced
+        :param infos: of all environments; those of the environments that are done are completed
+        """
+        elapsed = round(time.time() - self._start, 6)
+        for index in done.tolist():
+            info = infos[index]
+            episode = {"r": round(float(self._returns[index]), 6), "l": int(self._lengths[index]), "t": elapsed}
+            episode.update((name, info[name]) for name in self._info_keywords)
+            info["episode"] = episode
+            info["terminal_observation"] = take(observations, index)
+            if self._results is not None:
+                self._results.write_row(episode)
+        self._returns[done] = 0
+        self._lengths[done] = 0
+
+        first_observations, columns = self._pool.reset(done.astype(np.int32))
+        put(observations, done, first_observations)
+        for index, info in zip(done.tolist(), rows(columns, len(done)), strict=True):
+            self.reset_infos[index] = info
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("these environments are closed: make a new EnvPoolVecEnv")
+
+    def close(self) -> None:
+        """End the threads; calling it twice does no harm."""
+        self._pool = None
+        self._is_closed = True
+        if self._results is not None:
+            self._results.close()
+
+    # === What SB3 asks single environments, of which there are none in Python ===
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """
+        Give the attributes that all environments have in common.
+
+        :param attr_name: ``action_space``, ``metadata``, ``observation_space``, ``render_mode`` or ``spec``
+        :param indices: of which environments, all of them if None
+        :return: the same value for each
+        :raises AttributeError: if it is another attribute
+        """
+        n_asked = len(list(self._get_indices(indices)))
+        if attr_name in ("render_mode", "metadata"):
+            value: Any = {"render_modes": []} if attr_name == "metadata" else None
+        elif attr_name in ("action_space", "observation_space", "spec"):
+            value = getattr(self, attr_name)
+        else:
+            raise AttributeError(
+                f"EnvPool's environments have no attribute {attr_name!r} in Python: they run in C++; `get_attr` knows "
+                f"action_space, metadata, observation_space, render_mode and spec"
+            )
+        return [value] * n_asked
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """
+        Refuse to set an attribute: EnvPool's environments have none that could be set.
+
+        :param attr_name: the attribute
+        :param value: its value
+        :param indices: of which environments
+        :raises AttributeError: always
+        """
+        raise AttributeError(
+            f"EnvPool's environments have no attribute {attr_name!r} to set: they run in C++; pass options of the task to the "
+            f"constructor of EnvPoolVecEnv"
+        )
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list[Any]:
+        """
+        Refuse to call a method: EnvPool's environments have none in Python.
+
+        :param method_name: the method
+        :param method_args: its positional arguments
+        :param indices: of which environments
+        :param method_kwargs: its keyword arguments
+        :raises AttributeError: always
+        """
+        raise AttributeError(
+            f"EnvPool's environments have no method {method_name!r} in Python: they run in C++; use DummyVecEnv or "
+            f"SubprocVecEnv if you need it"
+        )
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
+        """
+        Whether the environments are wrapped.
+
+        There are no wrappers, but ``info["episode"]`` holds what ``Monitor`` would put there. SB3 asks for ``Monitor`` to know
+        whether it may rely on that, as ``evaluate_policy`` does.
+
+        :param wrapper_class: the wrapper
+        :param indices: which environments, all of them if None
+        :return: True for ``Monitor``, False for everything else
+        """
+        return [wrapper_class is Monitor] * len(list(self._get_indices(indices)))
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        """
+        Refuse to render.
+
+        :raises NotImplementedError: always
+        """
+        return [self.render()]
+
+    def render(self, mode: str | None = None) -> np.ndarray | None:
+        """
+        Refuse to render.
+
+        :param mode: ``"human"`` or ``"rgb_array"``
+        :raises NotImplementedError: always
+        """
+        raise NotImplementedError(
+            f"EnvPoolVecEnv does not render: watch the agent in gymnasium.make({self._env_id!r}, "
+            f"render_mode={mode or 'human'!r}), or with `sb3-trpo enjoy`"
+        )
+
+
+# === Before there are environments ===
+
+
+def load_envpool() -> ModuleType:
+    """
+    Import EnvPool, which is an extra, and slow to import.
+
+    :return: the package
+    :raises ImportError: if it is not installed
+    """
+    try:
+        return importlib.import_module("envpool")
+    except ImportError as error:
+        raise ImportError(
+            f"EnvPoolVecEnv needs EnvPool: pip install sb3-trpo-ext[envpool] (there are wheels for Python >= 3.11; {error})"
+        ) from error
+
+
+@contextmanager
+def spaces_without_warnings() -> Iterator[None]:
+    """Keep Gymnasium quiet about EnvPool's spaces of float32, which are made with bounds in float64."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*precision lowered by casting")
+        yield
+
+
+def n_cores() -> int:
+    """
+    Count the cores that this process may use.
+
+    :return: at least 1
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}")
+
+
+def task_options(envpool: ModuleType, env_id: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    Check the name of a task and its options.
+
+    :param envpool: the package
+    :param env_id: the task
+    :param kwargs: the options that were given
+    :return: all options of the task
+    :raises ValueError: if there is no such task or option, or if EnvPool does not take a value
+    """
+    tasks = envpool.list_all_envs()
+    if env_id not in tasks:
+        raise ValueError(f"`env_id`: EnvPool has no task {env_id!r}{_suggestion(str(env_id), tasks)}")
+    for name in kwargs.keys() & RESERVED.keys():
+        raise ValueError(f"`{name}` is not an option here: {RESERVED[name]}")
+    with spaces_without_warnings():
+        defaults = envpool.make_spec(env_id).config._asdict()
+        for name in kwargs.keys() - defaults.keys():
+            raise ValueError(
+                f"`{name}`: {env_id} of EnvPool has no such option{_suggestion(name, defaults)}; its options may have other "
+                f"names than Gymnasium's, print(envpool.make_spec({env_id!r}).config) shows them"
+            )
+        try:
+            config = envpool.make_spec(env_id, **kwargs).config._asdict()
+        except (TypeError, RuntimeError, AssertionError) as error:
+            taken = {name: defaults[name] for name in kwargs}
+            raise ValueError(
+                f"EnvPool does not take {kwargs} as options of {env_id}, where the defaults are {taken}"
+            ) from error
+    if config.get("max_num_players", 1) != 1:
+        raise ValueError(f"`env_id`: {env_id} has several players, and EnvPoolVecEnv is for one agent per environment")
+    if config["max_episode_steps"] < 1:
+        raise ValueError(f"`max_episode_steps` must be at least 1, got {config['max_episode_steps']}")
+    return config
+
+
+def _suggestion(name: str, names: Any) -> str:
+    close = difflib.get_close_matches(name, list(names), n=3)
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def task_spec(env_id: str, config: dict[str, Any]) -> tuple[EnvSpec, int | None]:
+    """
+    Describe a task, and say whether its time limit can be kept from outside.
+
+    If an episode ends by itself in the very step of its time limit, EnvPool calls that truncated only, and an algorithm would
+    bootstrap from a state that has no future. Where Gymnasium keeps the time limit outside of the environment, the task cannot
+    depend on it: then we count the steps ourselves, and EnvPool reports all true ends.
+
+    :param env_id: the task
+    :param config: all its options
+    :return: the task as Gymnasium describes it, and the time limit to keep, None to leave it to EnvPool
+    """
+    max_episode_steps = int(config["max_episode_steps"])
+    registered = gym.registry.get(env_id)
+    if registered is None or registered.max_episode_steps is None:
+        return EnvSpec(env_id, max_episode_steps=max_episode_steps), None
+    spec = copy.deepcopy(registered)
+    spec.max_episode_steps = max_episode_steps
+    return spec, max_episode_steps
+
+
+# === Between EnvPool's arrays and SB3's ===
+
+
+def single_precision(space: Any) -> spaces.Space:
+    """
+    Make a space of float32 out of one of float64.
+
+    :param space: a space of EnvPool
+    :return: the space; other data types are left as they are
+    :raises ValueError: if SB3 does not have such spaces
+    """
+    if isinstance(space, spaces.Dict):
+        if any(isinstance(part, spaces.Dict) for part in space.spaces.values()):
+            raise ValueError(f"`env_id`: Stable-Baselines3 has no dictionaries within dictionaries, got {space}")
+        return spaces.Dict({key: single_precision(part) for key, part in space.spaces.items()})
+    if not isinstance(space, spaces.Space):
+        raise ValueError(f"`env_id`: Stable-Baselines3 has no such space: {space}")
+    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
+        # Some tasks of EnvPool give the smallest positive number for want of a lower bound
+        low = np.where(space.low == np.finfo(space.low.dtype).tiny, -np.inf, space.low)
+        with np.errstate(over="ignore"):
+            return spaces.Box(low.astype(np.float32), space.high.astype(np.float32), dtype=np.float32)
+    return space
+
+
+def in_single_precision(observations: Any) -> Any:
+    """
+    Copy observations, in float32 where EnvPool has float64.
+
+    :param observations: an array, or a dictionary of arrays
+    :return: arrays of our own
+    """
+    if isinstance(observations, dict):
+        return {key: in_single_precision(part) for key, part in observations.items()}
+    return observations.astype(np.float32 if observations.dtype == np.float64 else observations.dtype)
+
+
+def take(observations: Any, index: int) -> Any:
+    """
+    Copy the observation of one environment.
+
+    :param observations: an array, or a dictionary of arrays
+    :param index: which environment
+    :return: the observation
+    """
+    if isinstance(observations, dict):
+        return {key: part[index].copy() for key, part in observations.items()}
+    return observations[index].copy()
+
+
+def put(observations: Any, indices: np.ndarray, values: Any) -> None:
+    """
+    Replace the observations of some environments.
+
+    :param observations: an array, or a dictionary of arrays
+    :param indices: which environments
+    :param values: their new observations
+    """
+    if isinstance(observations, dict):
+        for key, part in observations.items():
+            part[indices] = values[key]
+    else:
+        observations[indices] = values
+
+
+def rows(columns: dict[str, Any], n_rows: int) -> list[dict[str, Any]]:
+    """
+    Turn EnvPool's one dictionary of arrays into SB3's list of dictionaries.
+
+    :param columns: arrays by name; the numbers of environments and players are left out
+    :param n_rows: the number of environments
+    :return: a dictionary for each environment, with Python numbers for scalars
+    """
+    names = [name for name, column in columns.items() if isinstance(column, np.ndarray) and name != "env_id"]
+    if not names:
+        return [{} for _ in range(n_rows)]
+    values = [columns[name].tolist() if columns[name].ndim == 1 else list(columns[name]) for name in names]
+    return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
