@@ -186,10 +186,16 @@ def test_statistics_start_anew_with_a_reset() -> None:
     env.reset()
     env.step(FALL)
     env.reset()
+    env.reset_infos[0] = {}
+    total = 0.0
     for _ in range(STEPS_UNTIL_FALL):
-        _, _, dones, infos = env.step(FALL)
+        _, rewards, dones, infos = env.step(FALL)
+        total += rewards[0]
     assert dones[0]
     assert infos[0]["episode"]["l"] == STEPS_UNTIL_FALL
+    assert infos[0]["episode"]["r"] == pytest.approx(total, abs=1e-5)
+    # Those of the new episode
+    assert env.reset_infos[0]["elapsed_step"] == 0
 
 
 def test_statistics_are_those_of_vec_monitor() -> None:
@@ -381,17 +387,20 @@ def test_use_in_the_wrong_order_is_refused() -> None:
 def test_reset_after_an_interrupted_step() -> None:
     """What Ctrl-C leaves behind: a step that nobody waits for, or whose result is lost."""
     env = make("Hopper-v5", 2, seed=0)
+    still = np.zeros((2, 3))
     first = env.reset()
-    env.step_async(np.zeros((2, 3)))
-    with pytest.raises(RuntimeError, match="interrupted"):
-        env.step_async(np.zeros((2, 3)))
-    assert not np.array_equal(env.reset(), first)
-    env.step(np.zeros((2, 3)))
-    env.step_async(np.zeros((2, 3)))
-    env._pool.recv()
-    env.reset()
-    env.step(np.zeros((2, 3)))
-    env.step_async(np.zeros((2, 3)))
+    for is_lost in (False, True):
+        env.step_async(still)
+        if is_lost:
+            env._pool.recv()
+        with pytest.raises(RuntimeError, match="interrupted"):
+            env.step_async(still)
+        observations = env.reset()
+        assert [info["elapsed_step"] for info in env.reset_infos] == [0, 0]
+        assert not np.array_equal(observations, first)
+        assert [info["elapsed_step"] for info in env.step(still)[3]] == [1, 1]
+        first = observations
+    env.step_async(still)
     env.close()
 
 
@@ -564,11 +573,9 @@ def test_option_is_found_in_both_notations() -> None:
     assert split_vec_env(others) == (False, others)
 
 
-def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_command_line_names_the_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "envpool", None)
-    with pytest.raises(ImportError, match=r"pip install sb3-trpo-ext\[envpool\]"):
-        make("Hopper-v5")
     with pytest.raises(ImportError, match=r"pip install sb3-trpo-ext\[envpool\]"):
         zoo.main(TRAIN)
     assert not list(tmp_path.iterdir())

@@ -10,15 +10,22 @@ import pytest
 
 import sb3_trpo_ext
 from sb3_trpo_ext import zoo
+from sb3_trpo_ext.envs import EnvPoolVecEnv
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_import_loads_nothing_that_it_does_not_need() -> None:
-    code = "import sb3_trpo_ext, sys; print(*sys.modules)"
+    code = "import sb3_trpo_ext, sb3_trpo_ext.envs, sys; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "sb3_trpo_ext" in modules
     assert {"rl_zoo3", "sb3_contrib", "matplotlib", "optuna", "plotly", "envpool"}.isdisjoint(modules)
+
+
+def test_missing_envpool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "envpool", None)
+    with pytest.raises(ImportError, match=r"pip install sb3-trpo-ext\[envpool\]"):
+        EnvPoolVecEnv("Humanoid-v5")
 
 
 def test_console_script_is_installed() -> None:
