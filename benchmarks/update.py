@@ -371,6 +371,19 @@ def measure_memory(pair: Pair, which: str) -> float:
     return (max(seen) - seen[0]) * page
 
 
+def write(result: dict[str, Any], output: pathlib.Path | None) -> None:
+    """
+    Print a result, and keep it.
+
+    :param result: what was measured
+    :param output: file, if any
+    """
+    print(json.dumps(result, indent=1))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     """Run one case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -380,7 +393,7 @@ def main() -> None:
     parser.add_argument("--critic-epochs", type=int, default=10, help="sb3-contrib's default is 10")
     parser.add_argument("--fresh", type=int, default=10, help="number of fresh rollouts for the quality of the step")
     parser.add_argument("--output", type=pathlib.Path)
-    parser.add_argument("--memory-only", nargs="+", choices=["ours", "theirs"], help="print the peak memory, and no times")
+    parser.add_argument("--memory-only", nargs="+", choices=["ours", "theirs"], help="measure peak memory, and no times")
     parser.add_argument("--measure-memory-of", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.list or args.case is None:
@@ -388,7 +401,8 @@ def main() -> None:
         return
     case = CASES[args.case]
     if args.memory_only:
-        print(json.dumps({which: peak_memory(args.case, which) for which in args.memory_only}))
+        memory = {which: peak_memory(args.case, which) for which in args.memory_only}
+        write({"case": args.case, "samples": case.n_envs * case.n_steps, "memory_mib": memory}, args.output)
         return
     pair = make_pair(case, args.critic_epochs)
     if args.measure_memory_of is not None:
@@ -408,10 +422,7 @@ def main() -> None:
     }
     _, callback = pair.ours._setup_learn(1, None, reset_num_timesteps=False)
     result["quality"] = step_quality(pair, args.fresh, callback)
-    print(json.dumps(result, indent=1))
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, args.output)
 
 
 if __name__ == "__main__":
