@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -37,6 +36,7 @@ from sb3_trpo_ext.policies import (
     split_policy,
 )
 from sb3_trpo_ext.records import record_update, warn_if_rejected
+from sb3_trpo_ext.rollouts import collect_rollouts
 from sb3_trpo_ext.surrogate import Surrogate
 
 SelfTRPO = TypeVar("SelfTRPO", bound="TRPO")
@@ -242,27 +242,17 @@ class TRPO(OnPolicyAlgorithm):
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         """
-        Collect experiences with SB3's own loop.
+        Collect experiences; see :mod:`sb3_trpo_ext.rollouts`.
 
         :param env: The training environment
         :param callback: Callback that is called at each step
         :param rollout_buffer: Buffer to fill
         :param n_rollout_steps: Number of steps to collect per environment
         :return: False if the callback ended the training
-        :raises ValueError: if the environment returned an observation with a NaN or an infinity
+        :raises ValueError: if the environment returned a NaN, an infinity or a wrong shape that stopped the policy
+        :raises RuntimeError: if a process of the environment has died
         """
-        try:
-            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
-        except ValueError as error:
-            observations = self._last_obs if isinstance(self._last_obs, dict) else {"observation": self._last_obs}
-            for key, value in observations.items():
-                if value is not None and not np.isfinite(value).all():
-                    raise ValueError(
-                        f"The environment returned a NaN or an infinity in its {key} after {self.num_timesteps} timesteps. "
-                        "The policy is as it was after the last update and can be saved; `VecCheckNan` from "
-                        "stable_baselines3.common.vec_env finds the step at which it happens."
-                    ) from error
-            raise
+        return collect_rollouts(self, self._parts.actor_params, env, callback, rollout_buffer, n_rollout_steps)
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         """

@@ -1,0 +1,586 @@
+"""The lean rollout against SB3's own loop, where it must not be used, and what happens when an environment fails."""
+
+import copy
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from agents import RandomEnv, assert_identical, make_model, random_vec_env
+from gymnasium import spaces
+from helpers import BOX_ACTIONS, DICT, IMAGE, VECTOR, BetaPolicy
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
+from torch import nn
+
+from sb3_trpo_ext import TRPO, actors, rollouts
+from sb3_trpo_ext.policies import MlpPolicy
+
+EXACT = ("observations", "actions", "episode_starts")
+CLOSE = ("rewards", "values", "log_probs", "advantages", "returns")
+
+
+class Recorder(BaseCallback):
+    """Keeps what callbacks see; can stop, change the policy or shape the reward in a given step."""
+
+    def __init__(self, stop_at: int | None = None, perturb_at: int | None = None, bonus: float = 0.0) -> None:
+        super().__init__()
+        self.stop_at, self.perturb_at, self.bonus = stop_at, perturb_at, bonus
+        self.calls: list[str] = []
+        self.steps: list[dict[str, Any]] = []
+        self.final: dict[str, Any] = {}
+
+    def _on_rollout_start(self) -> None:
+        self.calls.append("start")
+
+    def _on_step(self) -> bool:
+        self.calls.append("step")
+        self.steps.append(copy.deepcopy({key: self.locals[key] for key in STEP_LOCALS}))
+        self.locals["rewards"] += np.float32(self.bonus)
+        assert th.is_grad_enabled()
+        if len(self.steps) == self.perturb_at:
+            with th.no_grad():
+                for param in self.model.policy.parameters():
+                    param.add_(0.1 * th.arange(param.numel()).cos().reshape(param.shape))
+        return len(self.steps) != self.stop_at
+
+    def _on_rollout_end(self) -> None:
+        self.calls.append("end")
+        self.final = dict(self.locals)
+
+
+#: What SB3's loop has in its local variables in a step, but values and log-probabilities.
+STEP_LOCALS = (
+    "n_steps",
+    "obs_tensor",
+    "actions",
+    "clipped_actions",
+    "new_obs",
+    "rewards",
+    "dones",
+    "infos",
+    "n_rollout_steps",
+)
+
+
+def as_arrays(value: Any) -> Any:
+    """Arrays for tensors, which NumPy cannot compare."""
+    if isinstance(value, dict):
+        return {key: as_arrays(part) for key, part in value.items()}
+    return value.numpy() if isinstance(value, th.Tensor) else value
+
+
+def collect(model: TRPO, own_loop: bool, callback: BaseCallback | None = None, n_rollouts: int = 1) -> bool:
+    """Fill the buffer by SB3's loop or by ours, from the same random numbers and the same states of the environments."""
+    model.set_random_seed(1)
+    _, callback = model._setup_learn(1000, callback)
+    assert model.env is not None
+    goes_on = True
+    for _ in range(n_rollouts):
+        loop = OnPolicyAlgorithm.collect_rollouts if own_loop else TRPO.collect_rollouts
+        goes_on = loop(model, model.env, callback, model.rollout_buffer, model.n_steps)
+    return goes_on
+
+
+def assert_same_contents(actual: RolloutBuffer, expected: RolloutBuffer) -> None:
+    """The same rollout in two buffers; what is computed in batches is the same to 1e-5."""
+    for name in EXACT:
+        left, right = getattr(actual, name), getattr(expected, name)
+        if not isinstance(left, dict):
+            left, right = {"": left}, {"": right}
+        assert left.keys() == right.keys()
+        for key in left:
+            assert left[key].dtype == right[key].dtype
+            np.testing.assert_array_equal(left[key], right[key], err_msg=name)
+    for name in CLOSE:
+        left, right = getattr(actual, name), getattr(expected, name)
+        assert (left.dtype, left.shape) == (right.dtype, right.shape)
+        assert np.abs(right).max() > 0
+        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5, err_msg=name)
+    assert (actual.pos, actual.full) == (expected.pos, expected.full)
+
+
+def spread_out(model: TRPO) -> TRPO:
+    """Move the parameters away from where SB3 starts, where all actions are equally likely."""
+    with th.no_grad():
+        for param in model.policy.parameters():
+            param.add_(0.5 * th.randn(param.shape, generator=th.Generator().manual_seed(0)) / max(1, param[0].numel()) ** 0.5)
+    return model
+
+
+class PureExtractor(BaseFeaturesExtractor):
+    """A user's own features extractor, well-behaved."""
+
+    def __init__(self, space: spaces.Space) -> None:
+        super().__init__(space, 5)
+        self.network = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Dropout(0.5), nn.BatchNorm1d(5))
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.network(observations)
+
+
+class Case:
+    """A model to compare on; the policy class that is expected to act is part of it."""
+
+    def __init__(
+        self, actor: type[actors.Actor], obs: Any = VECTOR, acts: Any = BOX_ACTIONS, policy: Any = "MlpPolicy", **kwargs: Any
+    ):
+        self.actor, self.obs, self.acts, self.policy, self.kwargs = actor, obs, acts, policy, kwargs
+
+    def make(self, n_envs: int = 3) -> TRPO:
+        return spread_out(make_model(random_vec_env(n_envs, self.obs, self.acts), self.policy, **self.kwargs))
+
+
+MLP, POLICY = actors.MlpActor, actors.PolicyActor
+WIDE = spaces.Box(np.array([-3.0, 0.0], np.float32), np.array([-1.0, 0.1], np.float32))
+CASES = {
+    "box": Case(MLP),
+    "narrow bounds": Case(MLP, acts=WIDE),
+    "float64 actions": Case(MLP, acts=spaces.Box(-1.0, 1.0, (2,), np.float64)),
+    "matrix actions": Case(MLP, acts=spaces.Box(-1.0, 1.0, (2, 2))),
+    "many actions": Case(MLP, acts=spaces.Box(-1.0, 1.0, (17,))),
+    "discrete": Case(MLP, acts=spaces.Discrete(3)),
+    "multi-discrete": Case(MLP, acts=spaces.MultiDiscrete([2, 3, 4])),
+    "multi-binary": Case(MLP, acts=spaces.MultiBinary(3)),
+    "squashed": Case(MLP, policy="SquashedMlpPolicy", acts=WIDE),
+    "relu, no hidden layer for the critic": Case(
+        MLP, policy_kwargs={"net_arch": {"pi": [8, 8], "vf": []}, "activation_fn": nn.ReLU}
+    ),
+    "gSDE": Case(POLICY, use_sde=True),
+    "gSDE, resampled": Case(POLICY, use_sde=True, sde_sample_freq=3),
+    "gSDE, squashed": Case(POLICY, use_sde=True, sde_sample_freq=4, policy_kwargs={"squash_output": True}, acts=WIDE),
+    "float64 observations": Case(MLP, spaces.Box(-2.0, 2.0, (3,), np.float64)),
+    "matrix observations": Case(MLP, spaces.Box(-2.0, 2.0, (3, 2))),
+    "discrete observations": Case(MLP, spaces.Discrete(4)),
+    "multi-discrete observations": Case(MLP, spaces.MultiDiscrete([3, 2])),
+    "multi-binary observations": Case(MLP, spaces.MultiBinary(3)),
+    "dict": Case(POLICY, DICT, policy="MultiInputPolicy"),
+    "dict, discrete actions": Case(POLICY, DICT, spaces.Discrete(3), "MultiInputPolicy"),
+    "image": Case(POLICY, IMAGE, spaces.Discrete(3), "CnnPolicy"),
+    "image, shared extractor": Case(POLICY, IMAGE, policy="CnnPolicy", policy_kwargs={"share_features_extractor": True}),
+    "image in an MLP": Case(MLP, IMAGE),
+    "own extractor": Case(POLICY, policy_kwargs={"features_extractor_class": PureExtractor, "net_arch": [8]}),
+}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed at the end of a rollout is computed in several batches, the last one smaller."""
+    monkeypatch.setattr(rollouts, "_CHUNK_NUMBERS", 3 * 3 * 7)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("name", CASES)
+def test_buffer_holds_what_sb3s_loop_puts_there(name: str) -> None:
+    case = CASES[name]
+    ours, theirs = case.make(), case.make()
+    assert_identical(ours.get_parameters(), theirs.get_parameters())
+    seen = []
+    make_actor = actors.make_actor
+
+    def make(*args: Any) -> actors.Actor:
+        seen.append(make_actor(*args))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollouts, "make_actor", make)
+        assert collect(ours, own_loop=False, n_rollouts=2)
+    assert [type(actor) for actor in seen] == [case.actor] * 2
+    assert collect(theirs, own_loop=True, n_rollouts=2)
+    assert_same_contents(ours.rollout_buffer, theirs.rollout_buffer)
+    # Truncated episodes were among them: `RandomEnv` truncates every other one
+    assert ours.rollout_buffer.episode_starts.sum() >= 3 * 2
+    # And the next random number is the same
+    assert_identical(th.get_rng_state(), _rng_state_after(case))
+
+
+def _rng_state_after(case: Case) -> th.Tensor:
+    """The state of the global generator after two rollouts of SB3's."""
+    collect(case.make(), own_loop=True, n_rollouts=2)
+    return th.get_rng_state()
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+@pytest.mark.parametrize("name", ["box", "discrete", "multi-discrete", "multi-binary", "gSDE", "dict"])
+def test_number_of_environments_does_not_matter(name: str, n_envs: int) -> None:
+    ours, theirs = CASES[name].make(n_envs), CASES[name].make(n_envs)
+    collect(ours, own_loop=False)
+    collect(theirs, own_loop=True)
+    assert_same_contents(ours.rollout_buffer, theirs.rollout_buffer)
+
+
+@pytest.mark.parametrize("name", ["box", "float64 observations", "dict"])
+def test_normalised_environment(name: str) -> None:
+    case, buffers = CASES[name], []
+    for own_loop in (False, True):
+        keys = ["position"] if name == "dict" else None
+        env = VecNormalize(random_vec_env(3, case.obs, case.acts), norm_obs_keys=keys)
+        model = make_model(env, case.policy)
+        collect(spread_out(model), own_loop)
+        buffers.append(model.rollout_buffer)
+    assert_same_contents(*buffers)
+
+
+def test_truncation_adds_the_value_of_the_last_observation() -> None:
+    class Short(RandomEnv):
+        """Every episode is truncated after its first step, without a reward."""
+
+        def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+            return np.full(3, 0.5, np.float32), 0.0, False, True, {}
+
+    model = spread_out(make_model(Short(), gamma=0.5))
+    collect(model, own_loop=False)
+    value = model.policy.predict_values(th.full((1, 3), 0.5)).item()
+    assert abs(value) > 0.01
+    np.testing.assert_allclose(model.rollout_buffer.rewards, 0.5 * value, rtol=1e-5)
+
+
+def test_training_is_that_of_sb3s_loop() -> None:
+    class WithOwnLoop(TRPO):
+        collect_rollouts = OnPolicyAlgorithm.collect_rollouts
+
+    kwargs: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_critic_updates": 2, "seed": 0, "device": "cpu"}
+    models = [cls("MlpPolicy", random_vec_env(2), **kwargs).learn(128) for cls in (TRPO, WithOwnLoop)]
+    for left, right in zip(*(model.policy.parameters() for model in models), strict=True):
+        th.testing.assert_close(left, right, rtol=1e-3, atol=1e-4)
+    assert models[0].ep_info_buffer is not None
+    assert [info["r"] for info in models[0].ep_info_buffer] == [info["r"] for info in models[1].ep_info_buffer or []]
+
+
+# --- The random numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["box", "many actions", "discrete", "multi-discrete", "multi-binary", "squashed"])
+@pytest.mark.parametrize("n_envs", [1, 3, 16, 37])
+def test_mlp_actor_draws_sb3s_actions(name: str, n_envs: int) -> None:
+    model = CASES[name].make(1)
+    actor = actors.make_actor(model.policy, model._parts.actor_params)
+    observations = 2 * th.randn(n_envs, 3)
+    for _ in range(50):
+        state = th.get_rng_state()
+        actual = actor.act(observations)
+        after = th.get_rng_state()
+        th.set_rng_state(state)
+        with th.no_grad():
+            expected = model.policy(observations)[0].numpy()
+        assert_identical(after, th.get_rng_state())
+        assert actual.dtype == expected.dtype
+        np.testing.assert_array_equal(actual, expected)
+
+
+# --- What callbacks see ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["box", "discrete", "dict", "gSDE"])
+def test_callbacks_see_what_sb3s_loop_shows(name: str) -> None:
+    seen = []
+    for own_loop in (False, True):
+        model, callback = CASES[name].make(), Recorder(bonus=1.0)
+        assert collect(model, own_loop, callback)
+        seen.append((model, callback))
+    (ours, actual), (theirs, expected) = seen
+    assert actual.calls == expected.calls == ["start"] + ["step"] * 32 + ["end"]
+    for left, right in zip(actual.steps, expected.steps, strict=True):
+        for key in STEP_LOCALS:
+            np.testing.assert_equal(as_arrays(left[key]), as_arrays(right[key]), err_msg=key)
+    assert actual.num_timesteps == expected.num_timesteps == ours.num_timesteps
+    # What a callback does to the reward gets into the buffer
+    assert_same_contents(ours.rollout_buffer, theirs.rollout_buffer)
+    assert ours.rollout_buffer.rewards.mean() > 0.5
+    assert actual.final["n_steps"] == expected.final["n_steps"] == 32
+    for key in ("values", "log_probs", "rewards"):
+        np.testing.assert_allclose(actual.final[key], expected.final[key], rtol=1e-5, atol=1e-5, err_msg=key)
+    assert actual.final["self"] is ours
+    assert set(expected.final) - set(actual.final) <= {"idx", "done", "terminal_obs", "terminal_value"}
+
+
+def test_values_are_not_there_during_the_rollout() -> None:
+    class Looking(BaseCallback):
+        def _on_step(self) -> bool:
+            assert self.locals["values"] is None
+            assert self.locals["log_probs"] is None
+            return True
+
+    collect(CASES["box"].make(), False, Looking())
+
+
+@pytest.mark.parametrize("stop_at", [1, 11])
+def test_callback_can_stop_the_rollout(stop_at: int) -> None:
+    models = []
+    for own_loop in (False, True):
+        model, callback = CASES["box"].make(), Recorder(stop_at)
+        assert not collect(model, own_loop, callback)
+        assert callback.calls == ["start"] + ["step"] * stop_at
+        models.append(model)
+    ours, theirs = models
+    assert ours.num_timesteps == theirs.num_timesteps == 3 * stop_at
+    assert ours.rollout_buffer.pos == theirs.rollout_buffer.pos == stop_at - 1
+    np.testing.assert_array_equal(ours._last_obs, theirs._last_obs)
+
+
+@pytest.mark.parametrize("name", ["box", "discrete", "gSDE"])
+@pytest.mark.parametrize("perturb_at", [1, 13, 32])
+def test_policy_that_a_callback_changes(name: str, perturb_at: int) -> None:
+    buffers = []
+    for own_loop in (False, True):
+        model = CASES[name].make()
+        collect(model, own_loop, Recorder(perturb_at=perturb_at))
+        buffers.append((model.rollout_buffer, model.get_parameters()))
+    assert_identical(buffers[0][1], buffers[1][1])
+    assert_same_contents(buffers[0][0], buffers[1][0])
+
+
+# --- Where SB3's loop runs ---------------------------------------------------------------------------------------------
+
+
+class OwnForward(MlpPolicy):
+    """Values are off by one in `forward`, and nowhere else."""
+
+    def forward(self, obs: th.Tensor, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        actions, values, log_prob = super().forward(obs, deterministic)
+        return actions, values + 1, log_prob
+
+
+class OwnValues(MlpPolicy):
+    def predict_values(self, obs: Any) -> th.Tensor:
+        return super().predict_values(obs) + 1
+
+
+class NoisyExtractor(PureExtractor):
+    """Draws random numbers."""
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return super().forward(observations + 0.1 * th.randn_like(observations))
+
+
+class CountingExtractor(PureExtractor):
+    """Remembers how often it was asked."""
+
+    n_calls = 0
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        self.n_calls += 1
+        return super().forward(observations + 0.01 * self.n_calls)
+
+
+class MixingExtractor(PureExtractor):
+    """Mixes the environments."""
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return super().forward(observations - observations.mean(dim=0))
+
+
+class OwnBuffer(RolloutBuffer):
+    """Adds rewards that are twice as large."""
+
+    def add(self, obs: Any, action: Any, reward: Any, *args: Any) -> None:
+        super().add(obs, action, 2 * reward, *args)
+
+
+class OwnReset(RolloutBuffer):
+    def reset(self) -> None:
+        super().reset()
+
+
+def with_extractor(extractor: type) -> dict[str, Any]:
+    return {"policy_kwargs": {"features_extractor_class": extractor, "net_arch": [8]}}
+
+
+@pytest.mark.parametrize(
+    ("policy", "kwargs"),
+    [
+        (OwnForward, {}),
+        (OwnValues, {}),
+        (BetaPolicy, {}),
+        ("MlpPolicy", with_extractor(NoisyExtractor)),
+        ("MlpPolicy", with_extractor(CountingExtractor)),
+        ("MlpPolicy", with_extractor(MixingExtractor)),
+        ("MlpPolicy", {"rollout_buffer_class": OwnBuffer}),
+        ("MlpPolicy", {"rollout_buffer_class": OwnReset}),
+    ],
+    ids=["forward", "predict_values", "distribution", "noisy", "counting", "mixing", "add", "reset"],
+)
+def test_unusual_things_take_sb3s_loop(policy: Any, kwargs: dict[str, Any]) -> None:
+    actions = spaces.Box(0.0, 1.0, (2,)) if policy is BetaPolicy else BOX_ACTIONS
+    buffers = []
+    for own_loop in (False, True):
+        model = make_model(random_vec_env(3, VECTOR, actions), policy, **kwargs)
+        collect(model, own_loop)
+        assert not rollouts.is_deferrable(model, model.rollout_buffer)
+        buffers.append(model.rollout_buffer)
+    for name in (*EXACT, *CLOSE):
+        np.testing.assert_array_equal(getattr(buffers[0], name), getattr(buffers[1], name))
+
+
+def test_hooks_and_patched_methods_take_sb3s_loop() -> None:
+    model = CASES["box"].make()
+    model._setup_learn(100)
+    assert rollouts.is_deferrable(model, model.rollout_buffer)
+    hook = model.policy.value_net.register_forward_hook(lambda *_: None)
+    assert not rollouts.is_deferrable(model, model.rollout_buffer)
+    hook.remove()
+    assert rollouts.is_deferrable(model, model.rollout_buffer)
+    model.policy.forward = model.policy.forward  # type: ignore[method-assign]
+    assert not rollouts.is_deferrable(model, model.rollout_buffer)
+
+
+def test_observations_that_the_buffer_would_round_take_sb3s_loop() -> None:
+    # VecNormalize puts numbers with a fraction in the place of counts, and the buffer cuts the fraction off
+    counts = spaces.Box(0, 9, (3,), np.int64)
+    buffers = []
+    for own_loop in (False, True):
+        model = make_model(VecNormalize(random_vec_env(2, counts), norm_reward=False))
+        model.rollout_buffer = RolloutBuffer(32, counts, BOX_ACTIONS, "cpu", 0.95, 0.99, 2)
+        collect(spread_out(model), own_loop)
+        buffers.append(model.rollout_buffer)
+    for name in (*EXACT, *CLOSE):
+        np.testing.assert_array_equal(getattr(buffers[0], name), getattr(buffers[1], name))
+
+
+# --- Failures ----------------------------------------------------------------------------------------------------------
+
+
+def assert_can_go_on(model: TRPO, folder: Path) -> None:
+    """A model can be saved, loaded, and trained on an environment that works."""
+    model.save(folder / "model")
+    loaded = TRPO.load(folder / "model", device="cpu")
+    assert_identical(loaded.get_parameters(), model.get_parameters())
+    loaded.set_env(random_vec_env(model.n_envs, model.observation_space, model.action_space))
+    loaded.learn(2 * loaded.n_steps)
+
+
+class FailingEnv(RandomEnv):
+    """
+    Something goes wrong in the fortieth step.
+
+    :param failure: what
+    """
+
+    def __init__(self, failure: str) -> None:
+        super().__init__()
+        self.failure = failure
+
+    def observe(self) -> Any:
+        if self.n_steps == 40:
+            if self.failure == "error":
+                raise KeyError("the simulator has diverged")
+            if self.failure == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.failure == "interrupt":
+                signal.raise_signal(signal.SIGINT)
+            if self.failure == "shape":
+                return np.zeros(4, np.float32)
+        return super().observe()
+
+
+def failing_vec_env(vec_env_cls: Any, failure: str) -> VecEnv:
+    return vec_env_cls([lambda: FailingEnv(failure), RandomEnv])
+
+
+@pytest.mark.parametrize(
+    ("vec_env_cls", "failure", "error", "message"),
+    [
+        (DummyVecEnv, "error", KeyError, "the simulator has diverged"),
+        (DummyVecEnv, "shape", ValueError, r"does not fit its space Box.* after \d+ timesteps: .*\(4,\).*can be saved"),
+        (DummyVecEnv, "interrupt", KeyboardInterrupt, None),
+        (SubprocVecEnv, "error", RuntimeError, "worker processes of SubprocVecEnv .* after 78 timesteps: 0 with exit code 1"),
+        (SubprocVecEnv, "kill", RuntimeError, "worker processes of SubprocVecEnv .* after 78 timesteps: 0 with exit code -9"),
+    ],
+)
+def test_environment_that_fails_leaves_a_sound_model(
+    vec_env_cls: Any, failure: str, error: type[BaseException], message: str | None, tmp_path: Path
+) -> None:
+    reference = make_model(failing_vec_env(DummyVecEnv, "none")).learn(64)
+    kwargs = {"start_method": "fork"} if vec_env_cls is SubprocVecEnv else {}
+    env = vec_env_cls([lambda: FailingEnv(failure), RandomEnv], **kwargs)
+    model = make_model(VecNormalize(env, norm_obs=False, norm_reward=False))
+    with pytest.raises(error, match=message):
+        model.learn(200)
+    # As it was after the first update
+    assert model.num_timesteps == 64 + 14
+    assert_identical(model.get_parameters()["policy"], reference.get_parameters()["policy"])
+    assert_can_go_on(model, tmp_path)
+    for process in getattr(env, "processes", []):
+        process.terminate()
+
+
+@pytest.mark.parametrize("space", [VECTOR, DICT], ids=["vector", "dict"])
+def test_wrong_shape_from_another_vec_env(space: spaces.Space, tmp_path: Path) -> None:
+    class Growing(DummyVecEnv):
+        """Does not check what it returns."""
+
+        n_steps = 0
+
+        def step_wait(self) -> Any:
+            observations, *rest = super().step_wait()
+            self.n_steps += 1
+            if self.n_steps == 40:
+                if isinstance(observations, dict):
+                    observations["position"] = np.zeros((2, 4), np.float32)
+                else:
+                    observations = np.zeros((2, 4), np.float32)
+            return (observations, *rest)
+
+    env = Growing([lambda: RandomEnv(space)] * 2)
+    model = make_model(env, "MultiInputPolicy" if isinstance(space, spaces.Dict) else "MlpPolicy")
+    place = "in 'position' " if isinstance(space, spaces.Dict) else ""
+    message = rf"returned {place}observations of shape \(2, 4\) for 2 environments, where its space has \(3,\) after 80"
+    with pytest.raises(ValueError, match=message):
+        model.learn(200)
+    assert_can_go_on(model, tmp_path)
+
+
+@pytest.mark.parametrize("own_loop", [False, True])
+def test_wrong_shape_at_the_reset(own_loop: bool) -> None:
+    class Wide(DummyVecEnv):
+        def reset(self) -> Any:
+            return np.zeros((2, 4), np.float32)
+
+    model = make_model(Wide([RandomEnv] * 2), OwnForward if own_loop else "MlpPolicy")
+    with pytest.raises(ValueError, match=r"observations of shape \(2, 4\) for 2 environments.* after 0 timesteps"):
+        model.learn(200)
+
+
+@pytest.mark.parametrize(
+    "action_space", [BOX_ACTIONS, spaces.Discrete(3), spaces.MultiBinary(2), spaces.MultiDiscrete([2, 2])]
+)
+def test_nan_is_found_where_it_is_first_used(action_space: spaces.Space) -> None:
+    class Spoiling(RandomEnv):
+        def observe(self) -> Any:
+            observation = super().observe()
+            return observation * np.float32("nan") if self.n_steps == 40 else observation
+
+    model = make_model(Spoiling(VECTOR, action_space))
+    with pytest.raises(ValueError, match="a NaN or an infinity in its observation after 40 timesteps"):
+        model.learn(200)
+
+
+def test_nan_in_the_policy_is_not_blamed_on_the_environment() -> None:
+    model = make_model()
+    with th.no_grad():
+        list(model.policy.action_net.parameters())[1][0] = float("nan")
+    with pytest.raises(ValueError, match="The actor's network puts out a NaN"):
+        model.learn(200)
+
+
+def test_interrupt_in_a_callback_leaves_a_sound_model(tmp_path: Path) -> None:
+    class Interrupting(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == 40:
+                signal.raise_signal(signal.SIGINT)
+            return True
+
+    model = make_model()
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(200, callback=Interrupting())
+    assert model.num_timesteps == 40
+    assert_can_go_on(model, tmp_path)
+    # The model itself can go on too
+    model.learn(32, reset_num_timesteps=False)
+    assert model.num_timesteps == 72
