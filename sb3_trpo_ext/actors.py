@@ -143,10 +143,10 @@ def _is_pure(policy: ActorCriticPolicy, networks: list[Any], observations: PyTor
 
     with th.random.fork_rng([policy.device] if policy.device.type == "cuda" else []):
         generator = th.get_rng_state()
-        first, second = outputs(observations, True), outputs(observations, True)
-        deferred = outputs(_with_zeros(observations), False)[: len(first)]
+        as_usual = outputs(observations, True)
+        deferred = outputs(_with_zeros(observations), False)[: len(as_usual)]
         is_silent = th.equal(th.get_rng_state(), generator)
-    return is_silent and th.equal(first, second) and th.allclose(first, deferred, rtol=1e-4, atol=1e-5)
+    return is_silent and th.allclose(as_usual, deferred, rtol=1e-4, atol=1e-5)
 
 
 def _with_zeros(observations: PyTorchObs) -> PyTorchObs:

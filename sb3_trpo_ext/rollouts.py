@@ -355,7 +355,8 @@ def _explain_observation(model: OnPolicyAlgorithm, env: VecEnv, error: Exception
     if problem := _misfit(model._last_obs, model.observation_space, env.num_envs):
         raise ValueError(f"The environment returned {problem} after {model.num_timesteps} timesteps. {_INTACT}") from error
     for key, observation, _ in _parts(model._last_obs, model.observation_space):
-        if not np.isfinite(observation).all():
+        # Policies raise a ValueError for a NaN
+        if isinstance(error, ValueError) and not np.isfinite(observation).all():
             raise ValueError(
                 f"The environment returned a NaN or an infinity in its {key or 'observation'} after {model.num_timesteps} "
                 f"timesteps. {_INTACT[:-1]}; `VecCheckNan` from stable_baselines3.common.vec_env finds the step at which it "

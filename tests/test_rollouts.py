@@ -14,8 +14,11 @@ from gymnasium import spaces
 from helpers import BOX_ACTIONS, DICT, IMAGE, VECTOR, BetaPolicy
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import DiagGaussianDistribution
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
 from torch import nn
 
@@ -133,8 +136,8 @@ class Case:
     ):
         self.actor, self.obs, self.acts, self.policy, self.kwargs = actor, obs, acts, policy, kwargs
 
-    def make(self, n_envs: int = 3) -> TRPO:
-        return spread_out(make_model(random_vec_env(n_envs, self.obs, self.acts), self.policy, **self.kwargs))
+    def make(self, n_envs: int = 3, **kwargs: Any) -> TRPO:
+        return spread_out(make_model(random_vec_env(n_envs, self.obs, self.acts), self.policy, **self.kwargs, **kwargs))
 
 
 MLP, POLICY = actors.MlpActor, actors.PolicyActor
@@ -246,11 +249,15 @@ def test_training_is_that_of_sb3s_loop() -> None:
         collect_rollouts = OnPolicyAlgorithm.collect_rollouts
 
     kwargs: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_critic_updates": 2, "seed": 0, "device": "cpu"}
-    models = [cls("MlpPolicy", random_vec_env(2), **kwargs).learn(128) for cls in (TRPO, WithOwnLoop)]
+    models = []
+    for cls in (TRPO, WithOwnLoop):
+        env = DummyVecEnv([lambda: Monitor(RandomEnv())] * 2)
+        models.append(cls("MlpPolicy", env, **kwargs).learn(128))
     for left, right in zip(*(model.policy.parameters() for model in models), strict=True):
         th.testing.assert_close(left, right, rtol=1e-3, atol=1e-4)
-    assert models[0].ep_info_buffer is not None
-    assert [info["r"] for info in models[0].ep_info_buffer] == [info["r"] for info in models[1].ep_info_buffer or []]
+    ours, theirs = ([(info["r"], info["l"]) for info in model.ep_info_buffer or []] for model in models)
+    assert len(ours) == 2 * (64 // 10)
+    assert ours == theirs
 
 
 # --- The random numbers ------------------------------------------------------------------------------------------------
@@ -308,11 +315,12 @@ def test_small_networks_run_on_one_thread(n_envs: int, expected: int, monkeypatc
 def test_callbacks_see_what_sb3s_loop_shows(name: str) -> None:
     seen = []
     for own_loop in (False, True):
-        model, callback = CASES[name].make(), Recorder(bonus=1.0)
+        # The last step truncates an episode
+        model, callback = CASES[name].make(n_steps=20), Recorder(bonus=1.0)
         assert collect(model, own_loop, callback)
         seen.append((model, callback))
     (ours, actual), (theirs, expected) = seen
-    assert actual.calls == expected.calls == ["start"] + ["step"] * 32 + ["end"]
+    assert actual.calls == expected.calls == ["start"] + ["step"] * 20 + ["end"]
     for left, right in zip(actual.steps, expected.steps, strict=True):
         for key in STEP_LOCALS:
             np.testing.assert_equal(as_arrays(left[key]), as_arrays(right[key]), err_msg=key)
@@ -320,11 +328,28 @@ def test_callbacks_see_what_sb3s_loop_shows(name: str) -> None:
     # What a callback does to the reward gets into the buffer
     assert_same_contents(ours.rollout_buffer, theirs.rollout_buffer)
     assert ours.rollout_buffer.rewards.mean() > 0.5
-    assert actual.final["n_steps"] == expected.final["n_steps"] == 32
+    assert actual.final["n_steps"] == expected.final["n_steps"] == 20
     for key in ("values", "log_probs", "rewards"):
         np.testing.assert_allclose(actual.final[key], expected.final[key], rtol=1e-5, atol=1e-5, err_msg=key)
     assert actual.final["self"] is ours
     assert set(expected.final) - set(actual.final) <= {"idx", "done", "terminal_obs", "terminal_value"}
+
+
+@pytest.mark.parametrize("name", ["box", "discrete"])
+def test_callback_that_writes_into_the_actions(name: str) -> None:
+    class Zeroing(BaseCallback):
+        def _on_step(self) -> bool:
+            self.locals["actions"][:] = 0
+            return True
+
+    buffers = []
+    for own_loop in (False, True):
+        model = CASES[name].make()
+        collect(model, own_loop, Zeroing())
+        buffers.append(model.rollout_buffer)
+    assert not buffers[0].actions.any()
+    # Of the actions that were taken
+    assert_same_contents(buffers[0], buffers[1])
 
 
 def test_values_are_not_there_during_the_rollout() -> None:
@@ -386,6 +411,30 @@ class NoisyExtractor(PureExtractor):
         return super().forward(observations + 0.1 * th.randn_like(observations))
 
 
+class DrawingExtractor(PureExtractor):
+    """Draws random numbers and does nothing with them."""
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        th.rand(1)
+        return super().forward(observations)
+
+
+class TiredGaussian(DiagGaussianDistribution):
+    """Says that actions are less and less likely."""
+
+    n_calls = 0
+
+    def log_prob(self, actions: th.Tensor) -> th.Tensor:
+        self.n_calls += 1
+        return super().log_prob(actions) - self.n_calls
+
+
+class OwnDistribution(MlpPolicy):
+    def _build(self, lr_schedule: Schedule) -> None:
+        self.action_dist = TiredGaussian(2)
+        super()._build(lr_schedule)
+
+
 class CountingExtractor(PureExtractor):
     """Remembers how often it was asked."""
 
@@ -425,13 +474,15 @@ def with_extractor(extractor: type) -> dict[str, Any]:
         (OwnForward, {}),
         (OwnValues, {}),
         (BetaPolicy, {}),
+        (OwnDistribution, {}),
         ("MlpPolicy", with_extractor(NoisyExtractor)),
+        ("MlpPolicy", with_extractor(DrawingExtractor)),
         ("MlpPolicy", with_extractor(CountingExtractor)),
         ("MlpPolicy", with_extractor(MixingExtractor)),
         ("MlpPolicy", {"rollout_buffer_class": OwnBuffer}),
         ("MlpPolicy", {"rollout_buffer_class": OwnReset}),
     ],
-    ids=["forward", "predict_values", "distribution", "noisy", "counting", "mixing", "add", "reset"],
+    ids=["forward", "predict_values", "beta", "distribution", "noisy", "drawing", "counting", "mixing", "add", "reset"],
 )
 def test_unusual_things_take_sb3s_loop(policy: Any, kwargs: dict[str, Any]) -> None:
     actions = spaces.Box(0.0, 1.0, (2,)) if policy is BetaPolicy else BOX_ACTIONS
