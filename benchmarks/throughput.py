@@ -197,12 +197,13 @@ def shares(contestant: Contestant) -> dict[str, float]:
     return {**result, "other": 1 - sum(result.values())}
 
 
-def compare(case: Case, n_repetitions: int, n_critic_updates: int, batch_size: int) -> dict[str, Any]:
+def compare(case: Case, n_repetitions: int, n_timed: int, n_critic_updates: int, batch_size: int) -> dict[str, Any]:
     """
     Time both classes alternately.
 
     :param case: what to time
     :param n_repetitions: how often, after one warm-up
+    :param n_timed: how often with timers around the parts
     :param n_critic_updates: critic epochs
     :param batch_size: of the critic's minibatches
     :return: medians, ratios and shares
@@ -220,7 +221,7 @@ def compare(case: Case, n_repetitions: int, n_critic_updates: int, batch_size: i
             rates[name].append(contestants[name].n_steps / contestants[name].learn())
         for name in names:
             limits[name].append(contestants[name].step_only())
-    for _ in range(3):
+    for _ in range(n_timed):
         for name, contestant in contestants.items():
             parts[name].append(shares(contestant))
     for model in models.values():
@@ -249,6 +250,7 @@ def main() -> None:
     parser.add_argument("case", nargs="?", choices=list(CASES))
     parser.add_argument("--list", action="store_true", help="list the cases")
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--timed", type=int, default=3, help="repetitions with timers around the parts")
     parser.add_argument("--critic-epochs", type=int, default=10, help="sb3-contrib's default is 10")
     parser.add_argument("--batch-size", type=int, default=128, help="of the critic; sb3-contrib's default is 128")
     parser.add_argument("--output", type=pathlib.Path)
@@ -265,7 +267,7 @@ def main() -> None:
         "torch": th.__version__,
         "threads": th.get_num_threads(),
         "processor": platform.machine(),
-        **compare(case, args.repetitions, args.critic_epochs, args.batch_size),
+        **compare(case, args.repetitions, args.timed, args.critic_epochs, args.batch_size),
     }
     print(json.dumps(result, indent=1))
     if args.output is not None:
