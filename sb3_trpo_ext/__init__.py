@@ -1,5 +1,7 @@
 """TRPO for Stable-Baselines3: exact, fast, and pleasant to use."""
 
+from gymnasium import register
+
 from sb3_trpo_ext.distributions import Family, register_family
 from sb3_trpo_ext.policies import (
     CnnPolicy,
@@ -12,6 +14,15 @@ from sb3_trpo_ext.policies import (
 from sb3_trpo_ext.trpo import TRPO
 
 __version__ = "0.1.0"
+
+# By name, so that the environment is imported when somebody makes it
+register(
+    "sb3_trpo_ext/PointMass1D-v0",
+    entry_point="sb3_trpo_ext.envs.point_mass:PointMass1D",
+    max_episode_steps=150,
+    # Full force towards the goal, a brake in time and a spring within the goal gets 606, the mean of 300 episodes
+    reward_threshold=550,
+)
 
 __all__ = [
     "TRPO",
