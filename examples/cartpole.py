@@ -1,0 +1,39 @@
+"""CartPole: discrete actions, saving and loading, evaluation."""
+
+import argparse
+
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.utils import LinearSchedule
+
+from sb3_trpo_ext import TRPO
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=60_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    model = TRPO(
+        "MlpPolicy",
+        make_vec_env("CartPole-v1", n_envs=8, seed=args.seed),
+        n_steps=256,
+        batch_size=256,
+        learning_rate=3e-3,
+        # The steps shrink to nothing, so that a policy that has solved the task is not moved on by noise
+        target_kl=LinearSchedule(0.03, 0.0, 1.0),
+        cg_damping=0.01,
+        seed=args.seed,
+        verbose=1,
+    )
+    model.learn(args.steps)
+    model.save("trpo_cartpole")
+
+    model = TRPO.load("trpo_cartpole")
+    mean, std = evaluate_policy(model, make_vec_env("CartPole-v1", seed=args.seed + 1000), n_eval_episodes=20)
+    print(f"mean return: {mean:.1f} +- {std:.1f}")
+
+
+if __name__ == "__main__":
+    main()

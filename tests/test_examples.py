@@ -1,0 +1,134 @@
+"""Every example runs, as a user would run it; those that claim to learn do, in the slow tests."""
+
+import ast
+import re
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch as th
+from test_architecture import count_code_lines
+
+from sb3_trpo_ext import distributions
+
+FOLDER = Path(__file__).resolve().parent.parent / "examples"
+#: Steps enough for an update or more, and a floor of what an agent gets that has learned nothing.
+BUDGETS = {
+    "cartpole": (2048, 8),
+    "continue_contrib": (2048, -2000),
+    "custom_distribution": (2048, -2000),
+    "dict_observation": (512, -120),
+    "entropy_bonus": (2048, 8),
+    "humanoid": (4096, 50),
+    "kl_penalty": (2048, 8),
+    "pendulum": (2048, -2000),
+    "point_mass": (4800, None),
+    "squashed_policy": (2048, -2000),
+}
+#: A return that is not reached by chance, for the number of steps that the example has by default; of seed 0 in brackets.
+THRESHOLDS = {
+    "cartpole": 475,  # 500
+    "continue_contrib": -300,  # -164
+    "custom_distribution": -400,  # -236
+    "dict_observation": -3,  # 0
+    "entropy_bonus": 400,  # 500 and 500
+    "kl_penalty": 475,  # 500 and 500
+    "pendulum": -300,  # -160
+    "squashed_policy": -400,  # -243
+}
+FIGURES = ("kl_penalty", "point_mass")
+
+
+@pytest.fixture(autouse=True)
+def _no_family_stays() -> Iterator[None]:
+    before = dict(distributions._FAMILIES)
+    yield
+    distributions._FAMILIES.clear()
+    distributions._FAMILIES.update(before)
+
+
+def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+
+
+def returns_in(output: str) -> list[float]:
+    return [float(number) for number in re.findall(r"mean return[^:]*: (-?[\d.]+)", output)]
+
+
+def test_every_example_is_tested() -> None:
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*BUDGETS, "atari"}
+
+
+@pytest.mark.parametrize("name", [*BUDGETS, "atari"])
+def test_example_is_short_and_uses_the_public_names_alone(name: str) -> None:
+    source = (FOLDER / f"{name}.py").read_text()
+    # The point mass draws four pictures
+    assert count_code_lines(source) < (90 if name == "point_mass" else 60)
+    if name != "point_mass":
+        assert len(source.splitlines()) < 60
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            assert not (node.module or "").startswith("sb3_trpo_ext.")
+        # `_build` and `_on_...` are what a subclass of SB3's classes defines; nothing else with an underscore is used
+        if isinstance(node, ast.Attribute) and node.attr != "_build":
+            assert not node.attr.startswith("_"), node.attr
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    steps, floor = BUDGETS[name]
+    run(name, tmp_path, monkeypatch, "--steps", str(steps))
+    if floor is not None:
+        returns = returns_in(capsys.readouterr().out)
+        assert len(returns) >= 1
+        assert min(returns) > floor
+    if name in FIGURES:
+        picture = (tmp_path / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) > 20_000
+
+
+@pytest.mark.slow
+def test_atari_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    roms = pytest.importorskip("ale_py.roms")
+    if roms.get_rom_path("pong") is None:
+        pytest.skip("there is no ROM of Pong")
+    # The networks that are trained are those of pixels, which take seconds: one update shows that it works
+    run("atari", tmp_path, monkeypatch, "--steps", "1024", "--game", "PongNoFrameskip-v4")
+    (score,) = returns_in(capsys.readouterr().out)
+    assert -21 <= score <= 21
+
+
+def test_family_of_the_custom_distribution_is_right() -> None:
+    """Its KL is that of PyTorch, and its Fisher matrix the Hessian of the KL."""
+    example = runpy.run_path(str(FOLDER / "custom_distribution.py"))
+    family = example["LaplaceFamily"]()
+    th.manual_seed(0)
+    old, new = ((th.randn(5, 2).double(), th.randn(5, 2).double()) for _ in range(2))
+    laplaces = [th.distributions.Laplace(mean, log_scale.exp()) for mean, log_scale in (old, new)]
+    expected = th.distributions.kl_divergence(*laplaces).sum(dim=1)
+    assert th.allclose(family.kl(old, new), expected)
+    assert th.allclose(family.entropy(old), laplaces[0].entropy().sum(dim=1))
+    tangent = th.randn(20).double()
+    product = family.fisher(old, (tangent[:10].view(5, 2), tangent[10:].view(5, 2)))
+    # At the old distribution itself, |x| has no second derivative: approach it
+    shifted = th.cat([old[0].flatten() + 1e-7, old[1].flatten()])
+    hessian = th.autograd.functional.hessian(
+        lambda flat: family.kl(old, (flat[:10].view(5, 2), flat[10:].view(5, 2))).sum(), shifted
+    )
+    assert th.allclose(th.cat([part.flatten() for part in product]), hessian @ tangent, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_example_learns(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(name, tmp_path, monkeypatch)
+    returns = returns_in(capsys.readouterr().out)
+    # Of the model that goes on, where another one was its start
+    assert min(returns[-1:] if name == "continue_contrib" else returns) > THRESHOLDS[name]
