@@ -13,11 +13,11 @@ LOGS ?= logs
 # make test
 WORKERS ?= 2
 
-SOURCES := $(wildcard sb3_trpo_ext tests benchmarks examples)
+SOURCES := $(wildcard sb3_trpo_ext tests benchmarks examples docs)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow lint format type commit-checks clean
+.PHONY: help train test test-slow lint format type commit-checks docs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +52,10 @@ type: $(STAMP) ## Check the types
 
 commit-checks: format lint type test ## Everything to run before a commit
 
+docs: $(STAMP) ## Build the documentation: open site/index.html
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean: ## Remove the environment, the caches and the built distributions
-	rm -rf $(VENV) build dist .coverage .coverage.* htmlcov .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site .coverage .coverage.* htmlcov .mypy_cache .pytest_cache .ruff_cache
 	find sb3_trpo_ext tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -31,13 +31,8 @@ class PointMass1D(gym.Env[np.ndarray, np.ndarray]):
     Push a mass along a line to the origin, and hold it there.
 
     The state is position and velocity ``(x, v)``, the action a force ``a`` in [-1, 1]; a larger one is cut off. In a step of
-    ``dt = 0.05``
-
-    .. code-block:: text
-
-        v' = 0.99 v + a dt
-        x' = x + v' dt
-        reward = -(x'^2 + 0.1 v'^2 + 0.001 a^2) + (5 if |x'| < 0.05 and |v'| < 0.05 else 0)
+    ``dt = 0.05`` the velocity becomes ``v' = 0.99 v + a dt`` and the position ``x' = x + v' dt``. The reward is
+    ``-(x'^2 + 0.1 v'^2 + 0.001 a^2)``, and 5 more where ``|x'|`` and ``|v'|`` are both below 0.05.
 
     Episodes start with x uniform in [-1, 1] and v uniform in [-0.5, 0.5], never terminate, and are truncated after 150 steps
     when the environment is made by its id, ``sb3_trpo_ext/PointMass1D-v0``.
