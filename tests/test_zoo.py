@@ -89,7 +89,7 @@ def test_entry_constructs_our_model(env_id: str, tmp_path: Path) -> None:
     model = results[0]
     assert type(model) is TRPO
     assert model.n_envs == entry.get("n_envs", 1)
-    assert (model.get_vec_normalize_env() is not None) == entry.get("normalize", False)
+    assert (model.get_vec_normalize_env() is not None) == bool(entry.get("normalize", False))
     assert model.env is not None
     model.env.close()
 
