@@ -35,6 +35,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_trpo_ext import TRPO, actors, rollouts
 from sb3_trpo_ext.contrib import joint_kl_factor
+from sb3_trpo_ext.envs import EnvPoolVecEnv
 
 Model = TRPO | sb3_contrib.TRPO
 
@@ -64,9 +65,25 @@ class Case(NamedTuple):
 
 
 SUBPROC = of_class(SubprocVecEnv)
+
+
+def envpool(env: str, n_envs: int, seed: int) -> VecEnv:
+    """
+    Make environments of EnvPool's.
+
+    :param env: id
+    :param n_envs: number of environments
+    :param seed: of the first
+    :return: the environments
+    """
+    return EnvPoolVecEnv(env, n_envs, seed=seed)
+
+
 CASES = {
     "humanoid-8": Case("Humanoid-v5", 8, 1024, [256, 256]),
     "humanoid-8-subproc": Case("Humanoid-v5", 8, 1024, [256, 256], SUBPROC, SUBPROC),
+    "humanoid-16-envpool": Case("Humanoid-v5", 16, 512, [256, 256], envpool),
+    "humanoid-16-envpool-both": Case("Humanoid-v5", 16, 512, [256, 256], envpool, envpool),
     "cartpole-8": Case("CartPole-v1", 8, 128, [64, 64], n_rollouts=8),
 }
 

@@ -41,12 +41,10 @@ says when that loop runs instead, and what callbacks see).
 
 ## Threads
 
-The actor of a small MLP runs on one thread whatever `torch.set_num_threads` says; updates and the batches at the end of
-a rollout use all threads. After a product on several threads OpenMP's threads go on waiting at full speed, on the cores
-that the processes of `SubprocVecEnv` need. Measured on two cores with 8 Humanoid-v5, networks of [256, 256] and
-rollouts of 256 steps, in steps/s of rollouts alone, one thread against two: 1,866 against 1,418 with `SubprocVecEnv`
-(1.39 times as many, median of six pairs), 2,904 against 2,939 with `DummyVecEnv`, where one thread takes half of the
-processor time.
+The actor of a small MLP runs on one thread whatever `torch.set_num_threads` says; updates and the batches at the end of a
+rollout use all threads. After a product on several threads OpenMP's threads go on waiting at full speed, on the cores that the
+processes of `SubprocVecEnv` and the threads of EnvPool need. For networks that are larger, or no MLP, `OMP_NUM_THREADS=1` has
+the same effect.
 """
 
 
