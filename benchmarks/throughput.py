@@ -5,8 +5,9 @@
 
 What is timed is ``learn()``: rollouts, policy updates and critic updates. Both classes get the same kind of vector
 environment, the same networks and the same weights at the start of each repetition, the same number of critic epochs and
-minibatches, and ``target_kl`` and ``cg_damping`` converted to joint units; all else is at the defaults of each. What is
-reported are medians over alternating repetitions, and the ratios within each: single times mean little on a shared machine.
+minibatches, and ``target_kl`` and ``cg_damping`` converted to joint units; all else is at the defaults of each, but for the
+options of the case. What is reported are medians over alternating repetitions, and the ratios within each: single times mean
+little on a shared machine.
 
 The shares come from repetitions of their own, with timers around the parts; ``other`` is what is in none of them. The limit is
 what the environment alone does with the actions of the last rollout.
@@ -62,6 +63,8 @@ class Case(NamedTuple):
     make_theirs: Callable[[str, int, int], VecEnv] = of_class(DummyVecEnv)
     #: Rollouts per repetition.
     n_rollouts: int = 1
+    #: Options of ours beyond the defaults.
+    options: tuple[tuple[str, Any], ...] = ()
 
 
 SUBPROC = of_class(SubprocVecEnv)
@@ -79,11 +82,12 @@ def envpool(env: str, n_envs: int, seed: int) -> VecEnv:
     return EnvPoolVecEnv(env, n_envs, seed=seed)
 
 
+THINNED = (("sub_sampling_factor", 4),)
 CASES = {
-    "humanoid-8": Case("Humanoid-v5", 8, 1024, [256, 256]),
-    "humanoid-8-subproc": Case("Humanoid-v5", 8, 1024, [256, 256], SUBPROC, SUBPROC),
-    "humanoid-16-envpool": Case("Humanoid-v5", 16, 512, [256, 256], envpool),
-    "humanoid-16-envpool-both": Case("Humanoid-v5", 16, 512, [256, 256], envpool, envpool),
+    "humanoid-8": Case("Humanoid-v5", 8, 1024, [256, 256], options=THINNED),
+    "humanoid-8-subproc": Case("Humanoid-v5", 8, 1024, [256, 256], SUBPROC, SUBPROC, options=THINNED),
+    "humanoid-16-envpool": Case("Humanoid-v5", 16, 512, [256, 256], envpool, options=THINNED),
+    "humanoid-16-envpool-both": Case("Humanoid-v5", 16, 512, [256, 256], envpool, envpool, options=THINNED),
     "cartpole-8": Case("CartPole-v1", 8, 128, [64, 64], n_rollouts=8),
 }
 
@@ -102,7 +106,7 @@ def make_models(case: Case, n_critic_updates: int, batch_size: int, seed: int = 
     shared |= {"seed": seed, "device": "cpu", "policy_kwargs": {"net_arch": case.net_arch}}
     env = case.make_ours(case.env, case.n_envs, seed)
     factor = joint_kl_factor(env.action_space)
-    ours = TRPO("MlpPolicy", env, target_kl=0.01 * factor, cg_damping=0.1 * factor, **shared)
+    ours = TRPO("MlpPolicy", env, target_kl=0.01 * factor, cg_damping=0.1 * factor, **shared, **dict(case.options))
     theirs = sb3_contrib.TRPO("MlpPolicy", case.make_theirs(case.env, case.n_envs, seed), **shared)
     theirs.policy.load_state_dict(ours.policy.state_dict())
     return {"ours": ours, "theirs": theirs}
@@ -279,6 +283,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "case": args.case,
         **{name: getattr(case, name) for name in ("env", "n_envs", "n_steps", "net_arch")},
+        "options": dict(case.options),
         "critic_epochs": args.critic_epochs,
         "batch_size": args.batch_size,
         "torch": th.__version__,

@@ -13,12 +13,14 @@ HEAD = """# Steps per second of the whole training
 
 `learn()` of sb3-contrib's TRPO and of ours, alternating in one process: the same kind of vector environment, the same
 networks, the same weights at the start of each repetition, the same critic epochs and minibatches, `target_kl` and
-`cg_damping` converted to joint units. Ratios are medians of paired ratios (smallest and largest in brackets): the
-machine is shared, and single times mean little. This page is written by `python benchmarks/throughput_page.py` from
-`benchmarks/results/throughput_*.json`, which `python benchmarks/throughput.py CASE --output FILE` writes.
+`cg_damping` converted to joint units; ours with the options shown. In the case with EnvPool in its name, ours has EnvPool and
+sb3-contrib's `DummyVecEnv`, which is the faster of SB3's two for it. Ratios are medians of paired ratios (smallest and
+largest in brackets): the machine is shared, and single times mean little. This page is written by
+`python benchmarks/throughput_page.py` from `benchmarks/results/throughput_*.json`, which
+`python benchmarks/throughput.py CASE --output FILE` writes.
 
-| case | threads | steps/s, ours / sb3-contrib's | ratio | the environment alone |
-|---|---|---|---|---|
+| case | options | threads | steps/s, ours / sb3-contrib's | ratio | the environment alone |
+|---|---|---|---|---|---|
 """
 
 SHARES = """
@@ -53,6 +55,7 @@ def rate(result: dict[str, Any]) -> str:
     limits = [f"{result['env_only_steps_per_s'][name]:,.0f}" for name in ("ours", "theirs")]
     cells = [
         result["case"],
+        ", ".join(f"`{key}={value}`" for key, value in result["options"].items()) or "none",
         str(result["threads"]),
         f"{result['ours_steps_per_s']:,.0f} / {result['theirs_steps_per_s']:,.0f}",
         f"**{result['ratio']:.2f}x** ({result['ratio_min']:.2f} to {result['ratio_max']:.2f})",

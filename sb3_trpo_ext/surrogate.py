@@ -74,8 +74,11 @@ class Surrogate:
         self.fisher_stride = fisher_stride
         self._structure = mlp_structure(policy, actor_params)
         self._generator = th.Generator().manual_seed(noise_seed)
-        with th.no_grad():
-            self.family: Family = family_of(policy.get_distribution(take(batch.observations, slice(1))))
+        if self._structure is None:
+            with th.no_grad():
+                self.family: Family = family_of(policy.get_distribution(take(batch.observations, slice(1))))
+        else:
+            self.family = family_of(policy.action_dist)
         limits = _CPU_LIMITS if policy.device.type == "cpu" else _ACCELERATOR_LIMITS
         #: Of how many samples the graph is kept for the Fisher-vector products.
         self._n_kept = max(limits.n_numbers // numbers_per_sample(batch.observations), 1)

@@ -211,7 +211,8 @@ class KLConstraint(PolicyUpdate):
         if not self.precondition or problem.preconditioner is None or self.cg_damping == 0:
             return conjugate_gradient(damped, gradient, self.cg_max_steps, self.cg_tolerance)
         cost = problem.preconditioner_cost(fisher)
-        solution = conjugate_gradient(damped, gradient, min(cost, _PROBE, self.cg_max_steps), self.cg_tolerance)
+        n_steps = self.cg_max_steps if cost >= self.cg_max_steps else min(cost, _PROBE)
+        solution = conjugate_gradient(damped, gradient, n_steps, self.cg_tolerance)
         if solution.status is CGStatus.MAX_STEPS and _remaining_steps(solution, self.cg_tolerance) <= cost:
             n_steps = min(cost, self.cg_max_steps - solution.n_steps)
             solution = _continued(conjugate_gradient(damped, gradient, n_steps, self.cg_tolerance, start=solution), solution)
