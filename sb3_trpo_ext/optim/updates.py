@@ -210,7 +210,8 @@ class KLConstraint(PolicyUpdate):
         damped = Damped(Averaged(fisher), self.cg_damping)
         if not self.precondition or problem.preconditioner is None or self.cg_damping == 0:
             return conjugate_gradient(damped, gradient, self.cg_max_steps, self.cg_tolerance)
-        cost = problem.preconditioner_cost(fisher)
+        # The same on all processes, whose numbers of samples may differ: all have to come to the same decision
+        cost = round(float(all_mean(gradient.new_tensor(float(problem.preconditioner_cost(fisher))))))
         n_steps = self.cg_max_steps if cost >= self.cg_max_steps else min(cost, _PROBE)
         solution = conjugate_gradient(damped, gradient, n_steps, self.cg_tolerance)
         if solution.status is CGStatus.MAX_STEPS and _remaining_steps(solution, self.cg_tolerance) <= cost:

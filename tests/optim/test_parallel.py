@@ -82,6 +82,8 @@ def one_process_of_two(rank: int, folder: str) -> None:
             "tensor": tensor,
             "mean": mean,
             "product": product,
+            # Left to themselves, one process would build the preconditioner at once, and the other never
+            "own_costs": update(make_problem(rank)._replace(preconditioner_cost=lambda _: 4 * rank), True),
             "updates": {precondition: update(make_problem(rank), precondition) for precondition in (False, True)},
         },
         f"{folder}/{rank}.pt",
@@ -102,6 +104,14 @@ def test_mean_over_processes_leaves_its_argument_alone(outcomes: list[dict[str, 
         assert outcome["is_parallel"]
         assert outcome["mean"].tolist() == [1.5, 3.0]
         assert outcome["tensor"].tolist() == [1.0 + rank, 2.0 + 2 * rank]
+
+
+def test_processes_agree_on_when_to_build_the_preconditioner(outcomes: list[dict[str, Any]]) -> None:
+    (first, facts), (second, _) = (outcome["own_costs"] for outcome in outcomes)
+    assert th.equal(first, second)
+    expected, expected_facts = update(make_problem()._replace(preconditioner_cost=lambda _: 2), True)
+    assert relative_error(first, expected) < 1e-10
+    assert facts["cg_steps"] == expected_facts["cg_steps"]
 
 
 def test_averaged_is_the_mean_of_the_operators(outcomes: list[dict[str, Any]]) -> None:
