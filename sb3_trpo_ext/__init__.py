@@ -11,6 +11,7 @@ from sb3_trpo_ext.policies import (
     SquashedMlpPolicy,
     SquashedMultiInputPolicy,
 )
+from sb3_trpo_ext.recorder import TrainingRecorder
 from sb3_trpo_ext.trpo import TRPO
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "SquashedCnnPolicy",
     "SquashedMlpPolicy",
     "SquashedMultiInputPolicy",
+    "TrainingRecorder",
     "__version__",
     "register_family",
 ]

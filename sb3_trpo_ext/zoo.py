@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import yaml
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_trpo_ext import TRPO
+from sb3_trpo_ext import TRPO, TrainingRecorder
 
 KEY = "trpo_ext"
 
@@ -45,6 +45,8 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("train an agent, or tune hyperparameters with -optimize", "rl_zoo3.train", "train", "--algo"),
     "report": Command("evaluate a trained agent and draw its learning curve", "sb3_trpo_ext.report", "main"),
+    "plot": Command("draw returns and updates of one run, or of several", "sb3_trpo_ext.diagnostics", "main"),
+    "compare": Command("train several algorithms on a task and compare them", "sb3_trpo_ext.compare", "main"),
     "enjoy": Command("watch a trained agent", "rl_zoo3.enjoy", "enjoy", "--algo", "logs"),
     "record-video": Command("film a trained agent", "rl_zoo3.record_video", None, "--algo", "logs"),
     "record-training": Command("film every checkpoint of a run", "rl_zoo3.record_training", None, "--algo", "logs"),
@@ -106,12 +108,31 @@ def linear_schedule(name: str, text: str) -> LinearSchedule:
     raise ValueError(f"`{name}` must be a number or a linear schedule such as 'lin_0.1', got {text!r}")
 
 
-def _install_schedules() -> None:
-    """Let RL-Zoo's experiment manager understand schedules of our arguments, for our class alone."""
+def place_recorders(callbacks: Any, folder: str | None) -> list[Any]:
+    """
+    Give every ``TrainingRecorder`` among RL-Zoo's callbacks the folder of the run, which nobody knows who writes the settings.
+
+    :param callbacks: what the settings have under ``callback``: a name, a name with arguments, or a list of these
+    :param folder: the folder of the run; None leaves the recorders out
+    :return: the callbacks for RL-Zoo
+    """
+    names = (f"sb3_trpo_ext.{TrainingRecorder.__name__}", f"{TrainingRecorder.__module__}.{TrainingRecorder.__name__}")
+    placed = []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if callback not in names:
+            placed.append(callback)
+        elif folder is not None:
+            placed.append({callback: {"folder": folder}})
+    return placed
+
+
+def _extend_experiment_manager() -> None:
+    """Let RL-Zoo's experiment manager understand schedules of our arguments, for our class alone, and place our recorder."""
     from rl_zoo3 import ALGOS
     from rl_zoo3.exp_manager import ExperimentManager
+    from stable_baselines3.common.callbacks import ProgressBarCallback
 
-    original = ExperimentManager._preprocess_hyperparams
+    original, original_callbacks = ExperimentManager._preprocess_hyperparams, ExperimentManager.create_callbacks
     if hasattr(original, "__wrapped__"):
         return
 
@@ -122,14 +143,25 @@ def _install_schedules() -> None:
             for name in SCHEDULED:
                 if isinstance(hyperparams.get(name), str):
                     hyperparams[name] = linear_schedule(name, hyperparams[name])
+        if hyperparams.get("callback") is not None:
+            # A search for hyperparameters has no folder for its trials
+            folder = None if self.optimize_hyperparameters else self.save_path
+            hyperparams["callback"] = place_recorders(hyperparams["callback"], folder)
         return original(self, hyperparams)
 
+    @functools.wraps(original_callbacks)
+    def create_callbacks(self: ExperimentManager) -> None:
+        original_callbacks(self)
+        # When training is interrupted RL-Zoo closes its first callback alone, which it takes to be the progress bar
+        self.callbacks.sort(key=lambda callback: not isinstance(callback, ProgressBarCallback))
+
     setattr(ExperimentManager, original.__name__, preprocess)
+    setattr(ExperimentManager, original_callbacks.__name__, create_callbacks)
 
 
 def register(key: str = KEY) -> None:
     """
-    Make the TRPO of this package known to RL-Zoo: the class, its Optuna search space and its schedules.
+    Make the TRPO of this package known to RL-Zoo: the class, its Optuna search space, its schedules and its record.
 
     :param key: the name for ``--algo``; an existing one is replaced in this process
     """
@@ -141,7 +173,7 @@ def register(key: str = KEY) -> None:
     ALGOS[key] = TRPO
     HYPERPARAMS_SAMPLER[key] = sample_trpo_params
     HYPERPARAMS_CONVERTER[key] = convert_trpo_params
-    _install_schedules()
+    _extend_experiment_manager()
 
 
 def with_defaults(name: str, arguments: Sequence[str]) -> list[str]:

@@ -20,9 +20,34 @@ def module_name(path: Path) -> str:
 FILES = {module_name(path): path for path in sorted((ROOT / "sb3_trpo_ext").rglob("*.py"))}
 #: The tools around training: they may load what is heavy, and nothing else may load it or them.
 TOOLS = tuple(
-    f"sb3_trpo_ext.{name}" for name in ("compare", "plots", "report", "zoo", "zoo_envpool", "zoo_optuna", "zoo_plugin")
+    f"sb3_trpo_ext.{name}"
+    for name in (
+        "compare",
+        "comparison_settings",
+        "comparison_table",
+        "diagnostics",
+        "diagnostics_html",
+        "plots",
+        "report",
+        "runs",
+        "zoo",
+        "zoo_envpool",
+        "zoo_optuna",
+        "zoo_plugin",
+    )
 )
-HEAVY = ("envpool", "huggingface_sb3", "matplotlib", "optuna", "pandas", "plotly", "rl_zoo3", "sb3_contrib", "seaborn")
+HEAVY = (
+    "envpool",
+    "huggingface_sb3",
+    "matplotlib",
+    "optuna",
+    "pandas",
+    "plotly",
+    "rl_zoo3",
+    "rliable",
+    "sb3_contrib",
+    "seaborn",
+)
 #: What a module, or all that is in a package, must not import, nor anything within that.
 NEVER = {
     "sb3_trpo_ext.distributions": ("sb3_trpo_ext",),

@@ -1,0 +1,114 @@
+"""The diagnostics of runs as an interactive page, by Plotly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from matplotlib.colors import to_rgb
+from plotly.subplots import make_subplots
+
+from sb3_trpo_ext.diagnostics import PHASE_COLORS, Line, make_panels, phases, run_colors
+from sb3_trpo_ext.runs import Run
+
+STYLES: dict[str, dict[str, Any]] = {
+    "line": {"mode": "lines", "line": {"width": 2}},
+    "dashed": {"mode": "lines", "line": {"width": 1.5, "dash": "dash"}},
+    "faint": {"mode": "lines", "line": {"width": 1}, "opacity": 0.35},
+    "points": {"mode": "markers", "marker": {"size": 4}, "opacity": 0.35},
+    "dots": {"mode": "markers", "marker": {"size": 7}},
+    "crosses": {"mode": "markers", "marker": {"size": 7, "symbol": "x"}},
+}
+
+
+def traces(line: Line, name: str) -> list[go.Scatter]:
+    """
+    Plotly's form of a line.
+
+    :param line: the line
+    :param name: what the legend and the pointer call it
+    :return: one trace, or two that enclose a band
+    """
+    red, green, blue = (round(255 * part) for part in to_rgb(line.color))
+    color = f"rgb({red},{green},{blue})"
+    common = {"x": line.x, "name": name, "legendgroup": name, "showlegend": False}
+    if line.upper is not None:
+        edge = {**common, "mode": "lines", "line": {"width": 0, "color": color}, "hoverinfo": "skip"}
+        fill = f"rgba({red},{green},{blue},0.2)"
+        return [go.Scatter(y=line.y, **edge), go.Scatter(y=line.upper, fill="tonexty", fillcolor=fill, **edge)]
+    style = {key: dict(value) if isinstance(value, dict) else value for key, value in STYLES[line.kind].items()}
+    style.setdefault("line", {})["color"] = color
+    style.setdefault("marker", {})["color"] = color
+    hover = f"{name}<br>%{{x:,.0f}} steps: %{{y:.4g}}<extra></extra>"
+    return [go.Scatter(y=line.y, hovertemplate=hover, **common, **style)]
+
+
+def make_figure(runs: Sequence[Run]) -> go.Figure:
+    """
+    The page: the returns above, everything else in three columns; all share the steps when zoomed.
+
+    :param runs: the runs
+    :return: Plotly's figure
+    """
+    colors = run_colors(len(runs))
+    panels, bars = make_panels(runs, colors), phases(runs)
+    n_small = len(panels) - 1 + bool(bars.labels)
+    n_rows = 1 + -(-n_small // 3)
+    titles = [panel.title for panel in panels] + ([bars.title] if bars.labels else [])
+    specs: list[list[dict[str, int] | None]] = [[{"colspan": 3}, None, None]]
+    specs += [[{} if 3 * row + column < n_small else None for column in range(3)] for row in range(n_rows - 1)]
+    if bars.labels:
+        column = (n_small - 1) % 3
+        specs[-1][column:] = [{"colspan": 3 - column}, *[None] * (2 - column)]
+    heights = [1.6] + [1.0] * (n_rows - 1)
+    figure = make_subplots(n_rows, 3, specs=specs, subplot_titles=titles, row_heights=heights, vertical_spacing=0.22 / n_rows)
+    labels = dict(zip(colors, (run.label for run in runs), strict=True))
+    # One entry in the legend for each run; a click on it hides the run everywhere
+    for run, color in zip(runs, colors, strict=True):
+        mark = {"x": [None], "y": [None], "mode": "lines", "line": {"color": color, "width": 3}}
+        figure.add_trace(go.Scatter(name=run.label, legendgroup=run.label, **mark), row=1, col=1)
+    for index, panel in enumerate(panels):
+        row, column = (1, 1) if index == 0 else (2 + (index - 1) // 3, 1 + (index - 1) % 3)
+        for line in panel.lines:
+            owner = labels.get(line.color, runs[0].label if len(runs) == 1 else line.label)
+            for trace in traces(line, line.label if line.in_legend else owner):
+                trace.legendgroup = owner
+                figure.add_trace(trace, row=row, col=column)
+        if panel.is_log:
+            figure.update_yaxes(type="log", row=row, col=column)
+        if panel.scale in ("whole", "zero"):
+            figure.update_yaxes(rangemode="tozero", row=row, col=column)
+        figure.update_xaxes(matches="x", tickformat="~s", row=row, col=column)
+        if row == n_rows or (index == 0 and n_rows == 1):
+            figure.update_xaxes(title="environment steps", row=row, col=column)
+    if bars.labels:
+        row, column = 2 + (len(panels) - 1) // 3, 1 + (len(panels) - 1) % 3
+        for phase, seconds in bars.seconds.items():
+            bar = go.Bar(
+                y=bars.labels, x=seconds, orientation="h", name=phase, marker_color=PHASE_COLORS[phase], showlegend=False
+            )
+            bar.hovertemplate = f"{phase}: %{{x:.3g}} s<extra></extra>"
+            figure.add_trace(bar, row=row, col=column)
+        figure.update_yaxes(showticklabels=len(bars.labels) > 1, automargin=True, row=row, col=column)
+    figure.update_layout(
+        template="plotly_white",
+        barmode="stack",
+        height=380 + 260 * (n_rows - 1),
+        title={"text": runs[0].label if len(runs) == 1 else f"{len(runs)} runs"},
+        margin={"l": 60, "r": 30, "t": 110, "b": 50},
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1.0, "xanchor": "right", "yref": "container"},
+        hovermode="closest",
+    )
+    return figure
+
+
+def write_page(path: str | Path, runs: Sequence[Run]) -> None:
+    """
+    Write the interactive page, which needs no network to be looked at.
+
+    :param path: where to write it
+    :param runs: the runs
+    """
+    make_figure(runs).write_html(path, include_plotlyjs=True, full_html=True)

@@ -1,0 +1,168 @@
+"""The record of a training: one row of a CSV file for each update."""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import CSVOutputFormat
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+
+FILE_NAME = "progress.csv"
+#: The first columns, under SB3's names; what the logger has comes after these.
+COLUMNS = (
+    "time/total_timesteps",
+    "time/time_elapsed",
+    "time/rollout",
+    "time/update",
+    "rollout/ep_rew_mean",
+    "rollout/ep_len_mean",
+)
+
+
+class TrainingRecorder(BaseCallback):
+    """
+    Writes ``progress.csv``: for each update the timesteps, the episodes so far and all that is logged under train/ and time/.
+
+    SB3 writes its log between a rollout and the update on it, and never writes the last update; here every update has a row of
+    its own, written as soon as it is over, whatever the logger does with it. A training that goes on (``num_timesteps`` is not
+    zero when it starts) appends to the file; a new one starts a new file, as SB3's ``Monitor`` does.
+
+    ``time/rollout`` and ``time/update`` are the seconds that the rollout (with evaluations that other callbacks made) and the
+    update took.
+
+    :param folder: where to write. None: the folder of the run with RL-Zoo, the logger's folder without it
+    :param verbose: 1 to say where the file is
+    :raises ValueError: if there is a file where the folder should be
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None, verbose: int = 0) -> None:
+        super().__init__(verbose)
+        if folder is not None and not isinstance(folder, (str, os.PathLike)):
+            raise ValueError(
+                f"`folder` must be a path or None, got {folder!r}: pass the folder that progress.csv should lie in."
+            )
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"`folder` must be a folder, got {str(folder)!r}, which is a file: pass another path.")
+        self._columns: list[str] = []
+        # What is known of an update before it is over; None when no update is awaited
+        self._row: dict[str, Any] | None = None
+        self._n_updates_before = 0
+
+    @property
+    def path(self) -> Path:
+        """The file; without a folder of one's own, it is known once a model is."""
+        return (Path(self.logger.get_dir() or ".") if self.folder is None else self.folder) / FILE_NAME
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_start(self) -> None:
+        """
+        Start a file, or go on with the one that is there.
+
+        :raises ValueError: if the folder cannot be made, if SB3's logger writes the same file, or if there are no updates
+        """
+        if not isinstance(self.model, OnPolicyAlgorithm):
+            raise ValueError(
+                f"`TrainingRecorder` writes a row for each update of an on-policy algorithm, got {type(self.model).__name__}: "
+                "leave it out."
+            )
+        path = self.path
+        for output in self.logger.output_formats:
+            if isinstance(output, CSVOutputFormat) and os.path.abspath(output.file.name) == str(path.absolute()):
+                raise ValueError(f"`folder`: SB3's logger writes {path} already: pass another folder, or log no CSV there.")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = read_rows(path) if self.model.num_timesteps > 0 else []
+            self._columns = list(dict.fromkeys([*COLUMNS, *(rows[0] if rows else ())]))
+            self._rewrite(rows)
+        except OSError as error:
+            raise ValueError(
+                f"`folder`: cannot write {path} ({error.strerror}): pass a folder that can be written."
+            ) from error
+        if self.verbose > 0:
+            print(f"Updates are recorded in {path}")
+        # A training that goes on has lasted before
+        last = rows[-1]["time/time_elapsed"] if rows and "time/time_elapsed" in rows[-1] else ""
+        self._started = self._phase_started = time.perf_counter()
+        self._started -= float(last) if last else 0.0
+        self._row = None
+
+    def _on_rollout_start(self) -> None:
+        self._finish_row()
+        self._phase_started = time.perf_counter()
+
+    def _on_rollout_end(self) -> None:
+        now = time.perf_counter()
+        self._row = {"time/total_timesteps": self.model.num_timesteps, "time/rollout": now - self._phase_started}
+        episodes = [info for info in self.model.ep_info_buffer or () if "r" in info]
+        if episodes:
+            self._row["rollout/ep_rew_mean"] = float(np.mean([info["r"] for info in episodes]))
+            self._row["rollout/ep_len_mean"] = float(np.mean([info["l"] for info in episodes]))
+        self._phase_started = now
+        self._n_updates_before = self._n_updates()
+
+    def _on_training_end(self) -> None:
+        # RL-Zoo calls this a second time, and after an error as well: then no update is awaited, or it was not made
+        self._finish_row()
+
+    def _n_updates(self) -> int:
+        return int(getattr(self.model, "_n_updates", 0))
+
+    def _finish_row(self) -> None:
+        """Write what the update has logged, if there was one."""
+        row, self._row = self._row, None
+        if row is None or self._n_updates() == self._n_updates_before:
+            return
+        now = time.perf_counter()
+        row |= {"time/update": now - self._phase_started, "time/time_elapsed": now - self._started}
+        logged = {key: value for key, value in self.logger.name_to_value.items() if key.startswith(("train/", "time/"))}
+        row = {**logged, **row}
+        new_columns = [key for key in row if key not in self._columns]
+        if new_columns:
+            # Rare: an algorithm logs the same keys in every update, as a rule
+            rows = read_rows(self.path)
+            self._columns += new_columns
+            self._rewrite(rows)
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self._columns).writerow(row)
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        """
+        Replace the file in one go, so that an interruption cannot leave half of it.
+
+        :param rows: all rows so far
+        """
+        partial = self.path.with_name(f".{FILE_NAME}.{os.getpid()}")
+        try:
+            with partial.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, self._columns)
+                writer.writeheader()
+                writer.writerows(rows)
+            partial.replace(self.path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """
+    Read the complete rows of a CSV file; a line that a crash cut off is left out.
+
+    :param path: the file
+    :return: the rows, as text, by column; without a file, none
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    header = next(csv.reader(lines[:1]), [])
+    rows = csv.reader(lines[1:])
+    return [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]

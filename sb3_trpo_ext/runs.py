@@ -1,0 +1,173 @@
+"""The files of a training run, read: episodes, evaluations and what each update has logged."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import pandas
+import yaml
+from stable_baselines3.common.monitor import get_monitor_files
+
+from sb3_trpo_ext.plots import Curve, evaluation_curve, training_curve
+from sb3_trpo_ext.recorder import FILE_NAME
+
+#: Tables of updates, the first one that exists is read: our recorder's or SB3's, and a shortened one without timesteps.
+TABLES = (FILE_NAME, "updates.csv")
+
+
+class RunError(ValueError):
+    """A run that cannot be read; the text says in one line which file, and why."""
+
+
+class Run(NamedTuple):
+    """
+    What a run has left in its folder.
+
+    ``updates`` has a row for each update and columns such as ``kl_divergence_loss``, ``time/rollout`` and ``timesteps``;
+    everything may be empty, but not all of it.
+    """
+
+    folder: Path
+    env_id: str | None
+    seed: int | None
+    episodes: Curve
+    evaluations: Curve
+    updates: pandas.DataFrame
+    settings: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """A short name for a legend."""
+        return f"{self.folder.parent.name}/{self.folder.name}" if self.folder.parent.name else self.folder.name
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads RL-Zoo's YAML, which has one Python type in it, without running what a stranger may have put there."""
+
+
+def _ordered_dict(loader: _Loader, node: yaml.Node) -> dict[str, Any]:
+    assert isinstance(node, yaml.SequenceNode)
+    arguments = loader.construct_sequence(node, deep=True)
+    return dict(arguments[0]) if arguments else {}
+
+
+_Loader.add_constructor("tag:yaml.org,2002:python/object/apply:collections.OrderedDict", _ordered_dict)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """
+    Read ``config.yml`` or ``args.yml`` of RL-Zoo.
+
+    :param path: the file
+    :return: its content; empty if the file is missing or holds what only Python can read
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_run(folder: str | Path) -> Run:
+    """
+    Read what there is of a run: monitor files, ``evaluations.npz``, ``progress.csv`` or ``updates.csv``.
+
+    :param folder: the folder of the run, such as ``logs/trpo_ext/Hopper-v5_1``
+    :return: the run
+    :raises RunError: if there is no such folder, if nothing is in it, or if one of its files cannot be read
+    """
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        raise RunError(f"there is no run in {folder}: it is no folder")
+    env_id = _env_id(folder)
+    config = {path.parent: path for path in sorted(folder.glob("*/config.yml"))}
+    nested = next(iter(config), folder / (env_id or ""))
+    settings = read_settings(nested / "config.yml")
+    seed = read_settings(nested / "args.yml").get("seed")
+    try:
+        episodes = training_curve(folder)
+    except (ValueError, KeyError) as error:
+        raise RunError(f"a monitor file in {folder} is empty or damaged: {_one_line(error)}") from error
+    try:
+        evaluations = evaluation_curve(folder)
+    # NumPy and zipfile have no common error for a damaged file
+    except Exception as error:
+        raise RunError(f"{folder / 'evaluations.npz'} is empty or damaged: {_one_line(error)}") from error
+    updates = read_updates(folder, settings)
+    if len(episodes.steps) + len(evaluations.steps) + len(updates) == 0:
+        raise RunError(f"there is no run in {folder}: no episode in monitor files, no evaluations.npz, no {FILE_NAME}")
+    return Run(folder, env_id, seed if isinstance(seed, int) else None, episodes, evaluations, updates, settings)
+
+
+def read_updates(folder: Path, settings: dict[str, Any]) -> pandas.DataFrame:
+    """
+    Read what each update has logged.
+
+    :param folder: the folder of the run
+    :param settings: the run's, for a table without timesteps
+    :return: a row for each update; no rows if there is no table
+    :raises RunError: if the table is empty or damaged
+    """
+    path = next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    if path is None:
+        return pandas.DataFrame({"timesteps": []})
+    try:
+        table = pandas.read_csv(path, on_bad_lines="error")
+    except (ValueError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is empty or damaged: {_one_line(error)}") from error
+    if not path.read_bytes().endswith(b"\n"):
+        # Half a line: the training was killed while it wrote
+        table = table.iloc[:-1]
+    table = table.rename(columns=lambda name: str(name).removeprefix("train/"))
+    if "time/total_timesteps" in table:
+        table["timesteps"] = table["time/total_timesteps"]
+    elif not {"status", "kl_divergence_loss", "value_loss", "loss"}.isdisjoint(table):
+        table["timesteps"] = np.arange(1, len(table) + 1) * settings.get("n_steps", 2048) * settings.get("n_envs", 1)
+    else:
+        raise RunError(f"{path} is empty or damaged: it has none of the columns of a training, only {list(table)[:5]}")
+    try:
+        table["timesteps"] = table["timesteps"].astype(float)
+    except ValueError as error:
+        raise RunError(f"{path} is empty or damaged: {_one_line(error)}") from error
+    # A training that went on from an earlier state repeats some timesteps: the later rows are those of the agent that is there
+    later = table["timesteps"][::-1].cummin()[::-1].shift(-1)
+    return table[~(table["timesteps"] >= later)].reset_index(drop=True)
+
+
+def reward_threshold(env_id: str | None) -> float | None:
+    """
+    The return from which on the registry calls a task solved.
+
+    :param env_id: the task
+    :return: the return, None if the task or its threshold is not known
+    """
+    spec = gym.registry.get(env_id) if env_id else None
+    return None if spec is None else spec.reward_threshold
+
+
+def _env_id(folder: Path) -> str | None:
+    """
+    The task of a run: from a monitor file, or from the name of the folder.
+
+    :param folder: the folder of the run
+    :return: the id, None if nothing tells
+    """
+    for file in get_monitor_files(str(folder)):
+        try:
+            with open(file, encoding="utf-8") as lines:
+                env_id = json.loads(lines.readline().lstrip("#")).get("env_id")
+        except (ValueError, AttributeError):
+            continue
+        if env_id not in (None, "None"):
+            return str(env_id)
+    match = re.fullmatch(r"(.+-v\d+)(_\d+)?(_[0-9a-f-]{36})?", folder.name)
+    return match[1] if match else None
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
