@@ -291,6 +291,7 @@ def draw_bars(axes: Axes, bars: Bars) -> None:
     axes.set_ylim(len(rows) - 0.4 + 0.35 * len(rows), -0.6)
     axes.set_title(bars.title, fontsize=10, loc="left")
     axes.set_xlabel("seconds", fontsize=9)
+    axes.set_xlim(0, 1.05 * left.max())
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25, axis="x")
     axes.spines[["top", "right"]].set_visible(False)

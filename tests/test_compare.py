@@ -113,7 +113,7 @@ def test_settings_of_the_nearest_version_are_taken(algo: str, env_id: str, sourc
 
 
 def test_nearest_version_prefers_the_newer_of_two() -> None:
-    entries = {"A-v1": {}, "A-v3": {}, "A-v9": {}, "BA-v2": {}, "A-v2x": {}}
+    entries: dict[str, Any] = {"A-v1": {}, "A-v3": {}, "A-v9": {}, "BA-v2": {}, "A-v2x": {}}
     assert comparison_settings.nearest_version("A-v2", entries) == "A-v3"
     assert comparison_settings.nearest_version("A-v8", entries) == "A-v9"
     assert comparison_settings.nearest_version("C-v1", entries) is None
@@ -312,21 +312,22 @@ def test_interruption_ends_all_trainings_and_can_be_continued(
         processes.append(start(job, lock))
         return processes[-1]
 
+    sleep = time.sleep
+
     def interrupt(_: float) -> None:
-        time.sleep_(0.05)  # type: ignore[attr-defined]
+        sleep(0.05)
         if sum("hang" in process.args and process.poll() is None for process in processes) == 2:  # type: ignore[operator]
             raise KeyboardInterrupt
 
     monkeypatch.setattr(compare, "start", remember)
-    monkeypatch.setattr(time, "sleep_", time.sleep, raising=False)
-    monkeypatch.setattr(compare.time, "sleep", interrupt)
+    monkeypatch.setattr(time, "sleep", interrupt)
     status, _, error = run_compare(capsys, *arguments(tmp_path))
     assert status == 130
     assert error == "sb3-trpo compare: interrupted; run the same command again to go on\n"
     assert len(processes) == 3
     assert not any(is_alive(process.pid) for process in processes)
 
-    monkeypatch.setattr(compare.time, "sleep", time.sleep_)  # type: ignore[attr-defined]
+    monkeypatch.setattr(time, "sleep", sleep)
     started.clear()
     fake()
     assert run_compare(capsys, *arguments(tmp_path))[0] == 0

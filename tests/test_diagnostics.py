@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from sb3_trpo_ext import diagnostics, runs, zoo
+from sb3_trpo_ext.plots import Curve
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -89,7 +90,7 @@ def test_settings_run_no_code_of_a_stranger(tmp_path: Path) -> None:
 def test_every_quantity_has_its_panel(tmp_path: Path) -> None:
     run = runs.read_run(write_run(tmp_path / "CartPole-v1_1"))
     made = diagnostics.make_panels([run], ["#000000"])
-    expected = {
+    expected: dict[str, list[float]] = {
         "explained variance": [0.9] * 5,
         "entropy": [0.6] * 5,
         "standard deviation": [0.5] * 5,
@@ -127,7 +128,7 @@ def test_every_quantity_has_its_panel(tmp_path: Path) -> None:
 
 def test_band_holds_the_middle_four_fifths(tmp_path: Path) -> None:
     run = runs.read_run(write_run(tmp_path / "CartPole-v1_1", n_updates=600))
-    episodes = runs.Curve(np.arange(1.0, 1001), np.tile(np.arange(100.0), 10))
+    episodes = Curve(np.arange(1.0, 1001), np.tile(np.arange(100.0), 10))
     band = next(
         line
         for line in diagnostics.returns_panel([run._replace(episodes=episodes)], ["#000000"]).lines

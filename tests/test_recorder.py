@@ -88,7 +88,7 @@ def test_off_policy_algorithms_are_refused(tmp_path: Path) -> None:
 
 def test_crash_leaves_the_updates_before_it(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="out of order"):
-        make_model().learn(1000, callback=[TrainingRecorder(tmp_path), Crash(70)])  # type: ignore[arg-type]
+        make_model().learn(1000, callback=[TrainingRecorder(tmp_path), Crash(70)])
     assert [row["time/total_timesteps"] for row in rows_of(tmp_path)] == ["32", "64"]
 
 
