@@ -63,7 +63,7 @@ def make_figure(runs: Sequence[Run]) -> go.Figure:
         column = (n_small - 1) % 3
         specs[-1][column:] = [{"colspan": 3 - column}, *[None] * (2 - column)]
     heights = [1.6] + [1.0] * (n_rows - 1)
-    figure = make_subplots(n_rows, 3, specs=specs, subplot_titles=titles, row_heights=heights, vertical_spacing=0.22 / n_rows)
+    figure = make_subplots(n_rows, 3, specs=specs, subplot_titles=titles, row_heights=heights, vertical_spacing=0.34 / n_rows)
     labels = dict(zip(colors, (run.label for run in runs), strict=True))
     # One entry in the legend for each run; a click on it hides the run everywhere
     for run, color in zip(runs, colors, strict=True):
@@ -81,24 +81,25 @@ def make_figure(runs: Sequence[Run]) -> go.Figure:
         if panel.scale in ("whole", "zero"):
             figure.update_yaxes(rangemode="tozero", row=row, col=column)
         figure.update_xaxes(matches="x", tickformat="~s", row=row, col=column)
-        if row == n_rows or (index == 0 and n_rows == 1):
-            figure.update_xaxes(title="environment steps", row=row, col=column)
+        if index == 0 or index + 3 >= len(panels):
+            figure.update_xaxes(title={"text": "environment steps", "standoff": 4}, row=row, col=column)
     if bars.labels:
         row, column = 2 + (len(panels) - 1) // 3, 1 + (len(panels) - 1) % 3
         for phase, seconds in bars.seconds.items():
-            bar = go.Bar(
-                y=bars.labels, x=seconds, orientation="h", name=phase, marker_color=PHASE_COLORS[phase], showlegend=False
-            )
+            bar = go.Bar(y=bars.labels, x=seconds, orientation="h", name=phase, marker_color=PHASE_COLORS[phase])
             bar.hovertemplate = f"{phase}: %{{x:.3g}} s<extra></extra>"
             figure.add_trace(bar, row=row, col=column)
-        figure.update_yaxes(showticklabels=len(bars.labels) > 1, automargin=True, row=row, col=column)
+        figure.update_xaxes(title={"text": "seconds", "standoff": 4}, row=row, col=column)
+        # Plotly draws the first one at the bottom
+        is_named = len(bars.labels) > 1
+        figure.update_yaxes(showticklabels=is_named, automargin=True, autorange="reversed", row=row, col=column)
     figure.update_layout(
         template="plotly_white",
         barmode="stack",
-        height=380 + 260 * (n_rows - 1),
+        height=400 + 285 * (n_rows - 1),
         title={"text": runs[0].label if len(runs) == 1 else f"{len(runs)} runs"},
         margin={"l": 60, "r": 30, "t": 110, "b": 50},
-        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1.0, "xanchor": "right", "yref": "container"},
+        legend={"orientation": "h", "y": 0.99, "yanchor": "top", "x": 0.5, "xanchor": "center", "yref": "container"},
         hovermode="closest",
     )
     return figure

@@ -207,6 +207,7 @@ def test_page_holds_every_run_and_every_panel(tmp_path: Path) -> None:
     assert [trace.name for trace in figure.data if trace.showlegend is not False] == [
         "trpo/CartPole-v1_1",
         "trpo_ext/CartPole-v1_1",
+        *("rollout", "policy", "critic"),
     ]
     write_page(tmp_path / "page.html", made)
     text = (tmp_path / "page.html").read_text()

@@ -379,3 +379,43 @@ def test_sampled_arguments_construct_our_model() -> None:
     model = TRPO("MlpPolicy", "Pendulum-v1", device="cpu", **sampled)
     log_std = model.policy.log_std.detach().numpy()
     np.testing.assert_allclose(log_std, sampled["policy_kwargs"]["log_std_init"], rtol=1e-6)
+
+
+# === The record of a training ===
+
+
+@pytest.mark.parametrize("given", ["sb3_trpo_ext.TrainingRecorder", ["a.B", "sb3_trpo_ext.recorder.TrainingRecorder"]])
+def test_recorder_gets_the_folder_of_the_run(given: Any) -> None:
+    placed = zoo.place_recorders(given, "runs/A_1")
+    assert list(placed[-1].values()) == [{"folder": "runs/A_1"}]
+    assert placed[:-1] == (["a.B"] if isinstance(given, list) else [])
+    # A search for hyperparameters has no folder
+    assert zoo.place_recorders(given, None) == placed[:-1]
+
+
+@pytest.mark.parametrize("algo", ["trpo_ext", "ppo"])
+def test_run_is_recorded_beside_its_other_files(algo: str, tmp_path: Path) -> None:
+    config = tmp_path / "settings.yml"
+    entry = {
+        "n_timesteps": 64,
+        "policy": "MlpPolicy",
+        "n_steps": 32,
+        "batch_size": 32,
+        "callback": HYPERPARAMS["Hopper-v5"]["callback"],
+    }
+    config.write_text(yaml.safe_dump({"CartPole-v1": entry}), encoding="utf-8")
+    experiment = manager("CartPole-v1", tmp_path, algo=algo, config=config, show_progress=True, log_interval=-1)
+    results = experiment.setup_experiment()
+    assert results is not None
+    # RL-Zoo closes the first callback alone when training is interrupted: that must be the progress bar
+    assert [type(callback).__name__ for callback in experiment.callbacks] == ["ProgressBarCallback", "TrainingRecorder"]
+    experiment.learn(results[0])
+    lines = (Path(experiment.save_path) / "progress.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["time/total_timesteps", "32", "64"]
+
+
+def test_search_for_hyperparameters_records_nothing(tmp_path: Path) -> None:
+    experiment = manager("CartPole-v1", tmp_path, optimize_hyperparameters=True)
+    assert experiment.setup_experiment() is None
+    assert experiment.specified_callbacks == []
+    assert experiment.callbacks == []
