@@ -30,7 +30,7 @@ def main() -> None:
             steps, returns = evaluation_curve(folder)
             mean, std = returns.mean(axis=1), returns.std(axis=1)
             axes.fill_between(steps, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
-            style = ("o-", "s--", "^:")[index]
+            style = ("o-", "s--", "^:", "D-.", "v-")[index]
             axes.plot(steps, mean, style, color=color, markersize=3.5, linewidth=1.4, label=f"{label}, seed {seed}")
             final = json.loads((folder / "evaluation.json").read_text())
             cells = [f"{mean[np.flatnonzero(steps == step)[0]]:,.0f}" for step in STEPS]
