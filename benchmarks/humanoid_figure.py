@@ -20,7 +20,7 @@ STEPS = (200_000, 400_000, 600_000, 1_000_000)
 
 def main() -> None:
     """Draw and print."""
-    figure = Figure(figsize=(8, 4.2), dpi=130, layout="constrained")
+    figure = Figure(figsize=(8, 4.6), dpi=130, layout="constrained")
     axes = figure.subplots()
     print("| Humanoid-v5 | " + " | ".join(f"{steps // 1000}k" for steps in STEPS) + " | 100 episodes at the end | distance |")
     print("|---|" + "---|" * (len(STEPS) + 2))
@@ -46,7 +46,7 @@ def main() -> None:
             f"{updates['cg_steps'].mean():.1f} Fisher-vector products, {updates['line_search_trials'].mean():.2f} trials each"
         )
     style_axes(axes, "Humanoid-v5: 10 deterministic episodes, mean ± std")
-    axes.legend(loc="upper left", frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(RESULTS / "humanoid.png")
 
 
