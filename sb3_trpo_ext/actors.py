@@ -11,7 +11,6 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import (
-    BernoulliDistribution,
     CategoricalDistribution,
     DiagGaussianDistribution,
     MultiCategoricalDistribution,
@@ -26,18 +25,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_trpo_ext.optim.mlp import ELEMENTWISE_ACTIVATIONS
-from sb3_trpo_ext.policies import MlpStructure, mlp_structure
+from sb3_trpo_ext.policies import PLAIN_DISTRIBUTIONS, MlpStructure, mlp_structure
 
 #: SB3's distributions, whose log-probability depends on the action and the networks alone. That of gSDE too: the noise matrix
 #: decides about the action, but given the state the action is a plain Gaussian.
-_DISTRIBUTIONS = (
-    DiagGaussianDistribution,
-    SquashedDiagGaussianDistribution,
-    CategoricalDistribution,
-    MultiCategoricalDistribution,
-    BernoulliDistribution,
-    StateDependentNoiseDistribution,
-)
+_DISTRIBUTIONS = (*PLAIN_DISTRIBUTIONS, StateDependentNoiseDistribution)
 #: What `forward` consists of, and what is called in its place.
 _METHODS = (
     "forward",
@@ -65,9 +57,7 @@ def one_thread() -> Iterator[None]:
     Let PyTorch compute with one thread for a while, at the cost of a microsecond.
 
     The results are the same to the last bit. Small products are hardly faster on two threads, but OpenMP's threads go on
-    waiting at full speed after them, on the cores that the processes of ``SubprocVecEnv`` need. On two cores and 8 Humanoid-v5
-    with networks of [256, 256], one thread collected 1.39 times as many steps per second as two with ``SubprocVecEnv``, and as
-    many with ``DummyVecEnv`` for half of the processor time.
+    waiting at full speed after them, on the cores that the processes of ``SubprocVecEnv`` need.
     """
     before = th.get_num_threads()
     th.set_num_threads(1)

@@ -211,7 +211,7 @@ class MlpStructure(NamedTuple):
 
 
 #: Distributions of which the last layer's output and the log std are the statistics. Not gSDE, whose std needs the features.
-_PLAIN_DISTRIBUTIONS = (
+PLAIN_DISTRIBUTIONS = (
     DiagGaussianDistribution,
     SquashedDiagGaussianDistribution,
     CategoricalDistribution,
@@ -238,7 +238,7 @@ def mlp_structure(policy: ActorCriticPolicy, actor_params: list[nn.Parameter]) -
     is_stock = all(getattr(type(policy), name, None) is getattr(ActorCriticPolicy, name) for name in methods)
     if (
         not is_stock
-        or type(policy.action_dist) not in _PLAIN_DISTRIBUTIONS
+        or type(policy.action_dist) not in PLAIN_DISTRIBUTIONS
         or type(family_of(policy.action_dist)) not in _PLAIN_FAMILIES
         or type(policy.pi_features_extractor) is not FlattenExtractor
         or type(policy.mlp_extractor) is not MlpExtractor

@@ -103,8 +103,7 @@ class Surrogate:
                 jacobian, leaves, distribution = self._outputs(take(self.batch.observations, chunk))
                 new = self.family.statistics(distribution)
                 noise = standard_normal(new[0], self._generator) if self.family.needs_noise else None
-                log_ratio = distribution.log_prob(self.batch.actions[chunk]) - self.batch.old_log_prob[chunk]
-                objective = self._objective(log_ratio, self.batch.advantages[chunk], new, noise) * self._share(chunk)
+                objective = self._objective(distribution, chunk, new, noise) * self._share(chunk)
                 cotangents = th.autograd.grad(objective, leaves, materialize_grads=True)
             gradients.append(flatten(cotangents) if jacobian is None else jacobian.vjp(cotangents))
             objectives.append(objective.detach())
@@ -204,10 +203,9 @@ class Surrogate:
         :return: two scalars, with a graph if gradients are enabled
         """
         distribution = self.policy.get_distribution(take(self.batch.observations, part))
-        log_ratio = distribution.log_prob(self.batch.actions[part]) - self.batch.old_log_prob[part]
         new = self.family.statistics(distribution)
         noise = None if self._noise is None else self._noise[part]
-        objective = self._objective(log_ratio, self.batch.advantages[part], new, noise)
+        objective = self._objective(distribution, part, new, noise)
         return objective, self.family.kl(self._old_at(part), new).mean()
 
     def _old_at(self, part: th.Tensor | slice) -> Any:
@@ -231,18 +229,19 @@ class Surrogate:
         """
         return self._objective_and_gradient
 
-    def _objective(self, log_ratio: th.Tensor, advantages: th.Tensor, new: Any, noise: th.Tensor | None) -> th.Tensor:
+    def _objective(self, distribution: Distribution, part: th.Tensor | slice, new: Any, noise: th.Tensor | None) -> th.Tensor:
         """
         ``mean(ratio * advantage) + ent_coef * mean(entropy)``.
 
-        :param log_ratio: ``log pi(a|s) - log pi_old(a|s)``, shape ``(n_samples,)``
-        :param advantages: shape ``(n_samples,)``
-        :param new: statistics of the new distribution
+        :param distribution: the new one, at some samples
+        :param part: indices or slice of these samples
+        :param new: its statistics
         :param noise: for an entropy without closed form
         :return: scalar
         :raises ValueError: if ``ent_coef`` is not zero and the distribution cannot tell its entropy
         """
-        objective = (th.exp(log_ratio) * advantages).mean()
+        log_ratio = distribution.log_prob(self.batch.actions[part]) - self.batch.old_log_prob[part]
+        objective = (th.exp(log_ratio) * self.batch.advantages[part]).mean()
         if self.ent_coef == 0:
             return objective
         entropy = self.family.entropy(new, noise)

@@ -8,7 +8,6 @@ from torch import nn
 #: Activations whose derivative is known from their value.
 REGRESSION_ACTIVATIONS: tuple[type[nn.Module], ...] = (nn.Tanh, nn.ReLU, nn.Identity)
 
-
 #: Maps outputs of shape ``(n_samples,)`` to a scalar and its gradient in them.
 LossAndSlope = Callable[[th.Tensor], tuple[th.Tensor, th.Tensor]]
 
