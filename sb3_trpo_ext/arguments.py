@@ -55,6 +55,18 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {sorted(choices)}, got {value!r}.")
 
 
+def check_bool(name: str, value: Any) -> None:
+    """
+    Check a switch.
+
+    :param name: of the argument
+    :param value: what came
+    :raises ValueError: if it is neither True nor False
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+
+
 def check_integer(name: str, value: Any, minimum: int) -> None:
     """
     Check one whole number.
@@ -109,8 +121,7 @@ def check_trust_region(trust_region: Any, options: Any) -> None:
             raise ValueError(f"`trust_region_kwargs` of {trust_region!r} has no option {name!r}; there are {list(known)}.")
         full_name = f"trust_region_kwargs[{name!r}]"
         if name in ("fill", "damped_scale", "precondition"):
-            if not isinstance(value, bool):
-                raise ValueError(f"`{full_name}` must be True or False, got {value!r}.")
+            check_bool(full_name, value)
         elif name in ("n_epochs", "batch_size"):
             check_integer(full_name, value, 1)
         else:

@@ -11,6 +11,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_trpo_ext.batch import Batch, numbers_per_sample, take
+from sb3_trpo_ext.clipping import ActionBounds, clipped_log_prob
 from sb3_trpo_ext.distributions import Family, TorchFamily, family_of, standard_normal
 from sb3_trpo_ext.optim import (
     AutogradJacobian,
@@ -56,6 +57,8 @@ class Surrogate:
     :param fisher_stride: the Fisher matrix is taken on every so many-th sample only; objective and KL see all of them
     :param noise_seed: of the noise with which an entropy without closed form is estimated: the same for all evaluations, so
         that the line search compares like with like, and from a generator of its own, so that no global random number is used
+    :param bounds: to which the actions were clipped before the environment got them, if the ratio is to be that of the clipped
+        actions (see :func:`~sb3_trpo_ext.clipping.clipped_log_prob`). The policy must then be the one of the rollout still
     """
 
     def __init__(
@@ -66,12 +69,14 @@ class Surrogate:
         ent_coef: float = 0.0,
         fisher_stride: int = 1,
         noise_seed: int = 0,
+        bounds: ActionBounds | None = None,
     ):
         self.policy = policy
         self.actor_params = actor_params
         self.batch = batch
         self.ent_coef = ent_coef
         self.fisher_stride = fisher_stride
+        self.bounds = bounds
         self._structure = mlp_structure(policy, actor_params)
         self._generator = th.Generator().manual_seed(noise_seed)
         if self._structure is None:
@@ -87,6 +92,8 @@ class Surrogate:
             # Its statistics cannot be cut
             n_at_once = self._n_kept = batch.n_samples
         self._chunks = [slice(i, min(i + n_at_once, batch.n_samples)) for i in range(0, batch.n_samples, n_at_once)]
+        #: Of the actions at the old parameters. The rollout's are those of the actions before they were clipped.
+        self._old_log_prob = batch.old_log_prob if bounds is None else th.empty_like(batch.old_log_prob)
         #: Of an MLP actor on the whole batch, if that is a single chunk.
         self._jacobian: MlpJacobian | None = None
         self._old, self._noise, self._objective_and_gradient = self._first_pass()
@@ -103,6 +110,9 @@ class Surrogate:
                 jacobian, leaves, distribution = self._outputs(take(self.batch.observations, chunk))
                 new = self.family.statistics(distribution)
                 noise = standard_normal(new[0], self._generator) if self.family.needs_noise else None
+                if self.bounds is not None:
+                    with th.no_grad():
+                        self._old_log_prob[chunk] = self._log_prob(distribution, chunk)
                 objective = self._objective(distribution, chunk, new, noise) * self._share(chunk)
                 cotangents = th.autograd.grad(objective, leaves, materialize_grads=True)
             gradients.append(flatten(cotangents) if jacobian is None else jacobian.vjp(cotangents))
@@ -240,7 +250,7 @@ class Surrogate:
         :return: scalar
         :raises ValueError: if ``ent_coef`` is not zero and the distribution cannot tell its entropy
         """
-        log_ratio = distribution.log_prob(self.batch.actions[part]) - self.batch.old_log_prob[part]
+        log_ratio = self._log_prob(distribution, part) - self._old_log_prob[part]
         objective = (th.exp(log_ratio) * self.batch.advantages[part]).mean()
         if self.ent_coef == 0:
             return objective
@@ -251,6 +261,17 @@ class Surrogate:
                 "`ent_coef=0` or register a family that estimates it with `sb3_trpo_ext.register_family`."
             )
         return objective + self.ent_coef * entropy.mean()
+
+    def _log_prob(self, distribution: Distribution, part: th.Tensor | slice) -> th.Tensor:
+        """
+        Log-probabilities of the rollout's actions, or those of what the environment saw of them.
+
+        :param distribution: at some samples
+        :param part: indices or slice of these samples
+        :return: shape ``(n_samples,)``
+        """
+        actions = self.batch.actions[part]
+        return distribution.log_prob(actions) if self.bounds is None else clipped_log_prob(distribution, actions, self.bounds)
 
     def fisher(self) -> LinearOperator:
         """

@@ -19,8 +19,17 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_trpo_ext.arguments import check_action_space, check_choice, check_integer, check_number, check_trust_region, scheduled
+from sb3_trpo_ext.arguments import (
+    check_action_space,
+    check_bool,
+    check_choice,
+    check_integer,
+    check_number,
+    check_trust_region,
+    scheduled,
+)
 from sb3_trpo_ext.batch import Batch, rollout_batch
+from sb3_trpo_ext.clipping import action_bounds
 from sb3_trpo_ext.contrib import critic_optimizer_state, is_contrib_model, joint_kl_arguments
 from sb3_trpo_ext.critic import VALUE_LOSSES, CriticFit, fit_critic
 from sb3_trpo_ext.distributions import TorchFamily, family_of, no_argument_checks
@@ -92,6 +101,9 @@ class TRPO(OnPolicyAlgorithm):
         depends on the scaling of the rewards), a number or a schedule; ``None`` for no limit
     :param max_grad_norm: Maximum norm of the value function's gradient, ``None`` or 0 for no limit. (For weight decay pass
         ``policy_kwargs=dict(optimizer_class=th.optim.AdamW)``: the policy's optimiser is the value function's.)
+    :param clipped_likelihood: Whether the likelihood of a continuous action is that of what the environment gets of it,
+        clipped to the bounds of the action space: the same gradient on average, with less noise (Fujita and Maeda 2018,
+        https://arxiv.org/abs/1802.07564). Without, it is that of the Gaussian, as elsewhere
     :raises ValueError: for a bad argument, with its name
     """
 
@@ -140,6 +152,7 @@ class TRPO(OnPolicyAlgorithm):
         vf_loss: str = "mse",
         clip_range_vf: float | Schedule | None = None,
         max_grad_norm: float | None = None,
+        clipped_likelihood: bool = True,
     ):
         super().__init__(
             policy,
@@ -178,6 +191,7 @@ class TRPO(OnPolicyAlgorithm):
         self.trust_region_kwargs = trust_region_kwargs or {}
         self.vf_loss = vf_loss
         self.clip_range_vf = clip_range_vf
+        self.clipped_likelihood = clipped_likelihood
         self.kl_penalty: AdaptiveKLPenalty | None = None
         #: Number of updates that moved the policy, out of `_n_updates`.
         self._n_accepted = 0
@@ -204,6 +218,7 @@ class TRPO(OnPolicyAlgorithm):
         scheduled("cg_damping", self.cg_damping, 1.0, minimum=0.0)
         scheduled("ent_coef", self.ent_coef, 1.0)
         check_trust_region(self.trust_region, self.trust_region_kwargs)
+        check_bool("clipped_likelihood", self.clipped_likelihood)
         check_choice("vf_loss", self.vf_loss, tuple(VALUE_LOSSES))
         if self.clip_range_vf is not None:
             clip_range_vf = scheduled("clip_range_vf", self.clip_range_vf, 1.0)
@@ -281,6 +296,7 @@ class TRPO(OnPolicyAlgorithm):
                 ent_coef=self._scheduled("ent_coef"),
                 fisher_stride=self.sub_sampling_factor,
                 noise_seed=self._n_updates,
+                bounds=action_bounds(self.policy) if self.clipped_likelihood else None,
             )
             result = self._update_policy(surrogate)
             entropy, std = surrogate.summary()

@@ -38,7 +38,7 @@ def with_same_rollout(contrib: sb3_contrib.TRPO, **kwargs: Any) -> TRPO:
     """Our model with the weights and the rollout of sb3-contrib's, and the settings that both have."""
     names = ("learning_rate", "n_steps", "batch_size", "n_critic_updates", "cg_max_steps", "policy_kwargs", "use_sde")
     settings = {name: getattr(contrib, name) for name in names}
-    model = make_model(contrib.env, **{**settings, "cg_tolerance": 0.0, **kwargs})
+    model = make_model(contrib.env, **{**settings, "cg_tolerance": 0.0, "clipped_likelihood": False, **kwargs})
     model.policy.load_state_dict(contrib.policy.state_dict())
     model.rollout_buffer = copy.deepcopy(contrib.rollout_buffer)
     return model

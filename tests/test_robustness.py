@@ -354,6 +354,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "ent_coef": [NAN, INF, "auto", None, lambda _: NAN],
     "trust_region": ["ball", "", None, True, ["penalty"]],
     "vf_loss": ["l1", "", None, ["mse"]],
+    "clipped_likelihood": [None, 1, "yes"],
     "clip_range_vf": [0, -0.2, NAN, "0.2", lambda _: NAN, lambda _: 0.0],
     "max_grad_norm": [-0.5, NAN, INF, "0.5", True],
 }
