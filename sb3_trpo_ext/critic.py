@@ -1,7 +1,6 @@
 """The fit of the value function, by an optimiser that holds nothing but the critic's parameters."""
 
 import copy
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,10 +11,12 @@ from torch.nn import functional as F
 
 from sb3_trpo_ext.batch import Batch, take
 from sb3_trpo_ext.optim import MlpRegression
+from sb3_trpo_ext.optim.adam import adam_step
+from sb3_trpo_ext.optim.vectors import flat_gradient_
 from sb3_trpo_ext.policies import critic_structure
 
-#: Losses by name; each maps values and targets to a scalar.
-VALUE_LOSSES: dict[str, Callable[[th.Tensor, th.Tensor], th.Tensor]] = {"mse": F.mse_loss, "huber": F.huber_loss}
+#: Losses by name; each maps values and targets to a scalar, or to one number per sample with ``reduction="none"``.
+VALUE_LOSSES: dict[str, Callable[..., th.Tensor]] = {"mse": F.mse_loss, "huber": F.huber_loss}
 
 
 class CriticFit(NamedTuple):
@@ -70,22 +71,22 @@ def fit_critic(
     weights = [*critic_params, *(buffer for module in critic_modules for buffer in module.buffers(recurse=False))]
     old_weights = [tensor.detach().clone() for tensor in weights]
     old_optimizer = copy.deepcopy(policy.optimizer.state_dict())
-    total_loss = th.zeros((), device=batch.returns.device)
-    n_steps = 0
     is_fitted = False
     for module in critic_modules:
         module.training = True
     try:
-        minibatches = _minibatch_gradients(policy, list(critic_params), batch, fit)
+        flat_gradient_(critic_params)
+        losses: list[th.Tensor] = []
+        minibatches = _minibatch_gradients(policy, list(critic_params), batch, fit, losses)
+        step = adam_step(policy.optimizer)
         for _ in range(fit.n_epochs):
-            for loss in minibatches():
+            for _ in minibatches():
+                # Here the gradients of all parameters are there, as views of one vector
                 if fit.max_grad_norm is not None:
                     nn.utils.clip_grad_norm_(critic_params, fit.max_grad_norm)
-                policy.optimizer.step()
-                # The loss stays on the device: reading it here would stop an accelerator at every step
-                total_loss += loss
-                n_steps += 1
-        mean_loss = (total_loss / n_steps).item()
+                step()
+        # Losses stay on the device until here: reading one would stop an accelerator at every step
+        mean_loss = th.stack(losses).mean().item()
         # An infinite second moment leaves the parameters finite: it freezes them for good
         moments = [value for state in policy.optimizer.state.values() for value in state.values() if th.is_tensor(value)]
         is_fitted = all(bool(th.isfinite(tensor).all()) for tensor in [*weights, *moments])
@@ -102,8 +103,8 @@ def fit_critic(
 
 
 def _minibatch_gradients(
-    policy: ActorCriticPolicy, critic_params: list[nn.Parameter], batch: Batch, fit: CriticFit
-) -> Callable[[], Iterator[th.Tensor]]:
+    policy: ActorCriticPolicy, critic_params: list[nn.Parameter], batch: Batch, fit: CriticFit, losses: list[th.Tensor]
+) -> Callable[[], Iterator[None]]:
     """
     Choose how an epoch gets its gradients: by hand for an MLP on flat features, by autograd for every other critic.
 
@@ -111,18 +112,20 @@ def _minibatch_gradients(
     :param critic_params: what is trained
     :param batch: the rollout
     :param fit: how
-    :return: makes one pass over the shuffled batch; for each minibatch it puts the gradients into the parameters and yields
-        the loss, without a graph
+    :param losses: where the losses go, of each minibatch or the mean of an epoch
+    :return: makes one pass over the shuffled batch, and stops wherever the gradients of a minibatch are in the parameters
     """
     device = batch.returns.device
 
-    def by_autograd() -> Iterator[th.Tensor]:
+    def by_autograd() -> Iterator[None]:
         for indices in th.randperm(batch.n_samples).to(device).split(fit.batch_size):
             values = policy.predict_values(take(batch.observations, indices)).flatten()
-            loss = _value_loss(values, batch.returns[indices], batch.old_values[indices], fit)
+            loss = _value_losses(values, batch.returns[indices], batch.old_values[indices], fit).mean()
             for param, gradient in zip(critic_params, th.autograd.grad(loss, critic_params), strict=True):
-                param.grad = gradient
-            yield loss.detach()
+                assert param.grad is not None
+                param.grad.copy_(gradient)
+            losses.append(loss.detach())
+            yield
 
     structure = critic_structure(policy, critic_params)
     if structure is None:
@@ -131,50 +134,70 @@ def _minibatch_gradients(
     with th.no_grad():
         # As `predict_values` does, but once for all epochs
         features = super(ActorCriticPolicy, policy).extract_features(batch.observations, policy.vf_features_extractor)
+    # Shuffled once per epoch and cut into slices, which costs less than gathering each minibatch
+    sources = [features, batch.returns[:, None], batch.old_values[:, None]]
+    inputs, targets, old_values = shuffled = [th.empty_like(source) for source in sources]
+    values = th.empty_like(targets)
+    parts = list(zip(*(tensor.split(fit.batch_size) for tensor in (inputs, values, targets, old_values)), strict=True))
+    # Of each sample in the mean over minibatches of their mean losses: those of the last one may count more
+    weights = th.cat([th.full_like(part[1], 1 / (len(part[1]) * len(parts))) for part in parts])
 
-    def by_hand() -> Iterator[th.Tensor]:
+    def by_hand() -> Iterator[None]:
         order = th.randperm(batch.n_samples).to(device)
-        # Shuffled once and cut into slices, which costs less than gathering each minibatch
-        shuffled = (tensor[order].split(fit.batch_size) for tensor in (features, batch.returns, batch.old_values))
-        for inputs, targets, old_values in zip(*shuffled, strict=True):
-            yield regression.backward(inputs, functools.partial(_loss_and_slope, targets, old_values, fit))
+        for source, tensor in zip(sources, shuffled, strict=True):
+            th.index_select(source, 0, order, out=tensor)
+        for part_inputs, part_values, part_targets, part_old_values in parts:
+            regression.forward(part_inputs, out=part_values)
+            regression.backward(_slope(part_values, part_targets, part_old_values, fit))
+            yield
+        losses.append((_value_losses(values, targets, old_values, fit) * weights).sum())
 
     return by_hand
 
 
-def _value_loss(values: th.Tensor, targets: th.Tensor, old_values: th.Tensor, fit: CriticFit) -> th.Tensor:
+def _value_losses(values: th.Tensor, targets: th.Tensor, old_values: th.Tensor, fit: CriticFit) -> th.Tensor:
     """
-    The loss of one minibatch.
+    The loss of each sample.
 
-    :param values: shape ``(n_samples,)``
+    :param values: of any shape
     :param targets: the same shape
     :param old_values: values at the time of the rollout, the same shape
     :param fit: with the kind of loss
-    :return: scalar
+    :return: the same shape
     """
-    if fit.clip_range is not None:
-        # As in SB3's PPO
-        values = old_values + (values - old_values).clamp(-fit.clip_range, fit.clip_range)
-    return VALUE_LOSSES[fit.loss](values, targets)
+    return VALUE_LOSSES[fit.loss](_clipped(values, old_values, fit), targets, reduction="none")
 
 
-def _loss_and_slope(
-    targets: th.Tensor, old_values: th.Tensor, fit: CriticFit, values: th.Tensor
-) -> tuple[th.Tensor, th.Tensor]:
+def _clipped(values: th.Tensor, old_values: th.Tensor, fit: CriticFit) -> th.Tensor:
     """
-    The loss of one minibatch and its gradient in the values.
+    What values count as.
 
-    :param targets: shape ``(n_samples,)``
+    :param values: of any shape
+    :param old_values: values at the time of the rollout, the same shape
+    :param fit: with the range around these
+    :return: the same shape
+    """
+    if fit.clip_range is None:
+        return values
+    # As in SB3's PPO
+    return old_values + (values - old_values).clamp(-fit.clip_range, fit.clip_range)
+
+
+def _slope(values: th.Tensor, targets: th.Tensor, old_values: th.Tensor, fit: CriticFit) -> th.Tensor:
+    """
+    The gradient in the values of the mean loss of one minibatch.
+
+    :param values: shape ``(n_samples, 1)``
+    :param targets: the same shape
     :param old_values: the same shape
     :param fit: with the kind of loss
-    :param values: the same shape
-    :return: scalar, and the shape of the values
+    :return: the same shape
     """
-    if fit.loss == "mse" and fit.clip_range is None:
-        error = values - targets
-        return error.square().mean(), error * (2.0 / len(targets))
-    with th.enable_grad():
-        leaf = values.clone().requires_grad_()
-        loss = _value_loss(leaf, targets, old_values, fit)
-        (slope,) = th.autograd.grad(loss, leaf)
-    return loss.detach(), slope
+    slope = _clipped(values, old_values, fit) - targets
+    # Each loss by its name: one that is new must not get the slope of another
+    if fit.loss == "mse":
+        slope.mul_(2 / len(targets))
+    else:
+        assert fit.loss == "huber"
+        slope.clamp_(-1, 1).mul_(1 / len(targets))
+    return slope if fit.clip_range is None else slope.mul_((values - old_values).abs() <= fit.clip_range)

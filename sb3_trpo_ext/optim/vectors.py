@@ -37,3 +37,16 @@ def assign_(params: Sequence[th.Tensor], vector: th.Tensor) -> None:
     """
     for param, value in zip(params, unflatten(vector, params), strict=True):
         param.copy_(value)
+
+
+def flat_gradient_(params: Sequence[th.Tensor]) -> th.Tensor:
+    """
+    Give parameters gradients that lie side by side in one tensor: what is written into one is in the other.
+
+    :param params: the parameters, of one type and on one device; the gradients they have are dropped
+    :return: vector of shape ``(n_params,)``, zero
+    """
+    flat = th.zeros_like(flatten(params))
+    for param, gradient in zip(params, unflatten(flat, params), strict=True):
+        param.grad = gradient
+    return flat
