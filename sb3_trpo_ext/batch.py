@@ -1,5 +1,7 @@
 """One rollout as one batch."""
 
+import copy
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,14 +38,18 @@ def rollout_batch(buffer: RolloutBuffer, is_discrete: bool, normalize_advantage:
     :param buffer: SB3's or one with its methods
     :param is_discrete: whether an action is one whole number
     :param normalize_advantage: whether to shift and scale the advantages
-    :return: the batch; what is float64 in the buffer's observations is float32 in it
+    :return: the batch, to be read only: it may share the buffer's memory; what is float64 in the buffer's observations is
+        float32 in it
     """
     # Asking for one minibatch makes the buffer flatten its arrays; its samples come in random order, and we want the order of
     # time: thinning the Fisher matrix then takes every so many-th step of each environment
     next(iter(buffer.get(batch_size=1)))
-    # A slice saves SB3's own buffers a copy of everything
+    # A slice, and tensors that share it, save SB3's own buffers two copies of the observations
     is_stock = type(buffer) in (RolloutBuffer, DictRolloutBuffer)
     every: Any = slice(None) if is_stock else np.arange(buffer.buffer_size * buffer.n_envs)
+    if is_stock:
+        buffer = copy.copy(buffer)
+        buffer.to_torch = functools.partial(buffer.to_torch, copy=False)  # type: ignore[method-assign]
     data = buffer._get_samples(every)
     return Batch(
         observations=_as_float32(data.observations),

@@ -675,3 +675,21 @@ def test_one_sample_is_enough_without_normalisation() -> None:
     model = make_model(n_steps=1, normalize_advantage=False).learn(3)
     assert model._n_updates == 3
     assert is_finite(model.policy.parameters())
+
+
+@pytest.mark.parametrize("observation_space", [VECTOR, DICT], ids=["vector", "dict"])
+def test_an_update_leaves_the_rollout_as_it_was(observation_space: spaces.Space) -> None:
+    """It works on the buffer's own memory."""
+    model = make_model(RandomEnv(observation_space), "MultiInputPolicy" if observation_space is DICT else "MlpPolicy")
+    collect(model)
+    batch = model._full_batch()
+    before = copy.deepcopy(model.rollout_buffer)
+    assert batch.actions.data_ptr() == model.rollout_buffer.actions.ctypes.data
+    model.train()
+    for name in ("actions", "values", "log_probs", "advantages", "returns"):
+        assert np.array_equal(getattr(model.rollout_buffer, name), getattr(before, name)), name
+    observations, expected = model.rollout_buffer.observations, before.observations
+    if isinstance(expected, dict):
+        assert all(np.array_equal(observations[key], expected[key]) for key in expected)
+    else:
+        assert np.array_equal(observations, expected)
