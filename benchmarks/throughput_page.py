@@ -1,4 +1,4 @@
-"""Write ``docs/throughput.md`` from the results of ``benchmarks/throughput.py``.
+"""Write ``docs/throughput.md`` from the results of ``throughput.py``, ``profile_learn.py`` and ``threads.py``.
 
 python benchmarks/throughput_page.py
 """
@@ -40,13 +40,39 @@ while their number is the same: a larger `batch_size` or fewer `n_critic_updates
 In each step only the actor works. Values, log-probabilities and the bootstrap values of truncated episodes are computed
 in batches when the rollout is over, and the buffer holds what SB3's loop would put there (`sb3_trpo_ext/rollouts.py`
 says when that loop runs instead, and what callbacks see).
+"""
 
+PROFILE = """
+## What is left
+
+Functions with the largest share of the time of `learn()` in {case}, by Python's profiler, each without what it calls
+(`python benchmarks/profile_learn.py {case}`, {threads} threads).
+
+| function | calls | per cent |
+|---|---|---|
+"""
+
+PROFILE_TAIL = """
+`_recv` waits for EnvPool's threads and `_send` hands them the actions; `mm` and `addmm` are the matrix products of the
+updates, nearly all of them the critic's, and `linear` those of the actor's steps and of the line search.
+"""
+
+THREADS = """
 ## Threads
 
-The actor of a small MLP runs on one thread whatever `torch.set_num_threads` says; updates and the batches at the end of a
-rollout use all threads. After a product on several threads OpenMP's threads go on waiting at full speed, on the cores that the
-processes of `SubprocVecEnv` and the threads of EnvPool need. For networks that are larger, or no MLP, `OMP_NUM_THREADS=1` has
-the same effect.
+Ours with one thread of PyTorch and with two, alternating in one process (`python benchmarks/threads.py`): steps per second of
+rollouts alone, seconds of the updates, and steps per second of all.
+
+| case | threads | rollouts, steps/s | policy update, s | critic update, s | all, steps/s |
+|---|---|---|---|---|---|
+"""
+
+THREADS_TAIL = """
+So two threads on two cores: updates gain from them, and rollouts lose little or nothing, environments in processes or threads
+of their own included. The reason is that the actor of a small MLP runs on one thread whatever `torch.set_num_threads` says;
+only updates and the batches at the end of a rollout use all threads. After a product on several threads OpenMP's threads go on
+waiting at full speed, on the cores that the processes of `SubprocVecEnv` and the threads of EnvPool need. For networks that are
+larger, or no MLP, `OMP_NUM_THREADS=1` has the same effect.
 """
 
 
@@ -80,10 +106,33 @@ def shares(result: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |\n"
 
 
+def profile(result: dict[str, Any]) -> str:
+    """The section with the profile."""
+    page = PROFILE.format(case=result["case"], threads=result["threads"])
+    for row in result["rows"]:
+        name = row["function"] if row["calls"] is None else f"`{row['function']}`"
+        page += f"| {name} | {row['calls'] or ''} | {100 * row['share']:.1f} |\n"
+    return page + PROFILE_TAIL
+
+
+def threads(result: dict[str, Any]) -> str:
+    """The section on threads."""
+    page = THREADS
+    for case, by_threads in result["cases"].items():
+        for n_threads, row in by_threads.items():
+            cells = [case, n_threads, f"{row['rollout_steps_per_s']:,.0f}", f"{row['policy_update_s']:.3f}"]
+            cells += [f"{row['critic_update_s']:.3f}", f"{row['steps_per_s']:,.0f}"]
+            page += "| " + " | ".join(cells) + " |\n"
+    return page + THREADS_TAIL
+
+
 def main() -> None:
     """Write the page."""
-    results = [json.loads(file.read_text()) for file in sorted((ROOT / "benchmarks" / "results").glob("throughput_*.json"))]
+    folder = ROOT / "benchmarks" / "results"
+    results = [json.loads(file.read_text()) for file in sorted(folder.glob("throughput_*.json"))]
     page = HEAD + "".join(map(rate, results)) + SHARES + "".join(map(shares, results)) + TAIL
+    page += profile(json.loads((folder / "profile_humanoid-16-envpool.json").read_text()))
+    page += threads(json.loads((folder / "threads.json").read_text()))
     (ROOT / "docs" / "throughput.md").write_text(page)
 
 
