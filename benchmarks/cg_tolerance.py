@@ -24,7 +24,7 @@ from sb3_trpo_ext.optim import Damped, conjugate_gradient
 from sb3_trpo_ext.optim.vectors import flatten
 from sb3_trpo_ext.surrogate import Surrogate
 
-TOLERANCES = (0.5, 0.2, 0.1, 0.05, 0.01, 1e-4)
+TOLERANCES = (0.5, 0.2, 0.1, 0.05, 0.03, 0.01, 1e-4)
 DAMPINGS = (0.1, 1.0, 5.0)
 
 

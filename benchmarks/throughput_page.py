@@ -71,8 +71,8 @@ THREADS_TAIL = """
 So two threads on two cores: updates gain from them, and rollouts lose little or nothing, environments in processes or threads
 of their own included. The reason is that the actor of a small MLP runs on one thread whatever `torch.set_num_threads` says;
 only updates and the batches at the end of a rollout use all threads. After a product on several threads OpenMP's threads go on
-waiting at full speed, on the cores that the processes of `SubprocVecEnv` and the threads of EnvPool need. For networks that are
-larger, or no MLP, `OMP_NUM_THREADS=1` has the same effect.
+waiting at full speed, on the cores that the processes of `SubprocVecEnv` and the threads of EnvPool need. For networks that
+are larger, or no MLP, `OMP_NUM_THREADS=1` has the same effect.
 """
 
 

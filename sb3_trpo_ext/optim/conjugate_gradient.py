@@ -94,8 +94,14 @@ def conjugate_gradient(
     active = status == _MAX_STEPS
     n_steps = th.zeros((), dtype=th.long, device=b.device)
 
+    is_free = _is_free_to_read(b)
+
+    def if_active(new: th.Tensor, old: th.Tensor) -> th.Tensor:
+        # Where the loop has ended if it is not active, the choice would be another pass over each vector
+        return new if is_free else th.where(active, new, old)
+
     for _ in range(max_steps):
-        if _is_free_to_read(active) and not active:
+        if is_free and not active:
             break
         ap = operator @ p
         curvature = th.dot(p, ap)
@@ -104,16 +110,18 @@ def conjugate_gradient(
         status = th.where(active & ~is_finite, _NON_FINITE, status)
         status = th.where(active & is_finite & (curvature <= 0), _NON_POSITIVE, status)
         active = active & is_finite & (curvature > 0)
+        if is_free and not active:
+            break
         alpha = rz / curvature
-        x = th.where(active, x + alpha * p, x)
-        r = th.where(active, r - alpha * ap, r)
+        x = if_active(x + alpha * p, x)
+        r = if_active(r - alpha * ap, r)
         z = apply_preconditioner(r)
         new_rz = th.dot(r, z)
         n_steps += active
         status = th.where(active & ~th.isfinite(new_rz), _NON_FINITE, status)
         status = th.where(active & (new_rz <= bound), _CONVERGED, status)
-        p = th.where(active, z + (new_rz / rz) * p, p)
-        rz = th.where(active, new_rz, rz)
+        p = if_active(z + (new_rz / rz) * p, p)
+        rz = if_active(new_rz, rz)
         active = active & (status == _MAX_STEPS)
 
     # An overflow can spoil the iterate in the very step that reveals it
