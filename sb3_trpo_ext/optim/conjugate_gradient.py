@@ -125,7 +125,7 @@ def conjugate_gradient(
         active = active & (status == _MAX_STEPS)
 
     # An overflow can spoil the iterate in the very step that reveals it
-    status = th.where(th.isfinite(x).all(), status, _NON_FINITE)
+    status = th.where(th.isfinite(x.abs().amax()), status, _NON_FINITE)
     residual_norm = th.where(bz == 0, bz, (rz / bz).clamp(min=0).sqrt())
     # One transfer for all that the host wants to know
     numbers = th.stack([th.dot(x, b - r), residual_norm, n_steps.to(b.dtype), status.to(b.dtype)]).tolist()
