@@ -103,6 +103,8 @@ def make_jobs(args: argparse.Namespace, settings: dict[str, Settings]) -> list[J
             folder = Path(args.folder) / args.env / algo / f"seed_{seed}"
             options: dict[str, Any] = {"-n": args.n_timesteps, "--eval-freq": args.eval_freq, "--device": args.device}
             options |= {"--eval-episodes": args.eval_episodes}
+            if args.vec_env is not None:
+                options["--vec-env"] = args.vec_env
             command = [sys.executable, "-m", "sb3_trpo_ext.zoo", "train", "--algo", algo, "--env", args.env]
             command += ["--seed", str(seed), "-f", str(folder), "--conf-file", str(folder / "settings.yml"), "--verbose", "0"]
             command += [text for option, value in options.items() for text in (option, str(value))]
@@ -277,8 +279,9 @@ def write_comparison(
     title = f"{args.env}, {args.n_timesteps:,} steps"
     notes = [f"* {algo}: settings are {settings[algo].source}." for algo in args.algos]
     notes += [f"* {line}" for line in crashed]
+    kind = "" if args.vec_env is None else f"Trained with `--vec-env {args.vec_env}`. "
     how = (
-        f"Evaluations of {args.eval_episodes} episodes every {args.eval_freq:,} steps. Intervals are of a stratified "
+        f"{kind}Evaluations of {args.eval_episodes} episodes every {args.eval_freq:,} steps. Intervals are of a stratified "
         f"bootstrap over seeds. steps/s with up to {args.jobs} trainings at a time, one thread each."
     )
     text = f"# {title}\n\n{as_markdown(table)}\n\n{how}\n\n" + "\n".join(notes) + "\n"
@@ -308,6 +311,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--eval-episodes", type=int, default=10, help="episodes of an evaluation")
     parser.add_argument("-f", "--folder", default="comparisons", help="where the trainings and the table go")
     parser.add_argument("--device", default="cpu", help="device of the policies")
+    parser.add_argument(
+        "--vec-env", choices=("dummy", "subproc", "envpool"), help="kind of environments to train in (default: RL-Zoo's)"
+    )
     parser.add_argument("--gym-packages", nargs="+", default=[], help="modules that register environments")
     return parser
 

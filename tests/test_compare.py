@@ -260,6 +260,9 @@ def test_other_settings_are_not_mixed(
     assert status == 2
     assert "was trained with other settings (-n, --eval-freq): take another --folder" in error
     assert error.count("\n") == 1
+    status, _, error = run_compare(capsys, *arguments(tmp_path, "--vec-env", "dummy"))
+    assert status == 2
+    assert "was trained with other settings (--vec-env)" in error
 
 
 def test_half_a_marker_is_an_interrupted_training(
@@ -368,7 +371,8 @@ def test_wrong_arguments_end_in_one_line(
 
 
 def test_command_of_a_training(tmp_path: Path) -> None:
-    args = compare._parser().parse_args([str(part) for part in arguments(tmp_path, "--eval-freq", 10)])
+    others = ["--eval-freq", 10, "--vec-env", "envpool"]
+    args = compare._parser().parse_args([str(part) for part in arguments(tmp_path, *others)])
     settings = {algo: comparison_settings.find_settings(algo, args.env) for algo in args.algos}
     job = compare.make_jobs(args, settings)[-1]
     assert job.name == "ppo seed 1"
@@ -377,6 +381,7 @@ def test_command_of_a_training(tmp_path: Path) -> None:
     assert options["--seed"] == "1"
     assert options["-n"] == "100"
     assert options["--eval-freq"] == "10"
+    assert options["--vec-env"] == "envpool"
     assert options["--algo"] in ALGOS
 
 
