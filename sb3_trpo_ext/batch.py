@@ -9,6 +9,9 @@ import torch as th
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.type_aliases import PyTorchObs
 
+from sb3_trpo_ext.optim.moments import all_moments
+from sb3_trpo_ext.optim.parallel import all_max
+
 
 class Batch(NamedTuple):
     """One rollout, flattened to ``n_batch`` samples."""
@@ -87,16 +90,18 @@ def numbers_per_sample(observations: PyTorchObs) -> int:
 
 def _normalised(advantages: th.Tensor) -> th.Tensor:
     """
-    Shift and scale advantages to mean zero and standard deviation one; advantages that are all the same become zero.
+    Shift and scale advantages to mean zero and standard deviation one, over the samples of all processes.
+
+    Advantages that are all the same become zero.
 
     :param advantages: shape ``(n_batch,)``, at least two
     :return: the same shape
     """
-    std = advantages.std()
+    mean, std = all_moments(advantages)
     # The mean of equal numbers is off by a rounding error, which the division would blow up to a full step in no direction at
     # all. A product and not `th.where`, which would turn a NaN into zero
-    is_more_than_rounding = std > 10 * th.finfo(advantages.dtype).eps * advantages.abs().max()
-    return (advantages - advantages.mean()) / (std + 1e-8) * is_more_than_rounding
+    is_more_than_rounding = std > 10 * th.finfo(advantages.dtype).eps * all_max(advantages.abs().max())
+    return (advantages - mean) / (std + 1e-8) * is_more_than_rounding
 
 
 def _as_float32(observations: PyTorchObs) -> PyTorchObs:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from sb3_trpo_ext.batch import Batch, take
 from sb3_trpo_ext.optim import MlpRegression
 from sb3_trpo_ext.optim.adam import adam_step
+from sb3_trpo_ext.optim.parallel import all_mean, all_means, all_true, average_, minibatch_shares, minibatch_sizes
 from sb3_trpo_ext.optim.vectors import flat_gradient_
 from sb3_trpo_ext.policies import critic_structure
 
@@ -24,7 +25,7 @@ class CriticFit(NamedTuple):
 
     #: Passes over the batch.
     n_epochs: int
-    #: Of the minibatches.
+    #: Of the minibatches, in each process.
     batch_size: int
     #: One of `VALUE_LOSSES`; the Huber loss is linear in errors above 1.
     loss: str = "mse"
@@ -66,7 +67,7 @@ def fit_critic(
     """
     if fit.n_epochs == 0:
         return CriticResult(float("nan"), "no_epochs")
-    if not th.isfinite(batch.returns).all():
+    if not all_true(bool(th.isfinite(batch.returns).all())):
         return CriticResult(float("nan"), "non_finite_returns")
     weights = [*critic_params, *(buffer for module in critic_modules for buffer in module.buffers(recurse=False))]
     old_weights = [tensor.detach().clone() for tensor in weights]
@@ -75,21 +76,27 @@ def fit_critic(
     for module in critic_modules:
         module.training = True
     try:
-        flat_gradient_(critic_params)
+        gradient = flat_gradient_(critic_params)
+        shares = minibatch_shares(batch.n_samples, fit.batch_size)
         losses: list[th.Tensor] = []
         minibatches = _minibatch_gradients(policy, list(critic_params), batch, fit, losses)
         step = adam_step(policy.optimizer)
         for _ in range(fit.n_epochs):
-            for _ in minibatches():
+            for _, share in zip(minibatches(), shares, strict=True):
                 # Here the gradients of all parameters are there, as views of one vector
+                average_(gradient, share)
                 if fit.max_grad_norm is not None:
                     nn.utils.clip_grad_norm_(critic_params, fit.max_grad_norm)
                 step()
         # Losses stay on the device until here: reading one would stop an accelerator at every step
-        mean_loss = th.stack(losses).mean().item()
+        mean_loss = all_mean(th.stack(losses).mean()).item()
         # An infinite second moment leaves the parameters finite: it freezes them for good
         moments = [value for state in policy.optimizer.state.values() for value in state.values() if th.is_tensor(value)]
-        is_fitted = all(bool(th.isfinite(tensor).all()) for tensor in [*weights, *moments])
+        # Running statistics of a BatchNorm are the one thing here that each process has by itself
+        statistics = [tensor for tensor in weights[len(critic_params) :] if tensor.is_floating_point()]
+        for tensor, mean in zip(statistics, all_means(statistics) if statistics else [], strict=True):
+            tensor.copy_(mean)
+        is_fitted = all_true(all(bool(th.isfinite(tensor).all()) for tensor in [*weights, *moments]))
     finally:
         for module in critic_modules:
             module.training = False
@@ -116,9 +123,10 @@ def _minibatch_gradients(
     :return: makes one pass over the shuffled batch, and stops wherever the gradients of a minibatch are in the parameters
     """
     device = batch.returns.device
+    sizes = minibatch_sizes(batch.n_samples, fit.batch_size)
 
     def by_autograd() -> Iterator[None]:
-        for indices in th.randperm(batch.n_samples).to(device).split(fit.batch_size):
+        for indices in th.randperm(batch.n_samples).to(device).split(sizes):
             values = policy.predict_values(take(batch.observations, indices)).flatten()
             loss = _value_losses(values, batch.returns[indices], batch.old_values[indices], fit).mean()
             for param, gradient in zip(critic_params, th.autograd.grad(loss, critic_params), strict=True):
@@ -138,7 +146,7 @@ def _minibatch_gradients(
     sources = [features, batch.returns[:, None], batch.old_values[:, None]]
     inputs, targets, old_values = shuffled = [th.empty_like(source) for source in sources]
     values = th.empty_like(targets)
-    parts = list(zip(*(tensor.split(fit.batch_size) for tensor in (inputs, values, targets, old_values)), strict=True))
+    parts = list(zip(*(tensor.split(sizes) for tensor in (inputs, values, targets, old_values)), strict=True))
     # Of each sample in the mean over minibatches of their mean losses: those of the last one may count more
     weights = th.cat([th.full_like(part[1], 1 / (len(part[1]) * len(parts))) for part in parts])
 

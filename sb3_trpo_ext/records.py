@@ -24,12 +24,12 @@ def warn_if_rejected(result: UpdateResult, critic: CriticResult) -> None:
         warnings.warn(
             f"The policy update was rejected: {result.status}. The policy is unchanged; check the environment's observations "
             "and rewards for NaN and the settings for extremes.",
-            stacklevel=3,
+            stacklevel=4,
         )
     if critic.status.startswith("non_finite"):
         warnings.warn(
             f"The value function was not fitted: {critic.status}. It is unchanged; check the environment's rewards.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -1,6 +1,7 @@
 """The policy's side of an update: surrogate objective, KL and Fisher matrix of one rollout."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from sb3_trpo_ext.optim import (
     MlpJacobian,
     Problem,
 )
+from sb3_trpo_ext.optim.parallel import all_mean
 from sb3_trpo_ext.optim.vectors import flatten
 from sb3_trpo_ext.policies import mlp_structure
 
@@ -369,7 +371,7 @@ class Surrogate:
     @th.no_grad()
     def summary(self) -> tuple[float, float]:
         """
-        Entropy and std at the policy's present parameters, for logging: over 256 samples or a few more, if there are any.
+        Entropy and std at the policy's present parameters, for logging: over 256 samples or a few more of each process.
 
         :return: mean entropy and mean std; NaN where the distribution has none
         """
@@ -377,10 +379,9 @@ class Surrogate:
         every = slice(None, None, max(self.batch.n_samples // 256, 1))
         new = self.family.statistics(self.policy.get_distribution(take(self.batch.observations, every)))
         entropy, std = self.family.entropy(new, None if self._noise is None else self._noise[every]), self.family.std(new)
-        return (
-            float("nan") if entropy is None else entropy.mean().item(),
-            float("nan") if std is None else std.mean().item(),
-        )
+        means = [math.nan if values is None else values.mean().item() for values in (entropy, std)]
+        mean_entropy, mean_std = all_mean(th.tensor(means, dtype=th.float64)).tolist()
+        return mean_entropy, mean_std
 
 
 def _mlp_jacobian_of(fisher: LinearOperator) -> MlpJacobian | None:

@@ -16,7 +16,6 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
-from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext.arguments import (
@@ -32,8 +31,19 @@ from sb3_trpo_ext.batch import Batch, rollout_batch
 from sb3_trpo_ext.clipping import action_bounds
 from sb3_trpo_ext.contrib import critic_optimizer_state, is_contrib_model, joint_kl_arguments
 from sb3_trpo_ext.critic import VALUE_LOSSES, CriticFit, fit_critic
+from sb3_trpo_ext.distributed import (
+    RankCallback,
+    check_identical,
+    join_process_group,
+    joint_explained_variance,
+    rank_device,
+    rank_seed,
+    running_statistics,
+    start_together,
+)
 from sb3_trpo_ext.distributions import TorchFamily, family_of, no_argument_checks
 from sb3_trpo_ext.optim import AdaptiveKLPenalty, KLConstraint, PolicyUpdate, UpdateResult
+from sb3_trpo_ext.optim.parallel import is_parallel, rank, weighted_by, world_size
 from sb3_trpo_ext.policies import (
     CnnPolicy,
     MlpPolicy,
@@ -67,7 +77,7 @@ class TRPO(OnPolicyAlgorithm):
     :param env: The environment to learn from (if registered in Gymnasium, can be a str)
     :param learning_rate: The learning rate of the value function, a number or a function of the progress remaining (1 to 0)
     :param n_steps: The number of steps to run for each environment per update
-    :param batch_size: Minibatch size for the value function
+    :param batch_size: Minibatch size for the value function, in each process of a data-parallel run
     :param gamma: Discount factor
     :param cg_max_steps: Maximum number of Fisher-vector products in conjugate gradient
     :param cg_damping: Damping added to the diagonal of the Fisher matrix, a number or a schedule
@@ -172,7 +182,7 @@ class TRPO(OnPolicyAlgorithm):
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
             verbose=verbose,
-            device=device,
+            device=rank_device(device),
             seed=seed,
             _init_setup_model=False,
         )
@@ -236,6 +246,7 @@ class TRPO(OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         """Check the arguments, create buffer and policy, and give the critic an optimiser of its own."""
         self._check_arguments()
+        join_process_group()
         super()._setup_model()
         self._parts: PolicyParts = split_policy(self.policy)
         # SB3's optimiser holds all parameters; an optimiser of the critic must not know the actor's
@@ -267,7 +278,16 @@ class TRPO(OnPolicyAlgorithm):
         :raises ValueError: if the environment returned a NaN, an infinity or a wrong shape that stopped the policy
         :raises RuntimeError: if a process of the environment has died
         """
-        return collect_rollouts(self, self._parts.actor_params, env, callback, rollout_buffer, n_rollout_steps)
+        is_full = collect_rollouts(self, self._parts.actor_params, env, callback, rollout_buffer, n_rollout_steps)
+        return is_full and not (isinstance(callback, RankCallback) and callback.is_over)
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """
+        Seed the random generators of PyTorch, NumPy, Python and the environments, differently in each process.
+
+        :param seed: of the first process
+        """
+        super().set_random_seed(rank_seed(seed))
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         """
@@ -282,7 +302,13 @@ class TRPO(OnPolicyAlgorithm):
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     def train(self) -> None:
-        """Update the policy within the trust region, then fit the critic, on the rollout in the buffer."""
+        """Update the policy within the trust region, then fit the critic, on the rollouts in the buffers of all processes."""
+        with weighted_by(self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs):
+            self._train()
+        check_identical(self)
+
+    def _train(self) -> None:
+        """What :meth:`train` does, with averages over processes weighted by their samples."""
         # As during the rollout: dropout or BatchNorm in training mode would make the ratio differ from 1 before any step
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
@@ -295,7 +321,7 @@ class TRPO(OnPolicyAlgorithm):
                 batch,
                 ent_coef=self._scheduled("ent_coef"),
                 fisher_stride=self.sub_sampling_factor,
-                noise_seed=self._n_updates,
+                noise_seed=self._n_updates * world_size() + rank(),
                 bounds=action_bounds(self.policy) if self.clipped_likelihood else None,
             )
             result = self._update_policy(surrogate)
@@ -323,7 +349,7 @@ class TRPO(OnPolicyAlgorithm):
         if not math.isnan(std):
             self.logger.record("train/std", std)
         values, returns = self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
-        self.logger.record("train/explained_variance", explained_variance(values, returns))
+        self.logger.record("train/explained_variance", joint_explained_variance(values, returns))
         self.logger.record("train/n_accepted", self._n_accepted)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("time/policy_update", policy_done - started)
@@ -389,9 +415,9 @@ class TRPO(OnPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> SelfTRPO:
         """
-        Train the model.
+        Train the model; under ``torchrun``, together with the other processes.
 
-        :param total_timesteps: The total number of environment steps
+        :param total_timesteps: The total number of environment steps, of all processes
         :param callback: Callback(s) called at every step
         :param log_interval: The number of updates between two logs
         :param tb_log_name: The name of the run for TensorBoard
@@ -399,6 +425,12 @@ class TRPO(OnPolicyAlgorithm):
         :param progress_bar: Display a progress bar using tqdm and rich
         :return: the trained model
         """
+        if is_parallel():
+            # The first process decides for how long: it may have loaded a checkpoint
+            total_timesteps, log_interval, reset_num_timesteps = start_together(
+                self, (total_timesteps, log_interval, reset_num_timesteps)
+            )
+            callback, progress_bar = RankCallback(running_statistics(self), callback, progress_bar), False
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _excluded_save_params(self) -> list[str]:
@@ -427,12 +459,16 @@ class TRPO(OnPolicyAlgorithm):
         """
         Save the model; a file is replaced in one go, so that an interruption cannot leave half of one.
 
+        Under ``torchrun`` the first process alone writes a file: all have the same model.
+
         :param path: path to the file (".zip" is added if it has no suffix), or a file-like
         :param exclude: names of attributes to leave out in addition to the default ones
         :param include: names of attributes to save although they are left out by default
         """
         if not isinstance(path, (str, pathlib.Path)):
             super().save(path, exclude, include)
+            return
+        if rank() > 0:
             return
         target = pathlib.Path(path)
         if target.suffix == "":
@@ -471,6 +507,7 @@ class TRPO(OnPolicyAlgorithm):
         :param kwargs: attributes to change when loading, such as ``target_kl``
         :return: new model instance
         """
+        device = rank_device(device)
         if is_contrib_model(path):
             kwargs.update(joint_kl_arguments(path, custom_objects, given=kwargs))
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)

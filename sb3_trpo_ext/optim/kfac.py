@@ -8,7 +8,7 @@ import torch as th
 
 from sb3_trpo_ext.optim.mlp import MlpJacobian
 from sb3_trpo_ext.optim.operators import Statistics
-from sb3_trpo_ext.optim.parallel import all_mean
+from sb3_trpo_ext.optim.parallel import all_means
 
 #: What an eigendecomposition of an n x n matrix takes, in units of n^3 operations at the rate of matrix products. Measured on
 #: two cores: 4 ms at n = 349, where that rate was 190 GFLOP/s.
@@ -57,22 +57,26 @@ class KroneckerPreconditioner:
         self._jacobian = jacobian
         n_samples = jacobian.n_samples
         self._blocks: list[_Block] = []
+        factors: list[th.Tensor] = []
         cotangents = jacobian.layer_cotangents(score)
         for index, (inputs, cotangent) in enumerate(zip(jacobian.layer_inputs(), cotangents, strict=True)):
-            input_factor = all_mean(inputs.t() @ inputs / n_samples)
+            factors.append(inputs.t() @ inputs / n_samples)
             if index == len(cotangents) - 1:
-                output_factor = all_mean(_mean_output_fisher(jacobian, output_fisher, score))
+                factors.append(_mean_output_fisher(jacobian, output_fisher, score))
             else:
-                output_factor = all_mean(cotangent.t() @ cotangent / n_samples)
+                factors.append(cotangent.t() @ cotangent / n_samples)
+        if jacobian.has_log_std:
+            zeros, ones = th.zeros_like(score), th.ones_like(score)
+            factors.append(output_fisher((zeros, ones))[1].mean(dim=0))
+        means = all_means(factors)
+        end = 2 * len(cotangents)
+        for input_factor, output_factor in zip(means[:end:2], means[1:end:2], strict=True):
             input_values, input_basis = th.linalg.eigh(input_factor)
             output_values, output_basis = th.linalg.eigh(output_factor)
             # Rounding makes the smallest eigenvalues of a singular factor slightly negative
             eigenvalues = output_values.clamp(min=0)[:, None] * input_values.clamp(min=0)
             self._blocks.append(_Block(output_basis, input_basis, 1 / (eigenvalues + damping)))
-        self._log_std_scale: th.Tensor | None = None
-        if jacobian.has_log_std:
-            zeros, ones = th.zeros_like(score), th.ones_like(score)
-            self._log_std_scale = 1 / (all_mean(output_fisher((zeros, ones))[1].mean(dim=0)) + damping)
+        self._log_std_scale: th.Tensor | None = 1 / (means[-1] + damping) if jacobian.has_log_std else None
 
     @staticmethod
     def cost(jacobian: MlpJacobian) -> int:

@@ -11,8 +11,8 @@ import torch as th
 from sb3_trpo_ext.optim.conjugate_gradient import CGResult, CGStatus, conjugate_gradient
 from sb3_trpo_ext.optim.line_search import LineSearchStatus, line_search
 from sb3_trpo_ext.optim.operators import Averaged, Damped, LinearOperator
-from sb3_trpo_ext.optim.parallel import all_mean
-from sb3_trpo_ext.optim.vectors import assign_, flatten
+from sb3_trpo_ext.optim.parallel import all_mean, all_means, average_, minibatch_shares, minibatch_sizes
+from sb3_trpo_ext.optim.vectors import assign_, flatten, unflatten
 
 #: Products without preconditioner after which to decide whether to build one.
 _PROBE = 2
@@ -169,7 +169,7 @@ class KLConstraint(PolicyUpdate):
         @th.no_grad()
         def evaluate(step_size: float) -> tuple[float, float]:
             assign_(problem.params, th.add(old, direction, alpha=step_size))
-            new_objective, kl = th.stack([all_mean(value) for value in problem.evaluate(None)]).tolist()
+            new_objective, kl = all_mean(th.stack(problem.evaluate(None))).tolist()
             return new_objective, kl
 
         step_size = 0.0
@@ -274,7 +274,7 @@ class AdaptiveKLPenalty(PolicyUpdate):
         try:
             self._run_epochs(problem)
             with th.no_grad():
-                new_objective, kl = th.stack([all_mean(value) for value in problem.evaluate(None)]).tolist()
+                new_objective, kl = all_mean(th.stack(problem.evaluate(None))).tolist()
                 moved = flatten(problem.params) - old
             is_accepted = math.isfinite(new_objective) and math.isfinite(kl) and bool(th.isfinite(moved).all())
         finally:
@@ -311,12 +311,16 @@ class AdaptiveKLPenalty(PolicyUpdate):
 
         :param problem: objective and KL
         """
+        sizes = minibatch_sizes(problem.n_samples, self.batch_size)
+        shares = minibatch_shares(problem.n_samples, self.batch_size)
         for _ in range(self.n_epochs):
-            for indices in th.split(th.randperm(problem.n_samples), self.batch_size):
+            for indices, share in zip(th.split(th.randperm(problem.n_samples), sizes), shares, strict=True):
                 objective, kl = problem.evaluate(indices)
-                gradients = th.autograd.grad(self.beta * kl - objective, problem.params, materialize_grads=True)
-                for param, gradient in zip(problem.params, gradients, strict=True):
-                    param.grad = all_mean(gradient)
+                loss = self.beta * kl - objective
+                gradient = flatten(th.autograd.grad(loss, problem.params, materialize_grads=True))
+                average_(gradient, share)
+                for param, part in zip(problem.params, unflatten(gradient, problem.params), strict=True):
+                    param.grad = part
                 self.optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -375,4 +379,5 @@ def _objective_and_gradient(problem: Problem) -> tuple[float, th.Tensor]:
         with th.enable_grad():
             objective, _ = problem.evaluate(None)
             gradient = flatten(th.autograd.grad(objective, problem.params, materialize_grads=True))
-    return float(all_mean(objective.detach())), all_mean(gradient)
+    objective, gradient = all_means([objective.detach(), gradient])
+    return float(objective), gradient
