@@ -22,6 +22,7 @@ import yaml
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_trpo_ext import TRPO, TrainingRecorder
+from sb3_trpo_ext.distributed import is_launched
 
 KEY = "trpo_ext"
 
@@ -252,8 +253,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         in_envpool, arguments = split_vec_env(arguments)
         vec_envs = envpool_for_training() if in_envpool else vec_envs
+    processes: AbstractContextManager[None] = nullcontext()
+    if name == "train" and is_launched():
+        from sb3_trpo_ext.zoo_distributed import complete, training_together
+
+        arguments = complete(arguments)
+        processes = training_together()
     # RL-Zoo's scripts read `sys.argv`; its first entry is the name in their usage message.
-    with vec_envs, replaced(sys, "argv", [f"sb3-trpo {name}", *with_defaults(name, arguments)]):
+    with vec_envs, processes, replaced(sys, "argv", [f"sb3-trpo {name}", *with_defaults(name, arguments)]):
         if command.function is not None:
             getattr(importlib.import_module(command.module), command.function)()
         else:

@@ -31,6 +31,7 @@ TOOLS = tuple(
         "report",
         "runs",
         "zoo",
+        "zoo_distributed",
         "zoo_envpool",
         "zoo_optuna",
         "zoo_plugin",
