@@ -12,7 +12,6 @@ import json
 import os
 import pathlib
 import platform
-import socket
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import yaml
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from torch.distributed import TCPStore
 
 from sb3_trpo_ext import TRPO
 
@@ -92,19 +92,21 @@ def run(task: str, n_processes: int, n_updates: int) -> dict[str, float]:
     :param n_updates: after the first one
     :return: what the first process measured
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # As with `torchrun`, the store that the processes find each other by is in the process that starts them
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     command = [sys.executable, __file__, "--train", task, "--updates", str(n_updates)]
     processes = []
     for rank in range(n_processes):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if n_processes > 1:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n_processes)}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+            environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     outputs = [process.communicate()[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes)
+    codes = [process.returncode for process in processes]
+    if any(codes):
+        raise RuntimeError(f"a training has failed: exit codes {codes}")
     measured: dict[str, float] = json.loads(outputs[0].splitlines()[-1])
     return measured
 
