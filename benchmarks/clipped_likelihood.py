@@ -2,11 +2,11 @@
 
     python benchmarks/clipped_likelihood.py --output benchmarks/results/clipped_likelihood.json
 
-A policy is trained for some steps with our settings. Then it collects rollouts, with frozen statistics of VecNormalize. From
-each of the first ones two updates are made, with ``clipped_likelihood`` and without, both filling the same trust region; what
-counts is what either has gained on all the other rollouts, which it has not seen: the mean of ratio times advantage, relative to
-the standard deviation of the advantages. (The ratio there is that of the clipped actions for both: its mean is the same, and it
-is less noisy.) After each update the parameters are put back.
+A policy is trained for some steps with our settings. Then it collects rollouts, with frozen statistics of VecNormalize.
+From each of the first ones two updates are made, with ``clipped_likelihood`` and without, both filling the same trust region.
+What counts is what either has gained on all the other rollouts, which it has not seen: the mean of ratio times advantage,
+relative to the standard deviation of the advantages. (The ratio there is that of the clipped actions for both: its mean is the
+same, and it is less noisy.) After each update the parameters are put back.
 """
 
 import argparse

@@ -26,6 +26,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch.distributed import TCPStore
 
 from sb3_trpo_ext import TRPO
+from sb3_trpo_ext.zoo import linear_schedule
 
 TASKS = ("Humanoid-v5", "CartPole-v1")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -66,6 +67,8 @@ def train(task: str, n_updates: int) -> None:
     if task == "Humanoid-v5":
         policy_kwargs = {"log_std_init": -1, "net_arch": {"pi": [256, 256], "vf": [256, 256]}}
     arguments = {key: value for key, value in settings.items() if key not in NOT_OF_MODEL}
+    if isinstance(arguments["target_kl"], str):
+        arguments["target_kl"] = linear_schedule("target_kl", arguments["target_kl"])
     model = TRPO("MlpPolicy", env, policy_kwargs=policy_kwargs, seed=0, device="cpu", **arguments)
     n_processes = int(os.environ.get("WORLD_SIZE", 1))
     clock = Clock()
