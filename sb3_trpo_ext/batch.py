@@ -47,12 +47,12 @@ def rollout_batch(buffer: RolloutBuffer, is_discrete: bool, normalize_advantage:
     # Asking for one minibatch makes the buffer flatten its arrays; its samples come in random order, and we want the order of
     # time: thinning the Fisher matrix then takes every so many-th step of each environment
     next(iter(buffer.get(batch_size=1)))
-    # A slice, and tensors that share it, save SB3's own buffers two copies of the observations
+    # A slice, and tensors that share it, save SB3's own buffers two copies of the observations on the CPU
     is_stock = type(buffer) in (RolloutBuffer, DictRolloutBuffer)
     every: Any = slice(None) if is_stock else np.arange(buffer.buffer_size * buffer.n_envs)
     if is_stock:
         buffer = copy.copy(buffer)
-        buffer.to_torch = functools.partial(buffer.to_torch, copy=False)  # type: ignore[method-assign]
+        buffer.to_torch = functools.partial(_to_torch, buffer.device)  # type: ignore[method-assign]
     data = buffer._get_samples(every)
     return Batch(
         observations=_as_float32(data.observations),
@@ -62,6 +62,19 @@ def rollout_batch(buffer: RolloutBuffer, is_discrete: bool, normalize_advantage:
         returns=data.returns,
         old_values=data.old_values,
     )
+
+
+def _to_torch(device: th.device, array: np.ndarray) -> th.Tensor:
+    """
+    Bring an array of a rollout to where the policy is.
+
+    :param device: the policy's
+    :param array: of the buffer
+    :return: shares the array's memory on the CPU; on a GPU it is on its way there
+    """
+    tensor = th.as_tensor(array)
+    # From pinned memory the transfer runs beside what the host does next, without a copy in between
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def take(observations: PyTorchObs, index: th.Tensor | slice) -> PyTorchObs:

@@ -150,8 +150,14 @@ def split_policy(policy: ActorCriticPolicy) -> PolicyParts:
 
     :param policy: any policy with ``get_distribution`` and ``predict_values``
     :return: its parts
-    :raises ValueError: if the actor or the critic has nothing to train
+    :raises ValueError: if its tensors are on several devices, or the actor or the critic has nothing to train
     """
+    devices = {str(tensor.device) for tensors in (policy.parameters(), policy.buffers()) for tensor in tensors}
+    if len(devices) > 1:
+        raise ValueError(
+            f"All parameters and buffers of {type(policy).__name__} must be on one device, got {sorted(devices)}: leave it to "
+            "the `device` argument to move them."
+        )
     was_training = policy.training
     # In training mode a BatchNorm layer would learn from, and fail on, this one observation
     policy.set_training_mode(False)

@@ -393,3 +393,10 @@ def test_squashed_policy_survives_saving(name: str, tmp_path: Path) -> None:
 def test_policy_has_its_name_as_alias(policy_class: type[ActorCriticPolicy]) -> None:
     alias = "MlpPolicy" if policy_class is MlpPolicy else policy_class.__name__
     assert TRPO.policy_aliases[alias] is policy_class
+
+
+def test_policy_on_two_devices_is_refused() -> None:
+    policy = make_policy()
+    policy.value_net.to("meta")
+    with pytest.raises(ValueError, match=r"must be on one device, got \['cpu', 'meta'\]"):
+        split_policy(policy)
