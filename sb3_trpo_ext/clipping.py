@@ -43,7 +43,7 @@ def clipped_log_prob(distribution: Distribution, actions: th.Tensor, bounds: Act
     The environment cannot tell how far beyond a bound an action was, so each component there counts with the probability of
     all that is beyond: ``log P(a <= low)`` or ``log P(a >= high)`` instead of the density. Rewards depend on clipped actions
     only, hence the expected gradient is the same, and its variance is never greater (Fujita and Maeda 2018, "Clipped Action
-    Policy Gradient", https://arxiv.org/abs/1802.07564, equations 8 to 10).
+    Policy Gradient", https://arxiv.org/abs/1802.07564).
 
     :param distribution: one of SB3's Gaussians, without squashing
     :param actions: before they are clipped, shape ``(n_batch, n_actions)``
