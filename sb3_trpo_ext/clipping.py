@@ -1,11 +1,15 @@
 """The likelihood of actions as the environment sees them: clipped to the bounds of the action space."""
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import DiagGaussianDistribution, Distribution, StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
+from torch.autograd.function import once_differentiable
+
+_HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
 
 
 class ActionBounds(NamedTuple):
@@ -36,9 +40,79 @@ def action_bounds(policy: ActorCriticPolicy) -> ActionBounds | None:
     return ActionBounds(low, high)
 
 
-def clipped_log_prob(distribution: Distribution, actions: th.Tensor, bounds: ActionBounds) -> th.Tensor:
+class ClippedActions(NamedTuple):
+    """Actions as the environment gets them; each of shape ``(n_batch, n_actions)``."""
+
+    values: th.Tensor
+    #: 1 at a lower bound, -1 at an upper one, 0 between them.
+    side: th.Tensor
+    is_between: th.Tensor
+
+    def part(self, part: th.Tensor | slice) -> "ClippedActions":
+        """
+        Some of the samples.
+
+        :param part: indices or slice
+        :return: these
+        """
+        return ClippedActions(*(tensor[part] for tensor in self))
+
+
+def clip(actions: th.Tensor, bounds: ActionBounds) -> ClippedActions:
     """
-    Log-likelihood of actions that are clipped to bounds, given what they were before.
+    Clip actions, and remember where that was.
+
+    :param actions: what the policy put out, shape ``(n_batch, n_actions)``
+    :param bounds: of the action space
+    :return: the clipped actions
+    """
+    is_low, is_high = actions <= bounds.low, actions >= bounds.high
+    side = is_low.to(actions.dtype) - is_high.to(actions.dtype)
+    return ClippedActions(actions.clamp(bounds.low, bounds.high), side, side == 0)
+
+
+class _ClippedNormal(th.autograd.Function):
+    """Log-likelihood of each component, with a gradient by hand: it takes a third of the time of automatic differentiation."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: th.Tensor, std: th.Tensor, actions: ClippedActions) -> th.Tensor:
+        """
+        Log of the density between the bounds, and of the probability of all that is beyond at them.
+
+        :param ctx: keeps what the gradient needs
+        :param mean: of the Gaussian, shape ``(n_batch, n_actions)``
+        :param std: the same shape
+        :param actions: the clipped actions
+        :return: the same shape
+        """
+        distance = (actions.values - mean) / std
+        # The tail beyond an upper bound is the mirror image of one beyond a lower bound
+        tail = th.special.log_ndtr(actions.side * distance)
+        ctx.save_for_backward(distance, std, tail, actions.side, actions.is_between)
+        density = distance.square().mul_(-0.5).sub_(std.log()).sub_(_HALF_LOG_2_PI)
+        return th.where(actions.is_between, density, tail)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: th.Tensor) -> tuple[th.Tensor, th.Tensor, None]:
+        """
+        Gradient in mean and std.
+
+        :param ctx: from :meth:`forward`
+        :param cotangent: of the result
+        :return: cotangents of the arguments
+        """
+        distance, std, tail, side, is_between = ctx.saved_tensors
+        # Density over probability, as the difference of their logarithms: either may underflow by itself
+        hazard = distance.square().mul_(-0.5).sub_(tail).sub_(_HALF_LOG_2_PI).exp_()
+        slope = th.where(is_between, distance, hazard.mul_(side).neg_())
+        scaled = cotangent / std
+        return scaled * slope, scaled * (slope * distance - is_between.to(slope.dtype)), None
+
+
+def clipped_log_prob(distribution: Distribution, actions: ClippedActions) -> th.Tensor:
+    """
+    Log-likelihood of actions that were clipped to bounds.
 
     The environment cannot tell how far beyond a bound an action was, so each component there counts with the probability of
     all that is beyond: ``log P(a <= low)`` or ``log P(a >= high)`` instead of the density. Rewards depend on clipped actions
@@ -46,17 +120,9 @@ def clipped_log_prob(distribution: Distribution, actions: th.Tensor, bounds: Act
     Policy Gradient", https://arxiv.org/abs/1802.07564).
 
     :param distribution: one of SB3's Gaussians, without squashing
-    :param actions: before they are clipped, shape ``(n_batch, n_actions)``
-    :param bounds: of the action space
+    :param actions: what came out of it, clipped
     :return: summed over action dimensions, shape ``(n_batch,)``
     """
     normal = distribution.distribution
     assert isinstance(normal, th.distributions.Normal)
-    is_low, is_high = actions <= bounds.low, actions >= bounds.high
-    is_beyond = is_low | is_high
-    # One bound serves both sides, the tail beyond the upper one being the mirror image. Where there is nothing beyond, any
-    # finite number will do: the other branch of a `where` must not turn into a NaN in the gradient
-    bound = th.where(is_low, bounds.low, th.where(is_high, bounds.high, actions))
-    distance = (bound - normal.loc) / normal.scale
-    tail = th.special.log_ndtr(th.where(is_high, -distance, distance))
-    return th.where(is_beyond, tail, normal.log_prob(actions)).sum(dim=1)
+    return _ClippedNormal.apply(normal.loc, normal.scale, actions).sum(dim=1)

@@ -12,7 +12,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_trpo_ext.batch import Batch, numbers_per_sample, take
-from sb3_trpo_ext.clipping import ActionBounds, clipped_log_prob
+from sb3_trpo_ext.clipping import ActionBounds, clip, clipped_log_prob
 from sb3_trpo_ext.distributions import Family, TorchFamily, family_of, standard_normal
 from sb3_trpo_ext.optim import (
     AutogradJacobian,
@@ -78,7 +78,7 @@ class Surrogate:
         self.batch = batch
         self.ent_coef = ent_coef
         self.fisher_stride = fisher_stride
-        self.bounds = bounds
+        self._clipped = None if bounds is None else clip(batch.actions, bounds)
         self._structure = mlp_structure(policy, actor_params)
         self._generator = th.Generator().manual_seed(noise_seed)
         if self._structure is None:
@@ -112,10 +112,10 @@ class Surrogate:
                 jacobian, leaves, distribution = self._outputs(take(self.batch.observations, chunk))
                 new = self.family.statistics(distribution)
                 noise = standard_normal(new[0], self._generator) if self.family.needs_noise else None
-                if self.bounds is not None:
-                    with th.no_grad():
-                        self._old_log_prob[chunk] = self._log_prob(distribution, chunk)
-                objective = self._objective(distribution, chunk, new, noise) * self._share(chunk)
+                log_prob = self._log_prob(distribution, chunk)
+                if self._clipped is not None:
+                    self._old_log_prob[chunk] = log_prob.detach()
+                objective = self._objective(log_prob, chunk, new, noise) * self._share(chunk)
                 cotangents = th.autograd.grad(objective, leaves, materialize_grads=True)
             gradients.append(flatten(cotangents) if jacobian is None else jacobian.vjp(cotangents))
             objectives.append(objective.detach())
@@ -217,7 +217,7 @@ class Surrogate:
         distribution = self.policy.get_distribution(take(self.batch.observations, part))
         new = self.family.statistics(distribution)
         noise = None if self._noise is None else self._noise[part]
-        objective = self._objective(distribution, part, new, noise)
+        objective = self._objective(self._log_prob(distribution, part), part, new, noise)
         return objective, self.family.kl(self._old_at(part), new).mean()
 
     def _old_at(self, part: th.Tensor | slice) -> Any:
@@ -241,18 +241,18 @@ class Surrogate:
         """
         return self._objective_and_gradient
 
-    def _objective(self, distribution: Distribution, part: th.Tensor | slice, new: Any, noise: th.Tensor | None) -> th.Tensor:
+    def _objective(self, log_prob: th.Tensor, part: th.Tensor | slice, new: Any, noise: th.Tensor | None) -> th.Tensor:
         """
         ``mean(ratio * advantage) + ent_coef * mean(entropy)``.
 
-        :param distribution: the new one, at some samples
+        :param log_prob: of the rollout's actions at some samples, by the new distribution
         :param part: indices or slice of these samples
         :param new: its statistics
         :param noise: for an entropy without closed form
         :return: scalar
         :raises ValueError: if ``ent_coef`` is not zero and the distribution cannot tell its entropy
         """
-        log_ratio = self._log_prob(distribution, part) - self._old_log_prob[part]
+        log_ratio = log_prob - self._old_log_prob[part]
         objective = (th.exp(log_ratio) * self.batch.advantages[part]).mean()
         if self.ent_coef == 0:
             return objective
@@ -272,8 +272,9 @@ class Surrogate:
         :param part: indices or slice of these samples
         :return: shape ``(n_samples,)``
         """
-        actions = self.batch.actions[part]
-        return distribution.log_prob(actions) if self.bounds is None else clipped_log_prob(distribution, actions, self.bounds)
+        if self._clipped is None:
+            return distribution.log_prob(self.batch.actions[part])
+        return clipped_log_prob(distribution, self._clipped.part(part))
 
     def fisher(self) -> LinearOperator:
         """

@@ -12,11 +12,12 @@ from stable_baselines3.common.distributions import DiagGaussianDistribution
 from torch.distributions import Normal
 
 from sb3_trpo_ext.batch import Batch
-from sb3_trpo_ext.clipping import ActionBounds, action_bounds, clipped_log_prob
+from sb3_trpo_ext.clipping import ActionBounds, action_bounds, clip, clipped_log_prob
 from sb3_trpo_ext.optim.vectors import assign_, flatten
 from sb3_trpo_ext.policies import SquashedMlpPolicy, split_policy
 from sb3_trpo_ext.surrogate import Limits, Surrogate
 
+BOUNDS = ActionBounds(th.tensor([-0.8, -0.5]), th.tensor([0.6, 0.9]))
 HALF = ActionBounds(th.tensor([-0.5, -th.inf]), th.tensor([th.inf, 0.25]))
 
 
@@ -39,7 +40,7 @@ def test_component_beyond_a_bound_counts_with_the_probability_of_all_that_is_bey
         (3.0, 3.0): above[0] + above[1],
     }
     for actions, expected in cases.items():
-        actual = clipped_log_prob(gaussian(mean, log_std), th.tensor([actions]), bounds)
+        actual = clipped_log_prob(gaussian(mean, log_std), clip(th.tensor([actions]), bounds))
         assert actual.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
@@ -47,8 +48,8 @@ def test_component_beyond_a_bound_counts_with_the_probability_of_all_that_is_bey
 def test_side_without_bound_is_the_gaussian() -> None:
     distribution = gaussian(th.zeros(1, 2), th.zeros(2))
     inside = th.tensor([[4.0, -4.0]])
-    assert th.equal(clipped_log_prob(distribution, inside, HALF), distribution.log_prob(inside))
-    beyond = clipped_log_prob(distribution, -inside, HALF)
+    assert th.allclose(clipped_log_prob(distribution, clip(inside, HALF)), distribution.log_prob(inside), rtol=1e-14)
+    beyond = clipped_log_prob(distribution, clip(-inside, HALF))
     expected = Normal(0.0, 1.0).cdf(th.tensor(-0.5)).log() + Normal(0.0, 1.0).cdf(th.tensor(-0.25)).log()
     assert beyond.item() == pytest.approx(expected.item(), rel=1e-12)
 
@@ -64,7 +65,7 @@ def test_gradient_is_the_same_on_average_and_varies_less(mean: float) -> None:
     bounds = ActionBounds(th.tensor([-0.4]), th.tensor([0.4]))
     reward = th.sin(3 * grid.clamp(-0.4, 0.4)[:, 0]) + grid.clamp(-0.4, 0.4)[:, 0].square()
     moments = []
-    for log_prob in (distribution.log_prob(grid), clipped_log_prob(distribution, grid, bounds)):
+    for log_prob in (distribution.log_prob(grid), clipped_log_prob(distribution, clip(grid, bounds))):
         scores = th.autograd.grad(log_prob.sum(), (loc, log_std), retain_graph=True)
         terms = [score[:, 0] * reward for score in scores]
         means = [(weights * term).sum() for term in terms]
@@ -81,10 +82,27 @@ def test_gradient_is_finite_however_unlikely_the_action(mean: float) -> None:
     loc = th.full((3, 1), mean, requires_grad=True)
     log_std = th.full((3, 1), -1.0, requires_grad=True)
     log_prob = clipped_log_prob(
-        gaussian(loc, log_std), th.tensor([[-5.0], [0.0], [5.0]]), ActionBounds(-th.ones(1), th.ones(1))
+        gaussian(loc, log_std), clip(th.tensor([[-5.0], [0.0], [5.0]]), ActionBounds(-th.ones(1), th.ones(1)))
     )
     assert th.isfinite(log_prob).all()
     assert all(th.isfinite(gradient).all() for gradient in th.autograd.grad(log_prob.sum(), (loc, log_std)))
+
+
+@pytest.mark.usefixtures("float64")
+def test_gradient_by_hand_is_that_of_automatic_differentiation() -> None:
+    mean = th.linspace(-20.0, 20.0, 201)[:, None].expand(-1, 2).clone().requires_grad_()
+    log_std = th.linspace(-2.0, 1.0, 201)[:, None].expand(-1, 2).clone().requires_grad_()
+    actions = clip(3 * th.randn(201, 2), BOUNDS)
+    assert 50 < actions.is_between.sum() < 350
+    distance = (actions.values - mean) / log_std.exp()
+    density = Normal(mean, log_std.exp()).log_prob(actions.values)
+    plain = th.where(actions.is_between, density, th.special.log_ndtr(actions.side * distance)).sum(dim=1)
+    by_hand = clipped_log_prob(gaussian(mean, log_std), actions)
+    assert th.allclose(by_hand, plain, rtol=1e-12)
+    weights = th.randn(201)
+    expected = th.autograd.grad((weights * plain).sum(), (mean, log_std))
+    actual = th.autograd.grad((weights * by_hand).sum(), (mean, log_std))
+    assert all(relative_error(*pair) < 1e-10 for pair in zip(actual, expected, strict=True))
 
 
 def test_bounds_are_those_of_sb3s_own_gaussians_on_bounded_boxes() -> None:
@@ -106,22 +124,20 @@ def test_bounds_are_those_of_sb3s_own_gaussians_on_bounded_boxes() -> None:
 def clipped_surrogate(**kwargs: Any) -> Surrogate:
     """A surrogate of a rollout with about a third of its action components beyond the bounds."""
     policy = make_policy(**kwargs)
-    bounds = ActionBounds(th.tensor([-0.8, -0.5]), th.tensor([0.6, 0.9]))
     batch = make_batch(policy, 12)
-    assert 0.2 < ((batch.actions < bounds.low) | (batch.actions > bounds.high)).double().mean() < 0.8
-    return Surrogate(policy, split_policy(policy).actor_params, batch, bounds=bounds)
+    assert 0.2 < ((batch.actions < BOUNDS.low) | (batch.actions > BOUNDS.high)).double().mean() < 0.8
+    return Surrogate(policy, split_policy(policy).actor_params, batch, bounds=BOUNDS)
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("kwargs", [{}, {"use_sde": True}], ids=["gaussian", "gsde"])
 def test_surrogate_has_the_ratio_of_the_clipped_actions(kwargs: dict[str, Any]) -> None:
     surrogate = clipped_surrogate(**kwargs)
-    policy, batch, bounds = surrogate.policy, surrogate.batch, surrogate.bounds
-    assert bounds is not None
+    policy, batch = surrogate.policy, surrogate.batch
     old = flatten(surrogate.actor_params)
 
     def log_probs() -> th.Tensor:
-        return clipped_log_prob(policy.get_distribution(batch.observations), batch.actions, bounds)
+        return clipped_log_prob(policy.get_distribution(batch.observations), clip(batch.actions, BOUNDS))
 
     with th.no_grad():
         before = log_probs()
@@ -144,7 +160,7 @@ def test_surrogate_has_the_ratio_of_the_clipped_actions(kwargs: dict[str, Any]) 
 def test_parts_of_the_batch_make_the_same_surrogate(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = clipped_surrogate()
     monkeypatch.setattr("sb3_trpo_ext.surrogate._CPU_LIMITS", Limits(5, 2**25))
-    chunked = Surrogate(whole.policy, whole.actor_params, whole.batch, bounds=whole.bounds)
+    chunked = Surrogate(whole.policy, whole.actor_params, whole.batch, bounds=BOUNDS)
     assert len(chunked._chunks) == 3
     for actual, expected in zip(chunked.gradient(), whole.gradient(), strict=True):
         assert relative_error(actual, expected) < 1e-12
