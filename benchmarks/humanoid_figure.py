@@ -1,10 +1,11 @@
-"""Draw the comparison on Humanoid-v5 from the runs in ``results/``, and print its table for the README.
+"""Draw the comparison on Humanoid-v5 from the runs in ``results/``, and print its tables for README and docs.
 
 python benchmarks/humanoid_figure.py
 """
 
 import json
 import pathlib
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas
@@ -14,38 +15,73 @@ from matplotlib.figure import Figure
 from sb3_trpo_ext.plots import evaluation_curve, style_axes
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
-RUNS = {"sb3-trpo-ext": ("trpo_ext", "tab:orange"), "sb3-contrib TRPO, RL-Zoo's settings": ("trpo", "tab:blue")}
 STEPS = (200_000, 400_000, 600_000, 1_000_000)
+
+
+class Group(NamedTuple):
+    """Runs with the same settings."""
+
+    label: str
+    folders: list[str]
+    color: str
+
+
+GROUPS = (
+    Group("sb3-trpo-ext", [f"trpo_ext/Humanoid-v5_{number}" for number in range(6, 11)], "tab:orange"),
+    Group("sb3-trpo-ext, settings before", [f"trpo_ext/Humanoid-v5_{number}" for number in range(1, 6)], "tab:green"),
+    Group("sb3-contrib TRPO, RL-Zoo's settings", ["trpo/Humanoid-v5_1"], "tab:blue"),
+)
+
+
+def row(label: str, steps: np.ndarray, returns: np.ndarray, finals: list[dict[str, Any]]) -> str:
+    """
+    One row of a table.
+
+    :param label: its first cell
+    :param steps: of the evaluations
+    :param returns: their means
+    :param finals: evaluations at the end, of one run or of several
+    :return: Markdown
+    """
+    cells = [f"{returns[np.abs(steps - step).argmin()]:,.0f}" for step in STEPS]
+    ends = [final["return"]["mean"] for final in finals]
+    spread = np.std(ends, ddof=1) if len(ends) > 1 else finals[0]["return"]["std"]
+    cells += [f"{np.mean(ends):,.0f} ± {spread:,.0f}", f"{np.mean([final['distance']['mean'] for final in finals]):.1f} m"]
+    return f"| {label} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
     """Draw and print."""
     figure = Figure(figsize=(8, 4.6), dpi=130, layout="constrained")
     axes = figure.subplots()
-    print("| Humanoid-v5 | " + " | ".join(f"{steps // 1000}k" for steps in STEPS) + " | 100 episodes at the end | distance |")
-    print("|---|" + "---|" * (len(STEPS) + 2))
-    for label, (algo, color) in RUNS.items():
-        for index, folder in enumerate(sorted((RESULTS / algo).glob("Humanoid-v5_*"))):
+    head = "| Humanoid-v5 | " + " | ".join(f"{steps // 1000}k" for steps in STEPS) + " | 100 episodes at the end | distance |"
+    seeds, means = [head, "|---" * (len(STEPS) + 3) + "|"], [head, "|---" * (len(STEPS) + 3) + "|"]
+    for group in GROUPS:
+        curves, finals = [], []
+        for folder in (RESULTS / name for name in group.folders):
             seed = yaml.load((folder / "Humanoid-v5" / "args.yml").read_text(), Loader=yaml.UnsafeLoader)["seed"]
             steps, returns = evaluation_curve(folder)
-            mean, std = returns.mean(axis=1), returns.std(axis=1)
-            axes.fill_between(steps, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
-            style = ("o-", "s--", "^:", "D-.", "v-")[index]
-            axes.plot(steps, mean, style, color=color, markersize=3.5, linewidth=1.4, label=f"{label}, seed {seed}")
-            final = json.loads((folder / "evaluation.json").read_text())
-            cells = [f"{mean[np.flatnonzero(steps == step)[0]]:,.0f}" for step in STEPS]
-            cells += [f"{final['return']['mean']:,.0f} ± {final['return']['std']:,.0f}", f"{final['distance']['mean']:.1f} m"]
-            print(f"| {label}, seed {seed} | " + " | ".join(cells) + " |")
-    for file in sorted(RESULTS.glob("trpo_ext/*/updates.csv")):
-        # The training's log, without the columns that nothing is said of
-        updates = pandas.read_csv(file)
-        share = updates["kl_divergence_loss"] / updates["target_kl"]
-        print(
-            f"{file.parent.name}: {len(updates)} updates, {(updates['status'] == 'accepted').sum()} accepted, "
-            f"{share.between(0.95, 1).sum()} with a KL within 95 to 100% of target_kl, "
-            f"{updates['cg_steps'].mean():.1f} Fisher-vector products, {updates['line_search_trials'].mean():.2f} trials each"
-        )
-    style_axes(axes, "Humanoid-v5: 10 deterministic episodes, mean ± std")
+            curves.append(returns.mean(axis=1))
+            finals.append(json.loads((folder / "evaluation.json").read_text()))
+            seeds.append(row(f"{group.label}, seed {seed}", steps, curves[-1], finals[-1:]))
+            axes.plot(steps, curves[-1], color=group.color, linewidth=0.8, alpha=0.45)
+        mean = np.mean(curves, axis=0)
+        axes.plot(steps, mean, color=group.color, linewidth=2.2, label=f"{group.label} ({len(curves)} seeds)")
+        means.append(row(f"{group.label}, {len(curves)} seeds", steps, mean, finals))
+    print("\n".join(seeds), "\n".join(means), sep="\n\n")
+    for folder in (RESULTS / name for group in GROUPS[:2] for name in group.folders):
+        for name, prefix in (("progress.csv", "train/"), ("updates.csv", "")):
+            if not (folder / name).exists():
+                continue
+            updates = pandas.read_csv(folder / name)
+            share = updates[f"{prefix}kl_divergence_loss"] / updates[f"{prefix}target_kl"]
+            print(
+                f"{folder.name}: {len(updates)} updates, {(updates[f'{prefix}status'] == 'accepted').sum()} accepted, "
+                f"{share.between(0.95, 1).sum()} with a KL within 95 to 100% of target_kl, "
+                f"{updates[f'{prefix}cg_steps'].mean():.1f} Fisher-vector products, "
+                f"{updates[f'{prefix}line_search_trials'].mean():.2f} trials each"
+            )
+    style_axes(axes, "Humanoid-v5: 10 deterministic episodes, each seed and the mean over seeds")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(RESULTS / "humanoid.png")
 

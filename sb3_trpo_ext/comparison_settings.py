@@ -19,7 +19,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.preprocessing import get_action_dim
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.zoo import KEY, load_hyperparams
+from sb3_trpo_ext.zoo import KEY, linear_schedule, load_hyperparams
 
 RECORDER = "sb3_trpo_ext.TrainingRecorder"
 
@@ -125,8 +125,8 @@ def with_equal_kl(settings: Settings, env_id: str) -> Settings:
 
     :param settings: sb3-contrib's
     :param env_id: the task
-    :return: the same with ``target_kl`` and ``cg_damping`` of our entry, divided by the number of action dimensions
-    :raises ValueError: if ours are schedules, which sb3-contrib does not have
+    :return: the same with ``target_kl`` and ``cg_damping`` of our entry, divided by the number of action dimensions; the mean
+        of a linear schedule, which sb3-contrib does not have
     """
     ours = find_settings(KEY, env_id).entry
     defaults = inspect.signature(TRPO.__init__).parameters
@@ -134,10 +134,8 @@ def with_equal_kl(settings: Settings, env_id: str) -> Settings:
     converted = {}
     for name in ("target_kl", "cg_damping"):
         value = ours.get(name, defaults[name].default)
-        if not isinstance(value, (int, float)):
-            raise ValueError(
-                f"--equal-kl: our entry for {env_id} has the schedule {name}={value!r}, sb3-contrib takes a number"
-            )
+        if isinstance(value, str):
+            value = linear_schedule(name, value)(0.5)
         converted[name] = value / n_dims
     figures = ", ".join(f"{name} {value:.3g} x {n_dims}" for name, value in converted.items())
     return Settings({**settings.entry, **converted}, f"{settings.source}, in joint units: {figures}")

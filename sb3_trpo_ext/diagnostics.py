@@ -60,7 +60,7 @@ class Panel(NamedTuple):
 
     title: str
     lines: list[Line]
-    # How the values are scaled: "auto", "log" (where that helps), "whole" numbers, or from "zero" on
+    # How the values are scaled: "auto", "log" (where that helps), "whole" numbers, from "zero" on, or without "outliers"
     scale: str = "auto"
 
     @property
@@ -68,6 +68,17 @@ class Panel(NamedTuple):
         """Whether the axis is logarithmic: only where the values are positive and far apart."""
         values = np.concatenate([line.y for line in self.lines])
         return self.scale == "log" and bool(values.min() > 0) and bool(values.max() > 20 * values.min())
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """What to show where single values would hide all others; None for all."""
+        values = np.concatenate([line.y for line in self.lines]) if self.scale == "outliers" and self.lines else np.zeros(0)
+        values = values[np.isfinite(values)]
+        if len(values) == 0:
+            return None
+        low, high = np.quantile(values, (0.01, 0.97))
+        margin = 0.1 * (high - low)
+        return (low - margin, high + margin) if values.max() - values.min() > 5 * (high - low) > 0 else None
 
 
 class Bars(NamedTuple):
@@ -222,7 +233,7 @@ def make_panels(runs: Sequence[Run], colors: Sequence[str]) -> list[Panel]:
     panels = [
         returns_panel(runs, colors),
         kl_panel(runs, colors),
-        Panel("improvement of the objective", improvement),
+        Panel("improvement of the objective", improvement, "outliers"),
         Panel("explained variance of the critic", of("explained_variance")),
         Panel("entropy of the policy", of("entropy", "-entropy_loss")),
         Panel("standard deviation of the actions", of("std")),
@@ -264,6 +275,8 @@ def draw_lines(axes: Axes, panel: Panel, end: float) -> None:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     if panel.scale in ("whole", "zero"):
         axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
+    if panel.limits is not None:
+        axes.set_ylim(*panel.limits)
     axes.set_xlim(0, end)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.tick_params(labelsize=8)

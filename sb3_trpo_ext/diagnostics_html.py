@@ -78,6 +78,8 @@ def make_figure(runs: Sequence[Run]) -> go.Figure:
                 figure.add_trace(trace, row=row, col=column)
         if panel.is_log:
             figure.update_yaxes(type="log", row=row, col=column)
+        if panel.limits is not None:
+            figure.update_yaxes(range=panel.limits, row=row, col=column)
         if panel.scale in ("whole", "zero"):
             figure.update_yaxes(rangemode="tozero", row=row, col=column)
         figure.update_xaxes(matches="x", tickformat="~s", row=row, col=column)

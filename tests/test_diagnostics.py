@@ -126,6 +126,19 @@ def test_every_quantity_has_its_panel(tmp_path: Path) -> None:
     assert bars.seconds == {"rollout": [2.0], "policy": [0.25], "critic": [0.5]}
 
 
+def test_single_outliers_do_not_hide_all_other_values() -> None:
+    values = np.sin(np.arange(200.0))
+    values[[50, 120]] = 1000, np.nan
+    line = diagnostics.Line("line", "actual", "black", np.arange(200.0), values)
+    limits = diagnostics.Panel("improvement of the objective", [line], "outliers").limits
+    assert limits is not None
+    assert -1.3 < limits[0] < -0.9
+    assert 0.9 < limits[1] < 1.3
+    calm = line._replace(y=np.sin(np.arange(200.0)))
+    assert diagnostics.Panel("improvement of the objective", [calm], "outliers").limits is None
+    assert diagnostics.Panel("step size", [line]).limits is None
+
+
 def test_band_holds_the_middle_four_fifths(tmp_path: Path) -> None:
     run = runs.read_run(write_run(tmp_path / "CartPole-v1_1", n_updates=600))
     episodes = Curve(np.arange(1.0, 1001), np.tile(np.arange(100.0), 10))
