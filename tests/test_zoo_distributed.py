@@ -188,8 +188,8 @@ def test_two_processes_train_humanoid(tmp_path: Path) -> None:
     assert model._n_updates == 4
     with (run / "Humanoid-v5" / "vecnormalize.pkl").open("rb") as file:
         statistics = pickle.load(file)
-    # Every observation of both processes: 16 environments each, and their first ones
-    assert statistics.obs_rms.count == pytest.approx(32_768 + 2 * 16, abs=1e-2)
+    # Every observation of both processes: 64 environments each, and their first ones
+    assert statistics.obs_rms.count == pytest.approx(32_768 + 2 * 64, abs=1e-2)
     updates = read_run(run).updates
     assert (updates["status"] == "accepted").all()
     assert updates["rollout/ep_rew_mean"].iloc[-1] > updates["rollout/ep_rew_mean"].iloc[0]
