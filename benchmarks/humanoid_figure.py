@@ -82,7 +82,7 @@ def main() -> None:
                 f"{updates[f'{prefix}line_search_trials'].mean():.2f} trials each"
             )
     style_axes(axes, "Humanoid-v5: 10 deterministic episodes, each seed and the mean over seeds")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    axes.legend(loc="center right", bbox_to_anchor=(1.0, 0.36), fontsize=9, framealpha=0.85)
     figure.savefig(RESULTS / "humanoid.png")
 
 
