@@ -1,11 +1,17 @@
 """Fixtures for all tests."""
 
+import signal
+import threading
 from collections.abc import Iterator
 
 import pytest
 import stable_baselines3.common.policies as sb3_policies
 import torch as th
 from stable_baselines3.common.preprocessing import preprocess_obs
+
+if threading.current_thread() is threading.main_thread():
+    # What a shell starts in the background ignores Ctrl-C, and with it the tests that interrupt themselves
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
