@@ -191,7 +191,8 @@ def test_two_processes_train_humanoid(tmp_path: Path) -> None:
     # Every observation of both processes: 64 environments each, and their first ones
     assert statistics.obs_rms.count == pytest.approx(32_768 + 2 * 64, abs=1e-2)
     updates = read_run(run).updates
-    assert (updates["status"] == "accepted").all()
+    # `target_kl` falls to zero, where the last update finds it
+    assert list(updates["status"]) == ["accepted"] * 3 + ["zero_target_kl"]
     assert updates["rollout/ep_rew_mean"].iloc[-1] > updates["rollout/ep_rew_mean"].iloc[0]
 
 
