@@ -72,9 +72,8 @@ class Panel(NamedTuple):
     @property
     def limits(self) -> tuple[float, float] | None:
         """What to show where single values would hide all others; None for all."""
-        values = np.concatenate([line.y for line in self.lines]) if self.scale == "outliers" and self.lines else np.zeros(0)
-        values = values[np.isfinite(values)]
-        if len(values) == 0:
+        values = np.array([value for line in self.lines for value in line.y if np.isfinite(value)])
+        if self.scale != "outliers" or len(values) == 0:
             return None
         low, high = np.quantile(values, (0.01, 0.97))
         margin = 0.1 * (high - low)
