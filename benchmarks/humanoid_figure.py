@@ -66,8 +66,9 @@ def main() -> None:
             seeds.append(row(f"{group.label}, seed {seed}", steps, curves[-1], finals[-1:]))
             axes.plot(steps, curves[-1], color=group.color, linewidth=0.8, alpha=0.45)
         mean = np.mean(curves, axis=0)
-        axes.plot(steps, mean, color=group.color, linewidth=2.2, label=f"{group.label} ({len(curves)} seeds)")
-        means.append(row(f"{group.label}, {len(curves)} seeds", steps, mean, finals))
+        n_seeds = "1 seed" if len(curves) == 1 else f"{len(curves)} seeds"
+        axes.plot(steps, mean, color=group.color, linewidth=2.2, label=f"{group.label} ({n_seeds})")
+        means.append(row(f"{group.label}, {n_seeds}", steps, mean, finals))
     print("\n".join(seeds), "\n".join(means), sep="\n\n")
     for folder in (RESULTS / name for group in GROUPS[:2] for name in group.folders):
         for name, prefix in (("progress.csv", "train/"), ("updates.csv", "")):
