@@ -1,6 +1,7 @@
 """Time one update against sb3-contrib's, on the same data and the same weights, alternating in one process.
 
     python benchmarks/update.py humanoid-8192 --output benchmarks/results/update_humanoid-8192.json
+    python benchmarks/update.py humanoid-8192 --samples 65536 --device cuda --output update_cuda_humanoid-65536.json
     python benchmarks/update.py --list
 
 Both classes get the same policy, the same rollout and the same settings, with ``target_kl`` and ``cg_damping`` converted to
@@ -14,6 +15,7 @@ The quality of a step is measured at equal KL: each class's step is rescaled alo
 
 import argparse
 import copy
+import functools
 import itertools
 import json
 import pathlib
@@ -90,12 +92,13 @@ class Pair(NamedTuple):
     theirs: sb3_contrib.TRPO
 
 
-def make_pair(case: Case, n_critic_updates: int, seed: int = 0) -> Pair:
+def make_pair(case: Case, n_critic_updates: int, device: str = "cpu", seed: int = 0) -> Pair:
     """
     Build both models and fill both buffers with one rollout of ours.
 
     :param case: what to build
     :param n_critic_updates: critic epochs
+    :param device: of both models
     :param seed: of environment and policy
     :return: the models
     """
@@ -103,7 +106,7 @@ def make_pair(case: Case, n_critic_updates: int, seed: int = 0) -> Pair:
     if case.normalize:
         env = VecNormalize(env)
     policy_kwargs: dict[str, Any] = {} if case.net_arch is None else {"net_arch": case.net_arch}
-    shared: dict[str, Any] = {"n_steps": case.n_steps, "n_critic_updates": n_critic_updates, "seed": seed, "device": "cpu"}
+    shared: dict[str, Any] = {"n_steps": case.n_steps, "n_critic_updates": n_critic_updates, "seed": seed, "device": device}
     factor = joint_kl_factor(env.action_space)
     ours = TRPO(
         case.policy,
@@ -158,10 +161,22 @@ def timed_train(model: TRPO | sb3_contrib.TRPO, n_critic_updates: int, state: tu
     """
     restore(model, state)
     model.n_critic_updates = n_critic_updates
-    started = time.perf_counter()
+    started = now(model.device)
     with np.errstate(all="ignore"):
         model.train()
-    return time.perf_counter() - started
+    return now(model.device) - started
+
+
+def now(device: th.device) -> float:
+    """
+    The time when all that was asked of a device is done.
+
+    :param device: to wait for
+    :return: seconds on a clock that only goes forward
+    """
+    if device.type == "cuda":
+        th.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def compare_times(pair: Pair, n_repetitions: int, n_critic_updates: int) -> dict[str, Any]:
@@ -193,38 +208,41 @@ def compare_times(pair: Pair, n_repetitions: int, n_critic_updates: int) -> dict
     return result
 
 
-def median_time(function: Any, n_repetitions: int = 7) -> float:
+def median_time(function: Any, device: th.device, n_repetitions: int = 7) -> float:
     """
     Median time of a call, after one warm-up.
 
     :param function: what to call
+    :param device: where it works
     :param n_repetitions: how often
     :return: seconds
     """
     function()
     times = []
     for _ in range(n_repetitions):
-        started = time.perf_counter()
+        started = now(device)
         function()
-        times.append(time.perf_counter() - started)
+        times.append(now(device) - started)
     return float(np.median(times))
 
 
-def gemm_rate(n_samples: int, sizes: list[int]) -> float:
+def gemm_rate(n_samples: int, sizes: list[int], device: th.device) -> float:
     """
     Rate of the matrix products of a Fisher-vector product, done by themselves.
 
     :param n_samples: number of samples
     :param sizes: widths of the layers, from input to output
+    :param device: where to do them
     :return: floating-point operations per second
     """
     products = []
     for index, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
-        hidden, weight, cotangent = th.randn(n_samples, n_in), th.randn(n_out, n_in), th.randn(n_samples, n_out)
+        shapes = (n_samples, n_in), (n_out, n_in), (n_samples, n_out)
+        hidden, weight, cotangent = (th.randn(shape, device=device) for shape in shapes)
         products += [lambda a=hidden, w=weight: a @ w.t(), lambda c=cotangent, a=hidden: c.t() @ a]
         if index > 0:
             products += [lambda a=hidden, w=weight: a @ w.t(), lambda c=cotangent, w=weight: c @ w]
-    seconds = sum(median_time(product) for product in products)
+    seconds = sum(median_time(product, device) for product in products)
     return fvp_flops(n_samples, sizes) / seconds
 
 
@@ -251,6 +269,7 @@ def phases(model: TRPO, case: Case) -> dict[str, float]:
     :return: seconds, and the Fisher-vector product's share of the GEMM rate
     """
     batch = model._full_batch()
+    timed = functools.partial(median_time, device=model.device)
 
     def first_pass() -> Surrogate:
         return Surrogate(model.policy, model._parts.actor_params, batch, fisher_stride=model.sub_sampling_factor)
@@ -259,20 +278,20 @@ def phases(model: TRPO, case: Case) -> dict[str, float]:
     _, gradient = surrogate.gradient()
     fisher = surrogate.fisher()
     result = {
-        "batch": median_time(model._full_batch),
-        "first_pass": median_time(first_pass),
-        "fisher_setup": median_time(surrogate.fisher),
-        "fisher_vector_product": median_time(lambda: fisher @ gradient),
-        "evaluation": median_time(lambda: th.no_grad()(surrogate.evaluate)()),
+        "batch": timed(model._full_batch),
+        "first_pass": timed(first_pass),
+        "fisher_setup": timed(surrogate.fisher),
+        "fisher_vector_product": timed(lambda: fisher @ gradient),
+        "evaluation": timed(lambda: th.no_grad()(surrogate.evaluate)()),
     }
     preconditioner = surrogate.preconditioner(fisher, model.cg_damping)
     if preconditioner is not None:
-        result["preconditioner_setup"] = median_time(lambda: surrogate.preconditioner(fisher, model.cg_damping))
-        result["preconditioner_product"] = median_time(lambda: preconditioner(gradient))
+        result["preconditioner_setup"] = timed(lambda: surrogate.preconditioner(fisher, model.cg_damping))
+        result["preconditioner_product"] = timed(lambda: preconditioner(gradient))
         assert case.net_arch is not None
         n_samples = -(-batch.n_samples // model.sub_sampling_factor)
         sizes = [batch.observations.shape[1], *case.net_arch, model.policy.action_net.out_features]
-        rate = gemm_rate(n_samples, sizes)
+        rate = gemm_rate(n_samples, sizes, model.device)
         result["gemm_gflops"] = rate / 1e9
         result["fvp_share_of_gemm_rate"] = fvp_flops(n_samples, sizes) / result["fisher_vector_product"] / rate
     return result
@@ -333,27 +352,32 @@ def step_quality(pair: Pair, n_fresh: int, callback: BaseCallback) -> dict[str, 
     return result
 
 
-def peak_memory(case_name: str, which: str) -> float:
+def peak_memory(arguments: list[str], which: str) -> float:
     """
     Peak memory that one ``train()`` takes on top of what was there before, in a process of its own.
 
-    :param case_name: of the case
+    :param arguments: that name the case
     :param which: "ours" or "theirs"
     :return: MiB
     """
     # One epoch: the memory of the others is the same
-    command = [sys.executable, __file__, case_name, "--measure-memory-of", which, "--critic-epochs", "1"]
+    command = [sys.executable, __file__, *arguments, "--measure-memory-of", which, "--critic-epochs", "1"]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def measure_memory(pair: Pair, which: str) -> float:
     """
-    Growth of this process's resident memory during one ``train()``, sampled every two milliseconds (Linux).
+    Growth of the memory during one ``train()``: of this process, sampled every two milliseconds (Linux), or of the GPU.
 
     :param pair: the models
     :param which: "ours" or "theirs"
     :return: MiB
     """
+    if pair.ours.device.type == "cuda":
+        before = th.cuda.memory_allocated()
+        th.cuda.reset_peak_memory_stats()
+        getattr(pair, which).train()
+        return (th.cuda.max_memory_allocated() - before) / 2**20
     resident = pathlib.Path("/proc/self/statm")
     page = resource.getpagesize() / 2**20
     is_done = threading.Event()
@@ -392,6 +416,8 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--critic-epochs", type=int, default=10, help="sb3-contrib's default is 10")
     parser.add_argument("--fresh", type=int, default=10, help="number of fresh rollouts for the quality of the step")
+    parser.add_argument("--samples", type=int, help="another number of samples than the case has, in as many environments")
+    parser.add_argument("--device", default="cpu", help="of both classes")
     parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--memory-only", nargs="+", choices=["ours", "theirs"], help="measure peak memory, and no times")
     parser.add_argument("--measure-memory-of", choices=["ours", "theirs"], help=argparse.SUPPRESS)
@@ -400,11 +426,14 @@ def main() -> None:
         print("\n".join(f"{name:16} {case}" for name, case in CASES.items()))
         return
     case = CASES[args.case]
+    if args.samples is not None:
+        case = case._replace(n_steps=args.samples // case.n_envs)
+    same_case = [args.case, "--samples", str(case.n_envs * case.n_steps), "--device", args.device]
     if args.memory_only:
-        memory = {which: peak_memory(args.case, which) for which in args.memory_only}
+        memory = {which: peak_memory(same_case, which) for which in args.memory_only}
         write({"case": args.case, "samples": case.n_envs * case.n_steps, "memory_mib": memory}, args.output)
         return
-    pair = make_pair(case, args.critic_epochs)
+    pair = make_pair(case, args.critic_epochs, args.device)
     if args.measure_memory_of is not None:
         print(measure_memory(pair, args.measure_memory_of))
         return
@@ -415,10 +444,10 @@ def main() -> None:
         "options": case.options,
         "torch": th.__version__,
         "threads": th.get_num_threads(),
-        "processor": platform.machine(),
+        "processor": th.cuda.get_device_name() if pair.ours.device.type == "cuda" else platform.machine(),
         **compare_times(pair, args.repetitions, args.critic_epochs),
         "phases_s": phases(pair.ours, case),
-        "memory_mib": {which: peak_memory(args.case, which) for which in ("ours", "theirs")},
+        "memory_mib": {which: peak_memory(same_case, which) for which in ("ours", "theirs")},
     }
     _, callback = pair.ours._setup_learn(1, None, reset_num_timesteps=False)
     result["quality"] = step_quality(pair, args.fresh, callback)
