@@ -9,7 +9,7 @@ environment contributes to one rollout. From the Gram matrix of the segments' gr
 off the diagonal and ``|G|^2 + tr(S) / n`` the mean of those on it, both without bias; n is the length of a segment. The
 interval is that of 2,000 random subsets of the segments, which makes it somewhat wide.
 
-Two models: a fresh one, and one that was trained for a million steps. Statistics of VecNormalize are frozen meanwhile.
+Two models: a fresh one, and one that was trained for three million steps. Statistics of VecNormalize are frozen meanwhile.
 """
 
 import argparse
@@ -25,10 +25,11 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.batch import Batch, rollout_batch
+from sb3_trpo_ext.clipping import action_bounds
 from sb3_trpo_ext.surrogate import Surrogate
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-RUN = ROOT / "results" / "trpo_ext" / "Humanoid-v5_2"
+RUN = ROOT / "results" / "trpo_ext" / "Humanoid-v5_11"
 
 
 def fresh_model(settings: dict[str, Any], seed: int) -> TRPO:
@@ -94,7 +95,8 @@ def segment_gradients(model: TRPO, n_rollouts: int) -> th.Tensor:
     gradients = []
     for batch in batches:
         normalized = batch._replace(advantages=(batch.advantages - mean) / std)
-        gradients.append(Surrogate(model.policy, model._parts.actor_params, normalized).gradient()[1])
+        surrogate = Surrogate(model.policy, model._parts.actor_params, normalized, bounds=action_bounds(model.policy))
+        gradients.append(surrogate.gradient()[1])
     return th.stack(gradients)
 
 
@@ -145,7 +147,7 @@ def measured(model: TRPO, n_rollouts: int) -> dict[str, Any]:
 def main() -> None:
     """Measure both models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rollouts", type=int, default=16)
+    parser.add_argument("--rollouts", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=pathlib.Path)
     arguments = parser.parse_args()
@@ -155,7 +157,7 @@ def main() -> None:
         "n_envs": settings["n_envs"],
         "n_steps": settings["n_steps"],
         "fresh": measured(fresh_model(settings, arguments.seed), arguments.rollouts),
-        "trained_1M_steps": measured(trained_model(settings, arguments.seed), arguments.rollouts),
+        "trained_3M_steps": measured(trained_model(settings, arguments.seed), arguments.rollouts),
     }
     print(json.dumps(results, indent=1))
     if arguments.output is not None:

@@ -26,6 +26,6 @@ def test_scaling_page_has_the_measured_figures() -> None:
     n_bytes = sum(message.calls * message.n_bytes for message in sent)
     assert f"| together | {sum(message.calls for message in sent)} | | {n_bytes / 1e6:.2f} |" in page
     noise = json.loads((results / "noise_scale.json").read_text())
-    for name in ("fresh", "trained_1M_steps"):
+    for name in ("fresh", "trained_3M_steps"):
         low, high = noise[name]["interval_90"]
         assert f"{noise[name]['noise_scale']:,} | {low:,} to {high:,}" in page
