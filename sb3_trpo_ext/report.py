@@ -16,7 +16,7 @@ from rl_zoo3.utils import get_model_path
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import set_random_seed
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_trpo_ext.plots import evaluation_curve, plot_learning_curve, training_curve
@@ -115,7 +115,9 @@ class Run(NamedTuple):
         return self.model_path.parent
 
 
-def load_run(env_id: str, folder: str, algo: str = KEY, exp_id: int = 0, seed: int = 0, device: str = "auto") -> Run:
+def load_run(
+    env_id: str, folder: str, algo: str = KEY, exp_id: int = 0, seed: int = 0, device: str = "auto", n_envs: int = 1
+) -> Run:
     """
     Load an agent that RL-Zoo has trained, and make its environment as it was in training.
 
@@ -125,7 +127,8 @@ def load_run(env_id: str, folder: str, algo: str = KEY, exp_id: int = 0, seed: i
     :param exp_id: number of the run, 0 for the latest one, -1 for an agent that lies in the folder of the algorithm itself
     :param seed: seed of the environment
     :param device: device of the policy
-    :return: the agent and one environment, with the saved observation statistics, not updated any more and raw rewards
+    :param n_envs: number of environments
+    :return: the agent and its environments, with the saved observation statistics, not updated any more and raw rewards
     :raises FileNotFoundError: if there is no such run
     """
     name = EnvironmentName(env_id)
@@ -145,12 +148,13 @@ def load_run(env_id: str, folder: str, algo: str = KEY, exp_id: int = 0, seed: i
 
     env = create_test_env(
         env_id,
+        n_envs,
         stats_path=stats_path,
         seed=seed,
         should_render=False,
         hyperparams=hyperparams,
         env_kwargs=env_kwargs,
-        vec_env_cls=ExperimentManager.default_vec_env_cls,
+        vec_env_cls=ExperimentManager.default_vec_env_cls or DummyVecEnv,
     )
     return Run(ALGOS[algo].load(model_path, device=device), Path(model_path), env)
 
