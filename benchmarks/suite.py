@@ -121,7 +121,7 @@ def table_of(tasks: Sequence[str]) -> str:
 
 def draw() -> None:
     """Draw the learning curves of all tasks side by side."""
-    tasks = sorted({file.name.rsplit("_", 1)[0].split("_")[0] for file in FOLDER.glob("*.json")})
+    tasks = sorted({file.name.split("_")[0] for file in FOLDER.glob("*.json")})
     n_columns = 3
     n_rows = -(-len(tasks) // n_columns)
     figure = Figure(figsize=(4.2 * n_columns, 3.1 * n_rows), dpi=130, layout="constrained")
