@@ -80,7 +80,7 @@ class TrainingRecorder(BaseCallback):
                 raise ValueError(f"`folder`: SB3's logger writes {path} already: pass another folder, or log no CSV there.")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            rows = read_rows(path) if self.model.num_timesteps > 0 else []
+            rows = [row for row in read_rows(path) if self._is_past(row)] if self.model.num_timesteps > 0 else []
             self._columns = list(dict.fromkeys([*COLUMNS, *(rows[0] if rows else ())]))
             self._rewrite(rows)
         except OSError as error:
@@ -115,6 +115,18 @@ class TrainingRecorder(BaseCallback):
 
     def _n_updates(self) -> int:
         return int(getattr(self.model, "_n_updates", 0))
+
+    def _is_past(self, row: dict[str, str]) -> bool:
+        """
+        Whether an update is in the model: what came after the checkpoint from which a training goes on is made again.
+
+        :param row: of that update
+        :return: false for a later one
+        """
+        # A checkpoint at the last step of a rollout does not have its update yet
+        if n_updates := row.get("train/n_updates"):
+            return int(n_updates) <= self._n_updates()
+        return float(row.get("time/total_timesteps") or 0) <= self.model.num_timesteps
 
     def _finish_row(self) -> None:
         """Write what the update has logged, if there was one."""

@@ -14,7 +14,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +60,7 @@ USAGE = f"""usage: sb3-trpo COMMAND [OPTION ...]
 
 RL-Zoo's scripts for the TRPO of sb3-trpo-ext. All of RL-Zoo's options work; --algo is {KEY} if it is not given.
 `sb3-trpo train --vec-env envpool` trains in EnvPool's environments.
+`sb3-trpo train --resume FOLDER` goes on with the run in that folder, from its last checkpoint.
 
 commands:
 {chr(10).join(f"  {name:<16} {command.summary}" for name, command in COMMANDS.items())}
@@ -131,7 +132,7 @@ def _extend_experiment_manager() -> None:
     """Let RL-Zoo's experiment manager understand schedules of our arguments, for our class alone, and place our recorder."""
     from rl_zoo3 import ALGOS
     from rl_zoo3.exp_manager import ExperimentManager
-    from stable_baselines3.common.callbacks import ProgressBarCallback
+    from stable_baselines3.common.callbacks import CheckpointCallback, ProgressBarCallback
 
     original, original_callbacks = ExperimentManager._preprocess_hyperparams, ExperimentManager.create_callbacks
     if hasattr(original, "__wrapped__"):
@@ -153,6 +154,10 @@ def _extend_experiment_manager() -> None:
     @functools.wraps(original_callbacks)
     def create_callbacks(self: ExperimentManager) -> None:
         original_callbacks(self)
+        for callback in self.callbacks:
+            if isinstance(callback, CheckpointCallback):
+                # An agent is of no use without the statistics that its observations were normalised with
+                callback.save_vecnormalize = True
         # When training is interrupted RL-Zoo closes its first callback alone, which it takes to be the progress bar
         self.callbacks.sort(key=lambda callback: not isinstance(callback, ProgressBarCallback))
 
@@ -228,6 +233,31 @@ def _call_through_us(command: list[str], **kwargs: Any) -> int:
         return process.wait()
 
 
+def _prepare_training(stack: ExitStack, arguments: Sequence[str]) -> list[str]:
+    """
+    Do what our options of ``train`` ask for, and what ``torchrun`` does.
+
+    :param stack: holds what is changed in RL-Zoo for this training
+    :param arguments: what the user wrote after ``train``
+    :return: the arguments for RL-Zoo
+    """
+    from sb3_trpo_ext.zoo_envpool import envpool_for_training, split_vec_env
+    from sb3_trpo_ext.zoo_resume import going_on, split_resume
+
+    folder, arguments = split_resume(arguments)
+    in_envpool, arguments = split_vec_env(arguments)
+    if in_envpool:
+        stack.enter_context(envpool_for_training())
+    if is_launched():
+        from sb3_trpo_ext.zoo_distributed import complete, training_together
+
+        arguments = complete(arguments)
+        stack.enter_context(training_together(folder))
+    elif folder is not None:
+        stack.enter_context(going_on(folder))
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """
     Run the command ``sb3-trpo``.
@@ -247,20 +277,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     register()
     command = COMMANDS[name]
-    vec_envs: AbstractContextManager[None] = nullcontext()
-    if name == "train":
-        from sb3_trpo_ext.zoo_envpool import envpool_for_training, split_vec_env
-
-        in_envpool, arguments = split_vec_env(arguments)
-        vec_envs = envpool_for_training() if in_envpool else vec_envs
-    processes: AbstractContextManager[None] = nullcontext()
-    if name == "train" and is_launched():
-        from sb3_trpo_ext.zoo_distributed import complete, training_together
-
-        arguments = complete(arguments)
-        processes = training_together()
-    # RL-Zoo's scripts read `sys.argv`; its first entry is the name in their usage message.
-    with vec_envs, processes, replaced(sys, "argv", [f"sb3-trpo {name}", *with_defaults(name, arguments)]):
+    with ExitStack() as stack:
+        if name == "train":
+            arguments = _prepare_training(stack, arguments)
+        # RL-Zoo's scripts read `sys.argv`; its first entry is the name in their usage message.
+        stack.enter_context(replaced(sys, "argv", [f"sb3-trpo {name}", *with_defaults(name, arguments)]))
         if command.function is not None:
             getattr(importlib.import_module(command.module), command.function)()
         else:

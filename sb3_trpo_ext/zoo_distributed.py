@@ -10,40 +10,25 @@ import argparse
 import contextlib
 import functools
 import os
-import pickle
-import re
-import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rl_zoo3.exp_manager import ExperimentManager
-from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.distributed import attempt, broadcast, is_one_machine, join_process_group
 from sb3_trpo_ext.optim.parallel import rank, world_size
-from sb3_trpo_ext.runs import read_settings
 from sb3_trpo_ext.zoo import KEY, replaced
+from sb3_trpo_ext.zoo_resume import going_on_methods
 
 #: In the folder of a run: which launch made it.
 LAUNCH_FILE = ".launch"
 #: Timesteps between checkpoints where restarts are allowed and the user says nothing.
 SAVE_FREQ = 100_000
-
-
-class Checkpoint(NamedTuple):
-    """A state to go on from."""
-
-    model: Path
-    #: VecNormalize's statistics, if the run has any.
-    statistics: Path | None
-    num_timesteps: int
 
 
 def complete(arguments: Sequence[str]) -> list[str]:
@@ -98,91 +83,15 @@ def folder_of_launch(manager: ExperimentManager) -> Path | None:
     return None
 
 
-def last_checkpoint(folder: Path, has_statistics: bool) -> Checkpoint | None:
-    """
-    The latest state in a folder that is complete.
-
-    :param folder: of a run
-    :param has_statistics: whether the run normalises with VecNormalize
-    :return: the checkpoint, if there is one
-    """
-    found = []
-    for model in folder.glob("rl_model_*_steps.zip"):
-        if match := re.fullmatch(r"rl_model_(\d+)_steps", model.stem):
-            steps = int(match[1])
-            statistics = model.with_name(f"rl_model_vecnormalize_{steps}_steps.pkl") if has_statistics else None
-            found.append(Checkpoint(model, statistics, steps))
-    for checkpoint in sorted(found, key=lambda each: -each.num_timesteps):
-        if checkpoint.statistics is None or _is_readable(checkpoint.statistics):
-            return checkpoint
-    return None
-
-
-def _is_readable(path: Path) -> bool:
-    """
-    Whether a pickle is there in full: the process may have been killed while it wrote it.
-
-    :param path: the file
-    :return: false if it is missing or cut off
-    """
-    try:
-        with path.open("rb") as file:
-            pickle.load(file)
-    except (OSError, EOFError, pickle.UnpicklingError):
-        return False
-    return True
-
-
-def resume(manager: ExperimentManager) -> Checkpoint | None:
-    """
-    Go on in the folder of an earlier attempt, from its last checkpoint.
-
-    :param manager: RL-Zoo's, before it has made anything
-    :return: the checkpoint; ``None`` for a start from the beginning
-    """
-    folder = folder_of_launch(manager)
-    if folder is None:
-        return None
-    manager.save_path, manager.params_path = str(folder), str(folder / manager.env_name)
-    has_statistics = bool(read_settings(Path(manager.params_path) / "config.yml").get("normalize"))
-    checkpoint = last_checkpoint(folder, has_statistics)
-    if checkpoint is None:
-        return None
-    if checkpoint.statistics is not None:
-        # Where RL-Zoo looks for those of an agent that it is to train further
-        shutil.copyfile(checkpoint.statistics, Path(manager.params_path) / "vecnormalize.pkl")
-    manager.trained_agent, manager.continue_training = str(checkpoint.model), True
-    print(f"Going on from {checkpoint.model}")
-    return checkpoint
-
-
-def restore_evaluations(callback: EvalCallback, num_timesteps: int) -> None:
-    """
-    Let an evaluation go on with the table that is there.
-
-    :param callback: RL-Zoo's
-    :param num_timesteps: later evaluations are made again
-    """
-    assert callback.log_path is not None
-    path = Path(f"{callback.log_path}.npz")
-    try:
-        with np.load(path) as table:
-            steps, results, lengths = (table[name] for name in ("timesteps", "results", "ep_lengths"))
-    # NumPy and zipfile have no common error for a missing or a damaged file
-    except Exception:
-        return
-    callback.best_mean_reward = float(np.max(results.mean(axis=1)))
-    n_kept = int((steps <= num_timesteps).sum())
-    callback.evaluations_timesteps = steps[:n_kept].tolist()
-    callback.evaluations_results = results[:n_kept].tolist()
-    callback.evaluations_length = lengths[:n_kept].tolist()
-
-
 @contextmanager
-def training_together() -> Iterator[None]:
-    """Let RL-Zoo train in this process as one of several; its files, evaluations and messages are the first one's alone."""
+def training_together(folder: Path | None = None) -> Iterator[None]:
+    """
+    Let RL-Zoo train in this process as one of several; its files, evaluations and messages are the first one's alone.
+
+    :param folder: of a run to go on with
+    """
     with contextlib.ExitStack() as stack:
-        for name, function in (_first() if rank() == 0 else _others()).items():
+        for name, function in (_first(folder) if rank() == 0 else _others()).items():
             stack.enter_context(replaced(ExperimentManager, name, function))
         if rank() > 0:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -207,36 +116,27 @@ def _others() -> dict[str, Any]:
     return {"create_envs": create_envs} | dict.fromkeys(names, leave_out)
 
 
-def _first() -> dict[str, Any]:
+def _first(folder: Path | None) -> dict[str, Any]:
     """
     What RL-Zoo does in the first process: all that it does alone, with the steps of all processes in mind, and restarts.
 
+    :param folder: of a run to go on with, from the first attempt on
     :return: methods of the experiment manager by name
     """
-    manager_class = ExperimentManager
-    set_up, make_envs, make_folder = manager_class.setup_experiment, manager_class.create_envs, manager_class.create_log_folder
-    make_callbacks, learn_alone = manager_class.create_callbacks, manager_class.learn
-    checkpoint: Checkpoint | None = None
 
-    @functools.wraps(set_up)
-    def setup_experiment(self: ExperimentManager) -> Any:
-        nonlocal checkpoint
+    def find(manager: ExperimentManager) -> Path | None:
         # On several machines the id of a launch is the user's choice: with the same one the same run goes on
-        if attempt() > 0 or not is_one_machine():
-            checkpoint = resume(self)
-        return set_up(self)
+        if folder is None and (attempt() > 0 or not is_one_machine()):
+            return folder_of_launch(manager)
+        return folder
+
+    methods = going_on_methods(find)
+    make_folder, make_callbacks = ExperimentManager.create_log_folder, methods["create_callbacks"]
 
     @functools.wraps(make_folder)
     def create_log_folder(self: ExperimentManager) -> None:
         make_folder(self)
         (Path(self.save_path) / LAUNCH_FILE).write_text(launch_name(), encoding="utf-8")
-
-    @functools.wraps(make_envs)
-    def create_envs(self: ExperimentManager, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
-        # EnvPool's environments have no such option
-        if checkpoint is not None and getattr(self.args, "vec_env", None) != "envpool":
-            self.monitor_kwargs = {**self.monitor_kwargs, "override_existing": False}
-        return make_envs(self, n_envs, eval_env, no_log)
 
     @functools.wraps(make_callbacks)
     def create_callbacks(self: ExperimentManager) -> None:
@@ -245,30 +145,5 @@ def _first() -> dict[str, Any]:
             if getattr(self, name) > 0:
                 setattr(self, name, max(getattr(self, name) // world_size(), 1))
         make_callbacks(self)
-        for callback in self.callbacks:
-            if isinstance(callback, CheckpointCallback):
-                callback.save_vecnormalize = True
-            if isinstance(callback, EvalCallback) and checkpoint is not None:
-                restore_evaluations(callback, checkpoint.num_timesteps)
 
-    @functools.wraps(learn_alone)
-    def learn(self: ExperimentManager, model: BaseAlgorithm) -> None:
-        if checkpoint is None:
-            return learn_alone(self, model)
-        original = TRPO.learn
-
-        @functools.wraps(original)
-        def go_on(model: TRPO, total_timesteps: int, *args: Any, **kwargs: Any) -> TRPO:
-            remaining = max(total_timesteps - model.num_timesteps, 0)
-            return original(model, remaining, *args, **{**kwargs, "reset_num_timesteps": False})
-
-        with replaced(TRPO, "learn", go_on):
-            return learn_alone(self, model)
-
-    return {
-        "setup_experiment": setup_experiment,
-        "create_log_folder": create_log_folder,
-        "create_envs": create_envs,
-        "create_callbacks": create_callbacks,
-        "learn": learn,
-    }
+    return {**methods, "create_log_folder": create_log_folder, "create_callbacks": create_callbacks}

@@ -53,7 +53,7 @@ def make_envpool(
     :param seed: their seed
     :param env_kwargs: options of the task, with EnvPool's names
     :param monitor_dir: where to write the episodes, None for nowhere
-    :param monitor_kwargs: ``info_keywords``, which keys of ``info`` to write for each episode
+    :param monitor_kwargs: ``info_keywords``, which keys of ``info`` to write for each episode, and ``override_existing``
     :return: environments of EnvPool, whose episodes are in one file, where RL-Zoo has a file for each environment
     """
     monitor_file = None
@@ -75,9 +75,9 @@ def check_settings(manager: ExperimentManager) -> None:
             "`env_wrapper`: EnvPool's environments run in C++, where no wrapper gets at them; take it out of the settings of "
             f"{manager.env_name.gym_id}, use `vec_env_wrapper`, or train with `--vec-env dummy`"
         )
-    others = sorted(manager.monitor_kwargs.keys() - {"info_keywords"})
+    others = sorted(manager.monitor_kwargs.keys() - {"info_keywords", "override_existing"})
     if others:
-        raise ValueError(f"`monitor_kwargs`: with EnvPool there is only `info_keywords`, got {others}")
+        raise ValueError(f"`monitor_kwargs`: with EnvPool only `info_keywords` and `override_existing`, got {others}")
     EnvPoolVecEnv(manager.env_name.gym_id, manager.n_envs, **manager.env_kwargs).close()
 
 

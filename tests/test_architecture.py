@@ -35,6 +35,7 @@ TOOLS = tuple(
         "zoo_envpool",
         "zoo_optuna",
         "zoo_plugin",
+        "zoo_resume",
     )
 )
 HEAVY = (

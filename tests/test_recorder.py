@@ -121,6 +121,20 @@ def test_continued_training_appends_and_a_half_line_goes(tmp_path: Path) -> None
     assert float(rows[2]["time/time_elapsed"]) > float(rows[1]["time/time_elapsed"])
 
 
+def test_rows_after_the_checkpoint_are_made_again(tmp_path: Path) -> None:
+    model = make_model()
+    model.learn(64, callback=TrainingRecorder(tmp_path))
+    model.save(tmp_path / "checkpoint")
+    model.learn(64, callback=TrainingRecorder(tmp_path), reset_num_timesteps=False)
+    before = rows_of(tmp_path)
+    assert len(before) == 4
+    again = type(model).load(tmp_path / "checkpoint", env=model.get_env(), device="cpu")
+    again.learn(32, callback=TrainingRecorder(tmp_path), reset_num_timesteps=False)
+    rows = rows_of(tmp_path)
+    assert rows[:2] == before[:2]
+    assert [row["time/total_timesteps"] for row in rows] == ["32", "64", "96"]
+
+
 def test_new_training_starts_a_new_file(tmp_path: Path) -> None:
     for _ in range(2):
         make_model().learn(32, callback=TrainingRecorder(tmp_path))

@@ -168,6 +168,18 @@ def test_evaluation_is_of_the_environment_of_training(logs: Path) -> None:
     assert episodes.returns == expected
 
 
+def test_several_environments_share_the_episodes(logs: Path) -> None:
+    run = report.load_run("Swimmer-v5", str(logs), seed=1000, device="cpu", n_envs=3)
+    assert run.env.num_envs == 3
+    assert isinstance(run.env.unwrapped, DummyVecEnv)
+    observations = run.env.reset()
+    assert isinstance(observations, np.ndarray)
+    assert len(np.unique(observations, axis=0)) == 3
+
+    episodes = report.run_episodes(run.model, run.env, 3, deterministic=True)
+    assert len(set(episodes.returns)) == len(episodes.distances) == 3
+
+
 def test_stochastic_episodes_are_others(logs: Path) -> None:
     path = logs / "trpo_ext" / "Swimmer-v5_1" / "evaluation.json"
     arguments = ["report", "--env", "Swimmer-v5", "-f", str(logs), "--n-eval-episodes", "1", "--device", "cpu"]

@@ -13,12 +13,11 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_trpo_ext import TRPO, zoo_distributed
 from sb3_trpo_ext.runs import read_run
-from sb3_trpo_ext.zoo_distributed import complete, last_checkpoint, restore_evaluations, resume
+from sb3_trpo_ext.zoo_distributed import complete, folder_of_launch
 
 
 @pytest.fixture
@@ -55,67 +54,21 @@ def test_other_processes_do_not_track(alone: pytest.MonkeyPatch) -> None:
     assert "--track" not in complete(["--track", "--seed", "3"])
 
 
-def write_checkpoint(folder: Path, steps: int, statistics: bytes | None) -> None:
-    (folder / f"rl_model_{steps}_steps.zip").touch()
-    if statistics is not None:
-        (folder / f"rl_model_vecnormalize_{steps}_steps.pkl").write_bytes(statistics)
-
-
-def test_last_complete_checkpoint_is_found(tmp_path: Path) -> None:
-    assert last_checkpoint(tmp_path, True) is None
-    whole = pickle.dumps(list(range(1000)))
-    write_checkpoint(tmp_path, 900, whole)
-    write_checkpoint(tmp_path, 1000, whole)
-    # Killed while it wrote the statistics, and before
-    write_checkpoint(tmp_path, 2000, whole[:500])
-    write_checkpoint(tmp_path, 3000, None)
-    (tmp_path / "rl_model_best_steps.zip").touch()
-    found = last_checkpoint(tmp_path, True)
-    assert found is not None
-    assert (found.num_timesteps, found.model.name) == (1000, "rl_model_1000_steps.zip")
-    without = last_checkpoint(tmp_path, False)
-    assert without is not None
-    assert (without.num_timesteps, without.statistics) == (3000, None)
-
-
-def test_restart_goes_on_in_the_folder_of_its_own_launch(tmp_path: Path, alone: pytest.MonkeyPatch) -> None:
+def test_restart_finds_the_folder_of_its_own_launch(tmp_path: Path, alone: pytest.MonkeyPatch) -> None:
     alone.setenv("TORCHELASTIC_RUN_ID", "mine")
-    whole = pickle.dumps("statistics")
     for number, launch in ((1, "another"), (2, "mine"), (3, "another")):
         folder = tmp_path / f"A-v0_{number}"
-        (folder / "A-v0").mkdir(parents=True)
+        folder.mkdir()
         (folder / ".launch").write_text(launch)
-        (folder / "A-v0" / "config.yml").write_text("normalize: true\n")
-        write_checkpoint(folder, 100 * number, whole)
-    manager: Any = SimpleNamespace(log_path=str(tmp_path), env_name="A-v0", save_path="new", params_path="new/A-v0")
-    checkpoint = resume(manager)
-    assert checkpoint is not None
-    assert checkpoint.num_timesteps == 200
-    assert manager.save_path == str(tmp_path / "A-v0_2")
-    assert manager.trained_agent == str(tmp_path / "A-v0_2" / "rl_model_200_steps.zip")
-    assert (tmp_path / "A-v0_2" / "A-v0" / "vecnormalize.pkl").read_bytes() == whole
+    manager: Any = SimpleNamespace(log_path=str(tmp_path), env_name="A-v0")
+    assert folder_of_launch(manager) == tmp_path / "A-v0_2"
     alone.setenv("TORCHELASTIC_RUN_ID", "new")
-    manager = SimpleNamespace(log_path=str(tmp_path), env_name="A-v0", save_path="new", params_path="new/A-v0")
-    assert resume(manager) is None
-    assert manager.save_path == "new"
+    assert folder_of_launch(manager) is None
 
 
 def test_launch_without_an_id_is_known_by_its_machine_and_process(alone: pytest.MonkeyPatch) -> None:
     alone.setenv("TORCHELASTIC_RUN_ID", "none")
     assert zoo_distributed.launch_name().endswith(f" {os.getppid()}")
-
-
-def test_evaluations_go_on_where_they_were(tmp_path: Path) -> None:
-    callback = EvalCallback(gym.make("CartPole-v1"), log_path=str(tmp_path))
-    restore_evaluations(callback, 100)
-    assert callback.best_mean_reward == -np.inf
-    results = np.array([[1.0, 3.0], [9.0, 9.0], [4.0, 4.0]])
-    np.savez(tmp_path / "evaluations", timesteps=[50, 100, 150], results=results, ep_lengths=results.astype(int))
-    restore_evaluations(callback, 100)
-    assert callback.evaluations_timesteps == [50, 100]
-    assert callback.evaluations_results == [[1.0, 3.0], [9.0, 9.0]]
-    assert callback.evaluations_length == [[1, 3], [9, 9]]
-    assert callback.best_mean_reward == 9
 
 
 def launch(folder: Path, *arguments: str, torchrun: tuple[str, ...] = ()) -> subprocess.Popen[str]:

@@ -55,6 +55,7 @@ class EnvPoolVecEnv(VecEnv):
     :param monitor_file: where to write every episode, as ``Monitor`` does, with ``.monitor.csv`` at its end; None for nowhere.
         ``VecMonitor`` can do that too, but then the environments for evaluation would have to be wrapped in it as well
     :param info_keywords: keys of ``info`` to add to ``info["episode"]`` and to that file
+    :param override_existing: whether to start that file anew, as ``Monitor`` does, or to append to the one that is there
     :param kwargs: options of the task, such as ``max_episode_steps`` or ``healthy_reward``
     :raises ImportError: if EnvPool is not installed
     :raises ValueError: if there is no such task or option, or if a value is of no use
@@ -68,6 +69,7 @@ class EnvPoolVecEnv(VecEnv):
         num_threads: int | None = None,
         monitor_file: str | None = None,
         info_keywords: tuple[str, ...] = (),
+        override_existing: bool = True,
         **kwargs: Any,
     ) -> None:
         self._envpool = load_envpool()
@@ -99,7 +101,7 @@ class EnvPoolVecEnv(VecEnv):
         self._results: ResultsWriter | None = None
         if monitor_file is not None:
             header: dict[str, float | str] = {"t_start": self._start, "env_id": env_id}
-            self._results = ResultsWriter(monitor_file, header, self._info_keywords)
+            self._results = ResultsWriter(monitor_file, header, self._info_keywords, override_existing)
 
         with spaces_without_warnings():
             spec = self._envpool.make_spec(env_id, **kwargs)
