@@ -5,7 +5,7 @@
 
 ``add`` reads the ``progress.csv`` of runs with the same settings, and appends a line for each to ``results/tried/TASK.csv``:
 what the policy, exploring, got in its last 100 episodes at each 50,000 steps. ``page`` writes the table of ``docs/results.md``
-from it.
+from it, with the steps that the page names.
 """
 
 import argparse
@@ -20,9 +20,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "results" / "tried"
 PAGE = ROOT / "docs" / "results.md"
 #: Where the table goes, on a page that people write the rest of.
-BLOCK = re.compile(r"(<!-- tried: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- tried: (\S+)((?: \d+)+) -->\n).*?(<!-- end -->)", re.DOTALL)
 STEPS = range(50_000, 1_000_001, 50_000)
-SHOWN = (100_000, 200_000, 300_000, 400_000, 500_000)
 
 
 def line_of(difference: str, run: pathlib.Path) -> tuple[str, dict[str, object]]:
@@ -56,20 +55,21 @@ def add(difference: str, runs: list[pathlib.Path]) -> None:
         pandas.DataFrame([line]).to_csv(file, mode="a", header=not file.exists(), index=False)
 
 
-def table_of(task: str) -> str:
+def table_of(task: str, shown: list[int]) -> str:
     """
     The table of a task: the mean over the seeds that got that far, and how many if not all did.
 
     :param task: id of the environment
+    :param shown: after how many steps
     :return: Markdown
     """
     runs = pandas.read_csv(FOLDER / f"{task}.csv")
     lines = [
-        "| settings | seeds | " + " | ".join(f"{step // 1000}k" for step in SHOWN) + " |",
-        "|---" * (2 + len(SHOWN)) + "|",
+        "| settings | seeds | " + " | ".join(f"{step // 1000}k" for step in shown) + " |",
+        "|---" * (2 + len(shown)) + "|",
     ]
     for settings, group in runs.groupby("settings", sort=False):
-        columns = [group[str(step)].dropna() for step in SHOWN]
+        columns = [group[str(step)].dropna() for step in shown]
         cells = [
             "" if column.empty else f"{column.mean():,.0f}" + (f" ({len(column)})" if len(column) < len(group) else "")
             for column in columns
@@ -90,7 +90,8 @@ def main() -> None:
     if arguments.command == "add":
         add(arguments.difference, arguments.runs)
     else:
-        PAGE.write_text(BLOCK.sub(lambda found: found[1] + table_of(found[2]) + found[3], PAGE.read_text()))
+        text = PAGE.read_text()
+        PAGE.write_text(BLOCK.sub(lambda found: found[1] + table_of(found[2], [*map(int, found[3].split())]) + found[4], text))
 
 
 if __name__ == "__main__":
