@@ -14,7 +14,8 @@ import re
 
 import numpy as np
 import pandas
-import yaml
+
+from sb3_trpo_ext.runs import read_settings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "results" / "tried"
@@ -34,7 +35,7 @@ def line_of(difference: str, run: pathlib.Path) -> tuple[str, dict[str, object]]
     """
     progress = pandas.read_csv(run / "progress.csv")
     (folder,) = (path.parent for path in run.glob("*/args.yml"))
-    seed = yaml.load((folder / "args.yml").read_text(), Loader=yaml.UnsafeLoader)["seed"]
+    seed = read_settings(folder / "args.yml")["seed"]
     steps, returns = progress["time/total_timesteps"].to_numpy(), progress["rollout/ep_rew_mean"].to_numpy()
     # A rollout may end a little before the step that is asked for
     reached = {step: round(float(np.interp(step, steps, returns))) for step in STEPS if step <= steps[-1] * 1.02}

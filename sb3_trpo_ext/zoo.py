@@ -13,7 +13,7 @@ import importlib
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -223,6 +223,20 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
+
+
+@contextmanager
+def replaced_all(owner: Any, values: Mapping[str, Any]) -> Iterator[None]:
+    """
+    Give several attributes other values for a while.
+
+    :param owner: a module or a class
+    :param values: by the names of the attributes
+    """
+    with ExitStack() as stack:
+        for name, value in values.items():
+            stack.enter_context(replaced(owner, name, value))
+        yield
 
 
 def _call_through_us(command: list[str], **kwargs: Any) -> int:

@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext.distributed import attempt, broadcast, is_one_machine, join_process_group
 from sb3_trpo_ext.optim.parallel import rank, world_size
-from sb3_trpo_ext.zoo import KEY, replaced
+from sb3_trpo_ext.zoo import KEY, replaced_all
 from sb3_trpo_ext.zoo_resume import going_on_methods
 
 #: In the folder of a run: which launch made it.
@@ -91,8 +91,7 @@ def training_together(folder: Path | None = None) -> Iterator[None]:
     :param folder: of a run to go on with
     """
     with contextlib.ExitStack() as stack:
-        for name, function in (_first(folder) if rank() == 0 else _others()).items():
-            stack.enter_context(replaced(ExperimentManager, name, function))
+        stack.enter_context(replaced_all(ExperimentManager, _first(folder) if rank() == 0 else _others()))
         if rank() > 0:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield

@@ -22,7 +22,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext.runs import read_settings
-from sb3_trpo_ext.zoo import replaced
+from sb3_trpo_ext.zoo import replaced, replaced_all
 
 #: The options of ``train`` that make a run what it is; they are given again when it goes on.
 KEPT = (
@@ -273,7 +273,5 @@ def going_on(folder: Path) -> Iterator[None]:
 
     :param folder: of the run
     """
-    with contextlib.ExitStack() as stack:
-        for name, function in going_on_methods(lambda _: folder).items():
-            stack.enter_context(replaced(ExperimentManager, name, function))
+    with replaced_all(ExperimentManager, going_on_methods(lambda _: folder)):
         yield
