@@ -27,8 +27,8 @@ class Group(NamedTuple):
 
 
 GROUPS = (
-    Group("sb3-trpo-ext", [f"trpo_ext/Humanoid-v5_{number}" for number in range(6, 11)], "tab:orange"),
-    Group("sb3-trpo-ext, settings before", [f"trpo_ext/Humanoid-v5_{number}" for number in range(1, 6)], "tab:green"),
+    Group("sb3-trpo-ext", [f"trpo_ext/Humanoid-v5_{number}" for number in range(12, 17)], "tab:orange"),
+    Group("sb3-trpo-ext, settings before", [f"trpo_ext/Humanoid-v5_{number}" for number in range(6, 11)], "tab:green"),
     Group("sb3-contrib TRPO, RL-Zoo's settings", ["trpo/Humanoid-v5_1"], "tab:blue"),
 )
 

@@ -34,13 +34,16 @@ class Batch(NamedTuple):
         return self.advantages.shape[0]
 
 
-def rollout_batch(buffer: RolloutBuffer, is_discrete: bool, normalize_advantage: bool) -> Batch:
+def rollout_batch(
+    buffer: RolloutBuffer, is_discrete: bool, normalize_advantage: bool, clip_advantage: float | None = None
+) -> Batch:
     """
     The whole rollout in a full buffer, in the order of time within each environment.
 
     :param buffer: SB3's or one with its methods
     :param is_discrete: whether an action is one whole number
     :param normalize_advantage: whether to shift and scale the advantages
+    :param clip_advantage: at how many standard deviations to clip the normalised advantages; ``None`` for no limit
     :return: the batch, to be read only: it may share the buffer's memory; what is float64 in the buffer's observations is
         float32 in it
     """
@@ -54,11 +57,15 @@ def rollout_batch(buffer: RolloutBuffer, is_discrete: bool, normalize_advantage:
         buffer = copy.copy(buffer)
         buffer.to_torch = functools.partial(_to_torch, buffer.device)  # type: ignore[method-assign]
     data = buffer._get_samples(every)
+    advantages = _normalised(data.advantages) if normalize_advantage else data.advantages
+    if clip_advantage is not None:
+        # Normalised again: the mean of what is left is a baseline that costs nothing, and the objective keeps its unit
+        advantages = _normalised(advantages.clamp(-clip_advantage, clip_advantage))
     return Batch(
         observations=_as_float32(data.observations),
         actions=data.actions.long().flatten() if is_discrete else data.actions,
         old_log_prob=data.old_log_prob,
-        advantages=_normalised(data.advantages) if normalize_advantage else data.advantages,
+        advantages=advantages,
         returns=data.returns,
         old_values=data.old_values,
     )

@@ -114,6 +114,9 @@ class TRPO(OnPolicyAlgorithm):
     :param clipped_likelihood: Whether the likelihood of a continuous action is that of what the environment gets of it,
         clipped to the bounds of the action space: the same gradient on average, with less noise (Fujita and Maeda 2018,
         https://arxiv.org/abs/1802.07564). Without, it is that of the Gaussian, as elsewhere
+    :param clip_advantage: The normalized advantages are clipped to plus or minus this many standard deviations, and normalized
+        again; ``None`` for no limit. Where a few of them are very large (falls), their noise drowns what the others tell
+        (Garg et al. 2021, https://arxiv.org/abs/2102.10264)
     :raises ValueError: for a bad argument, with its name
     """
 
@@ -163,6 +166,7 @@ class TRPO(OnPolicyAlgorithm):
         clip_range_vf: float | Schedule | None = None,
         max_grad_norm: float | None = None,
         clipped_likelihood: bool = True,
+        clip_advantage: float | None = None,
     ):
         super().__init__(
             policy,
@@ -202,6 +206,7 @@ class TRPO(OnPolicyAlgorithm):
         self.vf_loss = vf_loss
         self.clip_range_vf = clip_range_vf
         self.clipped_likelihood = clipped_likelihood
+        self.clip_advantage = clip_advantage
         self.kl_penalty: AdaptiveKLPenalty | None = None
         #: Number of updates that moved the policy, out of `_n_updates`.
         self._n_accepted = 0
@@ -233,6 +238,13 @@ class TRPO(OnPolicyAlgorithm):
         if self.clip_range_vf is not None:
             clip_range_vf = scheduled("clip_range_vf", self.clip_range_vf, 1.0)
             check_number("clip_range_vf", clip_range_vf, "positive or `None`", lambda x: x > 0)
+        if self.clip_advantage is not None:
+            check_number("clip_advantage", self.clip_advantage, "positive or `None`", lambda x: x > 0)
+            if not self.normalize_advantage:
+                raise ValueError(
+                    f"`clip_advantage` is in standard deviations of the normalized advantage, got "
+                    f"clip_advantage={self.clip_advantage} with normalize_advantage=False: leave out one of them."
+                )
         if self.max_grad_norm is not None:
             check_number("max_grad_norm", self.max_grad_norm, "at least 0 or `None`", lambda x: x >= 0)
         if self.action_space is not None:
@@ -357,11 +369,12 @@ class TRPO(OnPolicyAlgorithm):
 
     def _full_batch(self) -> Batch:
         """
-        The whole rollout in the buffer, with normalised advantages.
+        The whole rollout in the buffer, with its advantages normalised and clipped.
 
         :return: the batch
         """
-        return rollout_batch(self.rollout_buffer, isinstance(self.action_space, spaces.Discrete), self.normalize_advantage)
+        is_discrete = isinstance(self.action_space, spaces.Discrete)
+        return rollout_batch(self.rollout_buffer, is_discrete, self.normalize_advantage, self.clip_advantage)
 
     def _scheduled(self, name: str, minimum: float = -math.inf) -> float:
         """

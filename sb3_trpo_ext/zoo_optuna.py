@@ -43,8 +43,9 @@ def sample_trpo_params(
         "n_steps_pow": trial.suggest_int("n_steps_pow", max(lowest, 1), max(highest, 1)),
         "batch_size_pow": trial.suggest_int("batch_size_pow", 5, 9),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True),
-        # Wider than RL-Zoo's: locomotion does well with a gae_lambda near 0.8.
-        "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 0.001, 0.3, log=True),
+        # Wider than RL-Zoo's: Humanoid does best with a gae_lambda of 0.5.
+        "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 0.001, 0.7, log=True),
+        "clip_advantage": trial.suggest_categorical("clip_advantage", [None, 0.5, 2.0]),
         # Joint KL, summed over action dimensions; the damping is in the same units and matters as much.
         "target_kl": trial.suggest_float("target_kl", 0.005, 0.5, log=True),
         "cg_damping": trial.suggest_float("cg_damping", 1e-3, 10.0, log=True),

@@ -355,6 +355,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "trust_region": ["ball", "", None, True, ["penalty"]],
     "vf_loss": ["l1", "", None, ["mse"]],
     "clipped_likelihood": [None, 1, "yes"],
+    "clip_advantage": [0, -0.5, NAN, INF, "0.5", True],
     "clip_range_vf": [0, -0.2, NAN, "0.2", lambda _: NAN, lambda _: 0.0],
     "max_grad_norm": [-0.5, NAN, INF, "0.5", True],
 }
@@ -409,6 +410,11 @@ def test_unsupported_action_space_is_named(action_space: spaces.Space, message: 
 def test_one_sample_cannot_be_normalised() -> None:
     with pytest.raises(ValueError, match=r"`n_steps \* n_envs` must be greater than 1 .* n_steps=1 and n_envs=1"):
         make_model(n_steps=1)
+
+
+def test_clipped_advantage_must_be_normalised() -> None:
+    with pytest.raises(ValueError, match=r"got clip_advantage=0\.5 with normalize_advantage=False"):
+        make_model(clip_advantage=0.5, normalize_advantage=False)
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,21 @@ def test_normalised_advantages_have_mean_zero_and_std_one() -> None:
     assert advantages.std().item() == pytest.approx(1, rel=1e-5)
 
 
+def test_clipped_advantages_are_normalised_again() -> None:
+    model = collect(make_model(random_vec_env(2), clip_advantage=0.5))
+    raw = model.rollout_buffer.advantages.swapaxes(0, 1).flatten().astype(np.float64)
+    clipped = np.clip((raw - raw.mean()) / raw.std(ddof=1), -0.5, 0.5)
+    assert np.ptp(clipped) == 1
+    expected = (clipped - clipped.mean()) / clipped.std(ddof=1)
+    np.testing.assert_allclose(model._full_batch().advantages, expected, atol=1e-5)
+
+
+def test_far_limit_of_the_advantages_changes_nothing() -> None:
+    plain = collect(make_model())._full_batch().advantages
+    far = collect(make_model(clip_advantage=100))._full_batch().advantages
+    th.testing.assert_close(far, plain, rtol=0, atol=1e-5)
+
+
 def test_batch_is_in_the_order_of_time() -> None:
     model = collect(make_model(random_vec_env(2)))
     observations, actions = model.rollout_buffer.observations, model.rollout_buffer.actions
