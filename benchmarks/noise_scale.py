@@ -47,7 +47,7 @@ def fresh_model(settings: dict[str, Any], seed: int) -> TRPO:
         env,
         n_steps=settings["n_steps"],
         gamma=settings["gamma"],
-        gae_lambda=settings["gae_lambda"],
+        gae_lambda=0.8,  # of the trained model, too
         policy_kwargs=policy_kwargs,
         seed=seed,
         device="cpu",
