@@ -145,12 +145,12 @@ def merged_statistics(rank: int) -> tuple[Any, ...]:
     return stats.mean, stats.var, stats.count
 
 
-def advantages_of_rank(rank: int) -> th.Tensor:
+def advantages_of_rank(rank: int, clip_advantage: float | None = None) -> th.Tensor:
     """Normalised advantages of one process's rollout, out of advantages that differ between the processes."""
     model = collect(make_model(random_vec_env(2), seed=0))
     generator = np.random.default_rng(rank)
     model.rollout_buffer.advantages[:] = generator.normal(rank, 1 + rank, model.rollout_buffer.advantages.shape)
-    return rollout_batch(model.rollout_buffer, False, True).advantages
+    return rollout_batch(model.rollout_buffer, False, True, clip_advantage).advantages
 
 
 class StopAt(BaseCallback):
@@ -293,6 +293,7 @@ def one_process_of_two(rank: int, folder: str) -> None:
         "stopped": stopped(rank),
         "merged": merged_statistics(rank),
         "advantages": advantages_of_rank(rank),
+        "clipped_advantages": advantages_of_rank(rank, 0.5),
         "traffic": traffic(),
     }
     use_float64()

@@ -154,6 +154,12 @@ def test_advantages_are_normalised_over_all_processes(outcomes: Outcomes) -> Non
     assert all(abs(outcome["advantages"].mean()) > 0.1 for outcome in outcomes)
 
 
+def test_advantages_are_clipped_by_the_deviation_over_all_processes(outcomes: Outcomes) -> None:
+    joint = th.cat([outcome["advantages"] for outcome in outcomes]).clamp(-0.5, 0.5)
+    expected = (joint - joint.mean()) / joint.std()
+    th.testing.assert_close(th.cat([outcome["clipped_advantages"] for outcome in outcomes]), expected, rtol=0, atol=1e-5)
+
+
 def test_traffic_is_what_the_formula_says(outcomes: Outcomes) -> None:
     path = Path(__file__).resolve().parent.parent / "benchmarks" / "traffic.py"
     if not path.exists():
