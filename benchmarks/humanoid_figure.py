@@ -30,6 +30,7 @@ GROUPS = (
     Group("sb3-trpo-ext", [f"trpo_ext/Humanoid-v5_{number}" for number in range(12, 17)], "tab:orange"),
     Group("sb3-trpo-ext, settings before", [f"trpo_ext/Humanoid-v5_{number}" for number in range(6, 11)], "tab:green"),
     Group("sb3-contrib TRPO, RL-Zoo's settings", ["trpo/Humanoid-v5_1"], "tab:blue"),
+    Group("SB3 PPO, RL-Zoo's settings", ["ppo/Humanoid-v5_1"], "tab:purple"),
 )
 
 
