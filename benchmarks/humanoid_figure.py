@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas
-import yaml
 from matplotlib.figure import Figure
 
 from sb3_trpo_ext.plots import evaluation_curve, style_axes
+from sb3_trpo_ext.runs import read_settings
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
 STEPS = (200_000, 400_000, 600_000, 1_000_000)
@@ -60,7 +60,7 @@ def main() -> None:
     for group in GROUPS:
         curves, finals = [], []
         for folder in (RESULTS / name for name in group.folders):
-            seed = yaml.load((folder / "Humanoid-v5" / "args.yml").read_text(), Loader=yaml.UnsafeLoader)["seed"]
+            seed = read_settings(folder / "Humanoid-v5" / "args.yml")["seed"]
             steps, returns = evaluation_curve(folder)
             curves.append(returns.mean(axis=1))
             finals.append(json.loads((folder / "evaluation.json").read_text()))
@@ -72,17 +72,14 @@ def main() -> None:
         means.append(row(f"{group.label}, {n_seeds}", steps, mean, finals))
     print("\n".join(seeds), "\n".join(means), sep="\n\n")
     for folder in (RESULTS / name for group in GROUPS[:2] for name in group.folders):
-        for name, prefix in (("progress.csv", "train/"), ("updates.csv", "")):
-            if not (folder / name).exists():
-                continue
-            updates = pandas.read_csv(folder / name)
-            share = updates[f"{prefix}kl_divergence_loss"] / updates[f"{prefix}target_kl"]
-            print(
-                f"{folder.name}: {len(updates)} updates, {(updates[f'{prefix}status'] == 'accepted').sum()} accepted, "
-                f"{share.between(0.95, 1).sum()} with a KL within 95 to 100% of target_kl, "
-                f"{updates[f'{prefix}cg_steps'].mean():.1f} Fisher-vector products, "
-                f"{updates[f'{prefix}line_search_trials'].mean():.2f} trials each"
-            )
+        updates = pandas.read_csv(folder / "progress.csv")
+        share = updates["train/kl_divergence_loss"] / updates["train/target_kl"]
+        print(
+            f"{folder.name}: {len(updates)} updates, {(updates['train/status'] == 'accepted').sum()} accepted, "
+            f"{share.between(0.95, 1).sum()} with a KL within 95 to 100% of target_kl, "
+            f"{updates['train/cg_steps'].mean():.1f} Fisher-vector products, "
+            f"{updates['train/line_search_trials'].mean():.2f} trials each"
+        )
     style_axes(axes, "Humanoid-v5: 10 deterministic episodes, each seed and the mean over seeds")
     axes.legend(loc="center right", bbox_to_anchor=(1.0, 0.36), fontsize=9, framealpha=0.85)
     figure.savefig(RESULTS / "humanoid.png")
