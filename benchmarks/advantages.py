@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
-import yaml
+from clipped_likelihood import humanoid_model
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -25,12 +25,9 @@ from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.batch import Batch, rollout_batch
 from sb3_trpo_ext.clipping import action_bounds
 from sb3_trpo_ext.distributions import no_argument_checks
-from sb3_trpo_ext.envs import EnvPoolVecEnv
 from sb3_trpo_ext.optim import KLConstraint
 from sb3_trpo_ext.optim.vectors import assign_, flatten
 from sb3_trpo_ext.surrogate import Surrogate
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 LAMBDAS = (0.2, 0.5, 0.8, 0.95)
 CLIPS = (None, 1.0, 0.5)
@@ -40,22 +37,6 @@ REFERENCE = (0.95, None)
 #: Values of `gae_lambda` and `clip_advantage`.
 Key = tuple[float, float | None]
 Advantages = dict[Key, th.Tensor]
-
-
-def new_model(seed: int) -> TRPO:
-    """
-    A model with our settings, in EnvPool.
-
-    :param seed: of network and environments
-    :return: the model
-    """
-    settings = yaml.safe_load((ROOT / "hyperparams" / "trpo_ext.yml").read_text())["Humanoid-v5"]
-    names = ("n_steps", "batch_size", "gamma", "gae_lambda", "clip_advantage", "cg_damping", "sub_sampling_factor")
-    names += ("learning_rate", "n_critic_updates")
-    env = VecNormalize(EnvPoolVecEnv("Humanoid-v5", settings["n_envs"], seed=seed), gamma=settings["gamma"])
-    policy_kwargs = {"log_std_init": -1, "net_arch": {"pi": [256, 256], "vf": [256, 256]}}
-    kwargs = {name: settings[name] for name in names}
-    return TRPO("MlpPolicy", env, target_kl=0.4, policy_kwargs=policy_kwargs, seed=seed, device="cpu", **kwargs)
 
 
 def collected(model: TRPO, n_rollouts: int) -> tuple[list[tuple[Batch, Advantages]], float]:
@@ -114,10 +95,8 @@ def gains(model: TRPO, rollouts: list[tuple[Batch, Advantages]], target_kl: floa
         for (batch, advantages), own in zip(rollouts, references, strict=True):
             others = (total - own) / (len(rollouts) - 1)
             for key, values in found.items():
-                thinned = model.sub_sampling_factor
-                surrogate = Surrogate(
-                    model.policy, params, batch._replace(advantages=advantages[key]), fisher_stride=thinned, bounds=bounds
-                )
+                weighted = batch._replace(advantages=advantages[key])
+                surrogate = Surrogate(model.policy, params, weighted, fisher_stride=model.sub_sampling_factor, bounds=bounds)
                 update = KLConstraint(cg_damping=float(model.cg_damping), cg_max_steps=model.cg_max_steps)  # type: ignore[arg-type]
                 result = update.update(surrogate.problem(), target_kl)
                 assert result.is_accepted, result.status
@@ -135,7 +114,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=pathlib.Path)
     arguments = parser.parse_args()
-    model = new_model(arguments.seed)
+    names = ("gae_lambda", "clip_advantage", "sub_sampling_factor")
+    model = humanoid_model(arguments.seed, target_kl=0.4, names=names)
     age = 0
     rows: list[dict[str, Any]] = []
     for n_steps in arguments.steps:
@@ -144,11 +124,11 @@ def main() -> None:
         rollouts, mean_return = collected(model, arguments.rollouts)
         found = gains(model, rollouts, arguments.target_kl)
         base = found[BASELINE]
-        largest = th.cat([advantages[BASELINE] for _, advantages in rollouts])
+        baseline_advantages = th.cat([advantages[BASELINE] for _, advantages in rollouts])
         row: dict[str, Any] = {
             "steps": n_steps,
             "mean_return": round(mean_return, 1),
-            "kurtosis": round((largest**4).mean().item() / (largest**2).mean().item() ** 2, 1),
+            "kurtosis": round((baseline_advantages**4).mean().item() / (baseline_advantages**2).mean().item() ** 2, 1),
             "gains": [],
         }
         for (gae_lambda, clip), values in found.items():

@@ -12,6 +12,7 @@ same, and it is less noisy.) After each update the parameters are put back.
 import argparse
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,24 @@ from sb3_trpo_ext.surrogate import Surrogate
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+def humanoid_model(seed: int, target_kl: float, names: Sequence[str] = (), **kwargs: Any) -> TRPO:
+    """
+    A model for Humanoid-v5 in EnvPool, with our settings.
+
+    :param seed: of network and environments
+    :param target_kl: the trust region
+    :param names: of further arguments of TRPO that are to be as in our settings
+    :param kwargs: further arguments of TRPO
+    :return: the model
+    """
+    settings = yaml.safe_load((ROOT / "hyperparams" / "trpo_ext.yml").read_text())["Humanoid-v5"]
+    names = ("n_steps", "batch_size", "gamma", "cg_damping", "learning_rate", "n_critic_updates", *names)
+    env = VecNormalize(EnvPoolVecEnv("Humanoid-v5", settings["n_envs"], seed=seed), gamma=settings["gamma"])
+    policy_kwargs = {"log_std_init": -1, "net_arch": {"pi": [256, 256], "vf": [256, 256]}}
+    kwargs |= {name: settings[name] for name in names}
+    return TRPO("MlpPolicy", env, target_kl=target_kl, policy_kwargs=policy_kwargs, seed=seed, device="cpu", **kwargs)
+
+
 def trained(n_steps: int, seed: int) -> TRPO:
     """
     Train with our settings, in EnvPool.
@@ -39,15 +58,12 @@ def trained(n_steps: int, seed: int) -> TRPO:
     :param seed: of network and environments
     :return: the model, with its statistics frozen
     """
-    settings = yaml.safe_load((ROOT / "hyperparams" / "trpo_ext.yml").read_text())["Humanoid-v5"]
-    names = ("n_steps", "batch_size", "gamma", "cg_damping", "learning_rate", "n_critic_updates")
-    env = VecNormalize(EnvPoolVecEnv("Humanoid-v5", settings["n_envs"], seed=seed), gamma=settings["gamma"])
-    policy_kwargs = {"log_std_init": -1, "net_arch": {"pi": [256, 256], "vf": [256, 256]}}
     # As it was measured first: Humanoid's `gae_lambda` has changed since
-    kwargs = {name: settings[name] for name in names} | {"gae_lambda": 0.8}
-    model = TRPO("MlpPolicy", env, target_kl=0.2, policy_kwargs=policy_kwargs, seed=seed, device="cpu", **kwargs)
+    model = humanoid_model(seed, target_kl=0.2, gae_lambda=0.8)
     if n_steps > 0:
         model.learn(n_steps)
+    env = model.get_env()
+    assert isinstance(env, VecNormalize)
     env.training = False
     return model
 
