@@ -33,6 +33,22 @@ GROUPS = (
     Group("SB3 PPO, RL-Zoo's settings", ["ppo/Humanoid-v5_1"], "tab:purple"),
 )
 
+#: Runs for the table of falls, by how long they were and what sets their settings apart.
+ENDINGS = {
+    "1M, today's": GROUPS[0].folders,
+    "1M, those before": GROUPS[1].folders,
+    "1M, today's, the last seed alone": ["trpo_ext/Humanoid-v5_16"],
+    "1M, ... `gamma` 0.995": ["trpo_ext/Humanoid-v5_5"],
+    "1M, ... KL falling from 0.25": ["trpo_ext/Humanoid-v5_3"],
+    "1M, ... KL falling from 0.25, `gamma` 0.995": ["trpo_ext/Humanoid-v5_4"],
+    "3M, those before": ["trpo_ext/Humanoid-v5_11"],
+    "3M, today's": ["trpo_ext/Humanoid-v5_17", "trpo_ext/Humanoid-v5_18"],
+    "3M, ... KL falling from 0.15, advantages without limit": ["trpo_ext/Humanoid-v5_19"],
+    "3M, ... KL falling from 0.25, `gamma` 0.995": ["trpo_ext/Humanoid-v5_20"],
+    "10M, those before": ["trpo_ext/Humanoid-v5_21"],
+}
+TIME_LIMIT = 1000
+
 
 def row(label: str, steps: np.ndarray, returns: np.ndarray, finals: list[dict[str, Any]]) -> str:
     """
@@ -49,6 +65,24 @@ def row(label: str, steps: np.ndarray, returns: np.ndarray, finals: list[dict[st
     spread = np.std(ends, ddof=1) if len(ends) > 1 else finals[0]["return"]["std"]
     cells += [f"{np.mean(ends):,.0f} ± {spread:,.0f}", f"{np.mean([final['distance']['mean'] for final in finals]):.1f} m"]
     return f"| {label} | " + " | ".join(cells) + " |"
+
+
+def ending(label: str, folders: list[str]) -> str:
+    """
+    One row of the table of falls.
+
+    :param label: its first cell
+    :param folders: of runs with the same settings
+    :return: Markdown
+    """
+    finals = [json.loads((RESULTS / folder / "evaluation.json").read_text()) for folder in folders]
+    returns, lengths, distances = (
+        np.concatenate([final[name]["episodes"] for final in finals]) for name in ("return", "length", "distance")
+    )
+    is_whole = lengths >= TIME_LIMIT
+    seeds = ", ".join(str(read_settings(RESULTS / folder / "Humanoid-v5" / "args.yml")["seed"]) for folder in folders)
+    cells = (f"{returns.mean():,.0f}", f"{(~is_whole).mean():.0%}", f"{returns[is_whole].mean():,.0f}")
+    return f"| {label} | {seeds} | " + " | ".join(cells) + f" | {distances[is_whole].mean():.1f} m |"
 
 
 def main() -> None:
@@ -70,7 +104,9 @@ def main() -> None:
         n_seeds = "1 seed" if len(curves) == 1 else f"{len(curves)} seeds"
         axes.plot(steps, mean, color=group.color, linewidth=2.2, label=f"{group.label} ({n_seeds})")
         means.append(row(f"{group.label}, {n_seeds}", steps, mean, finals))
-    print("\n".join(seeds), "\n".join(means), sep="\n\n")
+    head = "| steps, settings | seeds | return | episodes with a fall | return of the others | their distance |"
+    falls = [head, "|---" * 6 + "|", *(ending(label, folders) for label, folders in ENDINGS.items())]
+    print("\n".join(seeds), "\n".join(means), "\n".join(falls), sep="\n\n")
     for folder in (RESULTS / name for group in GROUPS[:2] for name in group.folders):
         updates = pandas.read_csv(folder / "progress.csv")
         share = updates["train/kl_divergence_loss"] / updates["train/target_kl"]
