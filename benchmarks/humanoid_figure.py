@@ -47,6 +47,7 @@ ENDINGS = {
     "3M, ... KL falling from 0.25, `gamma` 0.995": ["trpo_ext/Humanoid-v5_20"],
     "10M, those before": ["trpo_ext/Humanoid-v5_21"],
 }
+#: Steps of an episode without a fall.
 TIME_LIMIT = 1000
 
 
