@@ -51,6 +51,17 @@ ENDINGS = {
 TIME_LIMIT = 1000
 
 
+def seed_and_end(run: str) -> tuple[int, dict[str, Any]]:
+    """
+    What a run was started with, and what it ended in.
+
+    :param run: its folder in ``results/``
+    :return: the seed, and the evaluation at the end
+    """
+    seed = read_settings(RESULTS / run / "Humanoid-v5" / "args.yml")["seed"]
+    return seed, json.loads((RESULTS / run / "evaluation.json").read_text())
+
+
 def row(label: str, steps: np.ndarray, returns: np.ndarray, finals: list[dict[str, Any]]) -> str:
     """
     One row of a table.
@@ -76,14 +87,13 @@ def ending(label: str, folders: list[str]) -> str:
     :param folders: of runs with the same settings
     :return: Markdown
     """
-    finals = [json.loads((RESULTS / folder / "evaluation.json").read_text()) for folder in folders]
+    seeds, finals = zip(*map(seed_and_end, folders), strict=True)
     returns, lengths, distances = (
         np.concatenate([final[name]["episodes"] for final in finals]) for name in ("return", "length", "distance")
     )
     is_whole = lengths >= TIME_LIMIT
-    seeds = ", ".join(str(read_settings(RESULTS / folder / "Humanoid-v5" / "args.yml")["seed"]) for folder in folders)
     cells = (f"{returns.mean():,.0f}", f"{(~is_whole).mean():.0%}", f"{returns[is_whole].mean():,.0f}")
-    return f"| {label} | {seeds} | " + " | ".join(cells) + f" | {distances[is_whole].mean():.1f} m |"
+    return f"| {label} | {', '.join(map(str, seeds))} | " + " | ".join(cells) + f" | {distances[is_whole].mean():.1f} m |"
 
 
 def main() -> None:
@@ -94,11 +104,11 @@ def main() -> None:
     seeds, means = [head, "|---" * (len(STEPS) + 3) + "|"], [head, "|---" * (len(STEPS) + 3) + "|"]
     for group in GROUPS:
         curves, finals = [], []
-        for folder in (RESULTS / name for name in group.folders):
-            seed = read_settings(folder / "Humanoid-v5" / "args.yml")["seed"]
-            steps, returns = evaluation_curve(folder)
+        for folder in group.folders:
+            seed, final = seed_and_end(folder)
+            steps, returns = evaluation_curve(RESULTS / folder)
             curves.append(returns.mean(axis=1))
-            finals.append(json.loads((folder / "evaluation.json").read_text()))
+            finals.append(final)
             seeds.append(row(f"{group.label}, seed {seed}", steps, curves[-1], finals[-1:]))
             axes.plot(steps, curves[-1], color=group.color, linewidth=0.8, alpha=0.45)
         mean = np.mean(curves, axis=0)
