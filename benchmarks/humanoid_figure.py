@@ -92,8 +92,10 @@ def ending(label: str, folders: list[str]) -> str:
         np.concatenate([final[name]["episodes"] for final in finals]) for name in ("return", "length", "distance")
     )
     is_whole = lengths >= TIME_LIMIT
+    std = np.mean([pandas.read_csv(RESULTS / folder / "progress.csv")["train/std"].iloc[-1] for folder in folders])
     cells = (f"{returns.mean():,.0f}", f"{(~is_whole).mean():.0%}", f"{returns[is_whole].mean():,.0f}")
-    return f"| {label} | {', '.join(map(str, seeds))} | " + " | ".join(cells) + f" | {distances[is_whole].mean():.1f} m |"
+    cells += (f"{distances[is_whole].mean():.1f} m", f"{std:.2f}")
+    return f"| {label} | {', '.join(map(str, seeds))} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
@@ -115,8 +117,8 @@ def main() -> None:
         n_seeds = "1 seed" if len(curves) == 1 else f"{len(curves)} seeds"
         axes.plot(steps, mean, color=group.color, linewidth=2.2, label=f"{group.label} ({n_seeds})")
         means.append(row(f"{group.label}, {n_seeds}", steps, mean, finals))
-    head = "| steps, settings | seeds | return | episodes with a fall | return of the others | their distance |"
-    falls = [head, "|---" * 6 + "|", *(ending(label, folders) for label, folders in ENDINGS.items())]
+    head = "| steps, settings | seeds | return | episodes with a fall | return of the others | their distance | std |"
+    falls = [head, "|---" * 7 + "|", *(ending(label, folders) for label, folders in ENDINGS.items())]
     print("\n".join(seeds), "\n".join(means), "\n".join(falls), sep="\n\n")
     for folder in (RESULTS / name for group in GROUPS[:2] for name in group.folders):
         updates = pandas.read_csv(folder / "progress.csv")
