@@ -45,7 +45,8 @@ ENDINGS = {
     "3M, today's": ["trpo_ext/Humanoid-v5_17", "trpo_ext/Humanoid-v5_18"],
     "3M, ... KL falling from 0.15, advantages without limit": ["trpo_ext/Humanoid-v5_19"],
     "3M, ... KL falling from 0.25, `gamma` 0.995": ["trpo_ext/Humanoid-v5_20"],
-    "10M, those before": ["trpo_ext/Humanoid-v5_21"],
+    "3M, ... `ent_coef` 0.005": ["trpo_ext/Humanoid-v5_21"],
+    "10M, those before": ["trpo_ext/Humanoid-v5_22"],
 }
 #: Steps of an episode without a fall.
 TIME_LIMIT = 1000
