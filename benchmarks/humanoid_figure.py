@@ -5,6 +5,7 @@ python benchmarks/humanoid_figure.py
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,6 +64,16 @@ def seed_and_end(run: str) -> tuple[int, dict[str, Any]]:
     return seed, json.loads((RESULTS / run / "evaluation.json").read_text())
 
 
+def head(columns: Sequence[str]) -> list[str]:
+    """
+    The first two lines of a table.
+
+    :param columns: their names
+    :return: Markdown
+    """
+    return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+
+
 def row(label: str, steps: np.ndarray, returns: np.ndarray, finals: list[dict[str, Any]]) -> str:
     """
     One row of a table.
@@ -103,8 +114,8 @@ def main() -> None:
     """Draw and print."""
     figure = Figure(figsize=(8, 4.6), dpi=130, layout="constrained")
     axes = figure.subplots()
-    head = "| Humanoid-v5 | " + " | ".join(f"{steps // 1000}k" for steps in STEPS) + " | 100 episodes at the end | distance |"
-    seeds, means = [head, "|---" * (len(STEPS) + 3) + "|"], [head, "|---" * (len(STEPS) + 3) + "|"]
+    columns = ("Humanoid-v5", *(f"{steps // 1000}k" for steps in STEPS), "100 episodes at the end", "distance")
+    seeds, means = head(columns), head(columns)
     for group in GROUPS:
         curves, finals = [], []
         for folder in group.folders:
@@ -118,8 +129,8 @@ def main() -> None:
         n_seeds = "1 seed" if len(curves) == 1 else f"{len(curves)} seeds"
         axes.plot(steps, mean, color=group.color, linewidth=2.2, label=f"{group.label} ({n_seeds})")
         means.append(row(f"{group.label}, {n_seeds}", steps, mean, finals))
-    head = "| steps, settings | seeds | return | episodes with a fall | return of the others | their distance | std |"
-    falls = [head, "|---" * 7 + "|", *(ending(label, folders) for label, folders in ENDINGS.items())]
+    columns = ("steps, settings", "seeds", "return", "episodes with a fall", "return of the others", "their distance", "std")
+    falls = [*head(columns), *(ending(label, folders) for label, folders in ENDINGS.items())]
     print("\n".join(seeds), "\n".join(means), "\n".join(falls), sep="\n\n")
     for folder in (RESULTS / name for group in GROUPS[:2] for name in group.folders):
         updates = pandas.read_csv(folder / "progress.csv")
