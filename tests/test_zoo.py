@@ -98,7 +98,6 @@ def test_entry_constructs_our_model(env_id: str, tmp_path: Path) -> None:
 OUR_OWN: dict[str, dict[str, tuple[Any, float]]] = {
     "Swimmer-v5": {"gae_lambda": (0.98, 0.95)},
     "Hopper-v5": {"target_kl": ("lin_0.06", 0.03), "gamma": (0.995, 0.99)},
-    "LunarLanderContinuous-v3": {"target_kl": ("lin_0.02", 0.02)},
 }
 
 
@@ -111,7 +110,6 @@ OUR_OWN: dict[str, dict[str, tuple[Any, float]]] = {
         ("Acrobot-v1", "Acrobot-v1"),
         ("MountainCar-v0", "MountainCar-v0"),
         ("MountainCarContinuous-v0", "MountainCarContinuous-v0"),
-        ("LunarLanderContinuous-v3", "LunarLanderContinuous-v3"),
         ("BipedalWalker-v3", "BipedalWalker-v3"),
     ],
 )
