@@ -47,7 +47,10 @@ ENDINGS = {
     "3M, ... KL falling from 0.15, advantages without limit": ["trpo_ext/Humanoid-v5_19"],
     "3M, ... KL falling from 0.25, `gamma` 0.995": ["trpo_ext/Humanoid-v5_20"],
     "3M, ... `ent_coef` 0.005": ["trpo_ext/Humanoid-v5_21"],
+    "3M, those before, KL falling from 0.2": ["trpo_ext/Humanoid-v5_23"],
+    "3M, those before, a constant KL of 0.12": ["trpo_ext/Humanoid-v5_24"],
     "10M, those before": ["trpo_ext/Humanoid-v5_22"],
+    "10M, those before, KL falling from 0.12": ["trpo_ext/Humanoid-v5_29"],
 }
 #: Steps of an episode without a fall.
 TIME_LIMIT = 1000

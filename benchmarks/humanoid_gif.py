@@ -1,6 +1,6 @@
 """Film the trained Humanoid-v5 agent: ``results/humanoid.gif``, which the README shows.
 
-    MUJOCO_GL=egl python benchmarks/humanoid_gif.py results/trpo_ext/Humanoid-v5_22
+    MUJOCO_GL=egl python benchmarks/humanoid_gif.py results/trpo_ext/Humanoid-v5_29
 
 One deterministic episode with a seed that was never used in training, with the observation statistics frozen, from its first
 step on and in real time. Headless rendering needs EGL (Debian: libegl1).
