@@ -45,6 +45,7 @@ _PURE_MODULES: tuple[type[nn.Module], ...] = (
     *(FlattenExtractor, NatureCNN, CombinedExtractor, MlpExtractor),
     *(nn.Sequential, nn.ModuleDict, nn.Flatten, nn.Linear, nn.Conv2d, *ELEMENTWISE_ACTIVATIONS),
 )
+_NAN = "The actor's network puts out a NaN: its parameters or the observations are not finite."
 #: Multiplications per step up to which a network runs on one thread, for about 0.2 ms at most.
 _MAX_SIZE_FOR_ONE_THREAD = 2**22
 #: With PyTorch's other backend the number of threads cannot be changed once they run.
@@ -174,7 +175,16 @@ class Actor(ABC):
         actions = self._sample(observations)
         self._actions.append(actions)
         # A copy: environments and callbacks may write into it
-        return np.array(actions.cpu().numpy().reshape(-1, *self._action_shape))
+        return np.array(self._on_host(actions).reshape(-1, *self._action_shape))
+
+    def _on_host(self, actions: th.Tensor) -> np.ndarray:
+        """
+        Read what has been sampled.
+
+        :param actions: as :meth:`_sample` returned them
+        :return: the same numbers
+        """
+        return actions.cpu().numpy()
 
     @abstractmethod
     def _sample(self, observations: PyTorchObs) -> th.Tensor:
@@ -268,10 +278,26 @@ class MlpActor(Actor):
         else:
             output = self._output(hidden)
         # What the checks of `torch.distributions` are there for. A sum that is finite has no NaN in it
-        if not math.isfinite(output.sum()) and bool(output.isnan().any()):
-            raise ValueError("The actor's network puts out a NaN: its parameters or the observations are not finite.")
+        if output.device.type == "cpu" and not math.isfinite(output.sum()) and bool(output.isnan().any()):
+            raise ValueError(_NAN)
         self._outputs.append(output)
         return self._draw(output)
+
+    def _on_host(self, actions: th.Tensor) -> np.ndarray:
+        """
+        Read what has been sampled, and check on an accelerator, in the one look at it, what :meth:`_sample` does on the CPU.
+
+        :param actions: as :meth:`_sample` returned them
+        :return: the same numbers
+        :raises ValueError: if there is a NaN in what the network puts out
+        """
+        if actions.device.type == "cpu":
+            return actions.numpy()
+        has_nan = self._outputs[-1].isnan().any()
+        numbers = th.cat([actions.flatten(), has_nan[None].to(actions.dtype)]).cpu().numpy()
+        if numbers[-1]:
+            raise ValueError(_NAN)
+        return numbers[:-1]
 
     def _output(self, hidden: th.Tensor) -> th.Tensor:
         """
@@ -336,7 +362,8 @@ def _sampler(policy: ActorCriticPolicy, structure: MlpStructure) -> Callable[[th
     if isinstance(distribution, MultiCategoricalDistribution):
         sizes = [int(size) for size in distribution.action_dims]
         return lambda logits: th.cat([_drawn(part) for part in logits.split(sizes, dim=1)], dim=1)
-    return lambda logits: logits.sigmoid().bernoulli()
+    # A GPU has no way back from a NaN here, and is asked later whether there is one
+    return lambda logits: logits.sigmoid().nan_to_num(0.0).bernoulli()
 
 
 def _drawn(logits: th.Tensor) -> th.Tensor:

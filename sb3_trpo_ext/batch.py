@@ -9,6 +9,7 @@ import torch as th
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.type_aliases import PyTorchObs
 
+from sb3_trpo_ext.optim.devices import sent_to
 from sb3_trpo_ext.optim.moments import all_moments
 from sb3_trpo_ext.optim.parallel import all_max
 
@@ -49,7 +50,12 @@ def rollout_batch(
     """
     # Asking for one minibatch makes the buffer flatten its arrays; its samples come in random order, and we want the order of
     # time: thinning the Fisher matrix then takes every so many-th step of each environment
-    next(iter(buffer.get(batch_size=1)))
+    device, buffer.device = buffer.device, th.device("cpu")
+    try:
+        next(iter(buffer.get(batch_size=1)))
+    finally:
+        # That one sample would have made the host wait for an accelerator
+        buffer.device = device
     # A slice, and tensors that share it, save SB3's own buffers two copies of the observations on the CPU
     is_stock = type(buffer) in (RolloutBuffer, DictRolloutBuffer)
     every: Any = slice(None) if is_stock else np.arange(buffer.buffer_size * buffer.n_envs)
@@ -79,9 +85,7 @@ def _to_torch(device: th.device, array: np.ndarray) -> th.Tensor:
     :param array: of the buffer
     :return: shares the array's memory on the CPU; on a GPU it is on its way there
     """
-    tensor = th.as_tensor(array)
-    # From pinned memory the transfer runs beside what the host does next, without a copy in between
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return sent_to(device, th.as_tensor(array))
 
 
 def take(observations: PyTorchObs, index: th.Tensor | slice) -> PyTorchObs:

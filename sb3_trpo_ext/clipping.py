@@ -9,6 +9,8 @@ from stable_baselines3.common.distributions import DiagGaussianDistribution, Dis
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.autograd.function import once_differentiable
 
+from sb3_trpo_ext.optim.devices import sent_to
+
 _HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -36,8 +38,8 @@ def action_bounds(policy: ActorCriticPolicy) -> ActionBounds | None:
     ):
         return None
     weights = next(policy.parameters())
-    low, high = (th.as_tensor(bound.flatten()).to(weights) for bound in (space.low, space.high))
-    return ActionBounds(low, high)
+    bounds = (th.as_tensor(bound.flatten(), dtype=weights.dtype) for bound in (space.low, space.high))
+    return ActionBounds(*(sent_to(weights.device, bound) for bound in bounds))
 
 
 class ClippedActions(NamedTuple):

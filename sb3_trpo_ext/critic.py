@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from sb3_trpo_ext.batch import Batch, take
 from sb3_trpo_ext.optim import MlpRegression
 from sb3_trpo_ext.optim.adam import adam_step
+from sb3_trpo_ext.optim.devices import sent_to
 from sb3_trpo_ext.optim.parallel import all_mean, all_means, all_true, average_, minibatch_shares, minibatch_sizes
 from sb3_trpo_ext.optim.vectors import flat_gradient_
 from sb3_trpo_ext.policies import critic_structure
@@ -88,15 +89,22 @@ def fit_critic(
                 if fit.max_grad_norm is not None:
                     nn.utils.clip_grad_norm_(critic_params, fit.max_grad_norm)
                 step()
-        # Losses stay on the device until here: reading one would stop an accelerator at every step
-        mean_loss = all_mean(th.stack(losses).mean()).item()
+        # Losses stay on the device: reading one would stop an accelerator at every step
+        mean_loss = all_mean(th.stack(losses).mean())
         # An infinite second moment leaves the parameters finite: it freezes them for good
-        moments = [value for state in policy.optimizer.state.values() for value in state.values() if th.is_tensor(value)]
+        moments = [
+            value
+            for state in policy.optimizer.state.values()
+            for name, value in state.items()
+            if th.is_tensor(value) and name != "step"
+        ]
         # Running statistics of a BatchNorm are the one thing here that each process has by itself
         statistics = [tensor for tensor in weights[len(critic_params) :] if tensor.is_floating_point()]
         for tensor, mean in zip(statistics, all_means(statistics) if statistics else [], strict=True):
             tensor.copy_(mean)
-        is_fitted = all_true(all(bool(th.isfinite(tensor).all()) for tensor in [*weights, *moments]))
+        are_finite = th.stack([th.isfinite(tensor).all().to(mean_loss) for tensor in [*weights, *moments]]).amin()
+        loss, is_finite = th.stack([mean_loss, are_finite]).tolist()
+        is_fitted = all_true(bool(is_finite))
     finally:
         for module in critic_modules:
             module.training = False
@@ -106,7 +114,7 @@ def fit_critic(
                 for tensor, old in zip(weights, old_weights, strict=True):
                     tensor.copy_(old)
             policy.optimizer.load_state_dict(old_optimizer)
-    return CriticResult(mean_loss, "fitted" if is_fitted else "non_finite_fit")
+    return CriticResult(loss, "fitted" if is_fitted else "non_finite_fit")
 
 
 def _minibatch_gradients(
@@ -126,7 +134,7 @@ def _minibatch_gradients(
     sizes = minibatch_sizes(batch.n_samples, fit.batch_size)
 
     def by_autograd() -> Iterator[None]:
-        for indices in th.randperm(batch.n_samples).to(device).split(sizes):
+        for indices in sent_to(device, th.randperm(batch.n_samples)).split(sizes):
             values = policy.predict_values(take(batch.observations, indices)).flatten()
             loss = _value_losses(values, batch.returns[indices], batch.old_values[indices], fit).mean()
             for param, gradient in zip(critic_params, th.autograd.grad(loss, critic_params), strict=True):
@@ -151,7 +159,7 @@ def _minibatch_gradients(
     weights = th.cat([th.full_like(part[1], 1 / (len(part[1]) * len(parts))) for part in parts])
 
     def by_hand() -> Iterator[None]:
-        order = th.randperm(batch.n_samples).to(device)
+        order = sent_to(device, th.randperm(batch.n_samples))
         for source, tensor in zip(sources, shuffled, strict=True):
             th.index_select(source, 0, order, out=tensor)
         for part_inputs, part_values, part_targets, part_old_values in parts:

@@ -27,6 +27,8 @@ from stable_baselines3.common.distributions import (
 )
 from torch.nn import functional as F
 
+from sb3_trpo_ext.optim.devices import sent_to
+
 Statistics = tuple[th.Tensor, ...]
 
 
@@ -279,8 +281,8 @@ class CategoricalFamily(Family):
         parts = []
         for log_prob in self._log_probs(statistics):
             # The first of exponential clocks with these rates to ring is a sample (the Gumbel-max trick)
-            clock = th.empty(log_prob.shape, dtype=log_prob.dtype).exponential_(generator=generator).to(log_prob.device)
-            action = (log_prob - clock.log()).argmax(dim=1)
+            clock = th.empty(log_prob.shape, dtype=log_prob.dtype).exponential_(generator=generator)
+            action = (log_prob - sent_to(log_prob.device, clock).log()).argmax(dim=1)
             parts.append(F.one_hot(action, log_prob.shape[1]) - log_prob.exp())
         return th.cat(parts, dim=1)
 
@@ -341,8 +343,8 @@ class BernoulliFamily(Family):
         :return: shape ``(n_batch, n_actions)``
         """
         probs = th.sigmoid(statistics[0])
-        uniform = th.rand(probs.shape, generator=generator, dtype=probs.dtype).to(probs.device)
-        return (uniform < probs).to(probs.dtype) - probs
+        uniform = th.rand(probs.shape, generator=generator, dtype=probs.dtype)
+        return (sent_to(probs.device, uniform) < probs).to(probs.dtype) - probs
 
 
 def standard_normal(like: th.Tensor, generator: th.Generator) -> th.Tensor:
@@ -353,7 +355,7 @@ def standard_normal(like: th.Tensor, generator: th.Generator) -> th.Tensor:
     :param generator: on the CPU
     :return: the numbers
     """
-    return th.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+    return sent_to(like.device, th.randn(like.shape, generator=generator, dtype=like.dtype))
 
 
 class TorchFamily(Family):

@@ -380,8 +380,9 @@ class Surrogate:
         every = slice(None, None, max(self.batch.n_samples // 256, 1))
         new = self.family.statistics(self.policy.get_distribution(take(self.batch.observations, every)))
         entropy, std = self.family.entropy(new, None if self._noise is None else self._noise[every]), self.family.std(new)
-        means = [math.nan if values is None else values.mean().item() for values in (entropy, std)]
-        mean_entropy, mean_std = all_mean(th.tensor(means, dtype=th.float64)).tolist()
+        unknown = self.batch.advantages.new_full((), math.nan)
+        means = [(unknown if values is None else values).double().mean() for values in (entropy, std)]
+        mean_entropy, mean_std = all_mean(th.stack(means)).tolist()
         return mean_entropy, mean_std
 
 

@@ -52,7 +52,9 @@ HEAVY = (
 )
 #: What a module, or all that is in a package, must not import, nor anything within that.
 NEVER = {
-    "sb3_trpo_ext.distributions": ("sb3_trpo_ext",),
+    "sb3_trpo_ext.distributions": tuple(
+        f"sb3_trpo_ext.{name}" for name in ("batch", "critic", "policies", "rollouts", "surrogate", "trpo")
+    ),
     "sb3_trpo_ext.policies": ("sb3_trpo_ext.surrogate", "sb3_trpo_ext.trpo"),
     "sb3_trpo_ext.surrogate": ("sb3_trpo_ext.trpo",),
     "sb3_trpo_ext.critic": ("sb3_trpo_ext.trpo",),

@@ -25,6 +25,11 @@ def test_scaling_page_has_the_measured_figures() -> None:
     sent = formula["messages"](formula["humanoid"](), formula["Update"](4, 2, 160, True))
     n_bytes = sum(message.calls * message.n_bytes for message in sent)
     assert f"| together | {sum(message.calls for message in sent)} | | {n_bytes / 1e6:.2f} |" in page
+    for case, counts in json.loads((results / "host_waits.json").read_text()).items():
+        columns = [counts[name] for name in ("ours", "sb3_contrib", "ppo")]
+        for row, key in ((f"{case}: per step of the environments", "waits_per_step"), ("... per update", "waits_per_update")):
+            ours, *others = (str(column[key]) for column in columns)
+            assert f"| {row} | **{ours}** | {' | '.join(others)} |" in page
     noise = json.loads((results / "noise_scale.json").read_text())
     for name in ("fresh", "trained_3M_steps"):
         low, high = noise[name]["interval_90"]

@@ -32,7 +32,7 @@ def moments_of(samples: th.Tensor) -> Moments:
     """
     samples = samples.double()
     mean = samples.mean(dim=0)
-    return Moments(mean.new_tensor(float(len(samples))), mean, (samples - mean).square().sum(dim=0))
+    return Moments(mean.new_full((), len(samples)), mean, (samples - mean).square().sum(dim=0))
 
 
 def joined(first: Moments, second: Moments) -> Moments:

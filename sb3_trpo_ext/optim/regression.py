@@ -37,7 +37,7 @@ class MlpRegression:
         self._params = [(layer.weight, layer.bias) for layer in layers]
         self._gradients = [(layer.weight.grad, layer.bias.grad) for layer in layers]
         self._kinds = [type(activation) for activation in activations]
-        self._minus_one = layers[-1].bias.new_tensor(-1.0)
+        self._minus_one = layers[-1].bias.new_full((), -1.0)
         #: Outputs and cotangents of each layer but the last, by the number of samples.
         self._buffers: dict[int, tuple[list[th.Tensor], list[th.Tensor]]] = {}
         #: Inputs of each layer in the last forward pass.

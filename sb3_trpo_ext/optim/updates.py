@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch as th
 
 from sb3_trpo_ext.optim.conjugate_gradient import CGResult, CGStatus, conjugate_gradient
+from sb3_trpo_ext.optim.devices import sent_to
 from sb3_trpo_ext.optim.line_search import LineSearchStatus, line_search
 from sb3_trpo_ext.optim.operators import Averaged, Damped, LinearOperator
 from sb3_trpo_ext.optim.parallel import all_mean, all_means, average_, minibatch_shares, minibatch_sizes
@@ -142,8 +143,8 @@ class KLConstraint(PolicyUpdate):
         :param target_kl: radius of the trust region
         :return: what happened
         """
-        objective, gradient = _objective_and_gradient(problem)
-        result = UpdateResult("accepted", objective, objective, grad_norm=float(gradient.norm()))
+        objective, gradient, grad_norm = _objective_and_gradient(problem)
+        result = UpdateResult("accepted", objective, objective, grad_norm=grad_norm)
         if not math.isfinite(objective):
             return result._replace(status="non_finite_objective")
         if not math.isfinite(result.grad_norm):
@@ -153,8 +154,8 @@ class KLConstraint(PolicyUpdate):
 
         solution = self._solve(problem, gradient)
         direction = solution.x
-        damping_share = self.cg_damping * float(th.dot(direction, direction))
-        curvature = solution.curvature - damping_share
+        squared_length, slope = th.stack([th.dot(direction, direction), th.dot(gradient, direction)]).tolist()
+        curvature = solution.curvature - self.cg_damping * squared_length
         result = result._replace(curvature=curvature, cg_steps=solution.n_steps, cg_residual=solution.residual_norm)
         if solution.status in (CGStatus.NON_POSITIVE_CURVATURE, CGStatus.NON_FINITE):
             return result._replace(status=f"cg_{solution.status.value}")
@@ -191,7 +192,7 @@ class KLConstraint(PolicyUpdate):
         return result._replace(
             status=search.status.value,
             objective_after=search.objective,
-            predicted_improvement=search.step_size * float(th.dot(gradient, direction)),
+            predicted_improvement=search.step_size * slope,
             kl=search.kl,
             step_size=search.step_size,
             step_share=search.step_size / full_step,
@@ -211,7 +212,7 @@ class KLConstraint(PolicyUpdate):
         if not self.precondition or problem.preconditioner is None or self.cg_damping == 0:
             return conjugate_gradient(damped, gradient, self.cg_max_steps, self.cg_tolerance)
         # The same on all processes, whose numbers of samples may differ: all have to come to the same decision
-        cost = round(float(all_mean(gradient.new_tensor(float(problem.preconditioner_cost(fisher))))))
+        cost = round(float(all_mean(th.tensor(float(problem.preconditioner_cost(fisher))))))
         n_steps = self.cg_max_steps if cost >= self.cg_max_steps else min(cost, _PROBE)
         solution = conjugate_gradient(damped, gradient, n_steps, self.cg_tolerance)
         if solution.status is CGStatus.MAX_STEPS and _remaining_steps(solution, self.cg_tolerance) <= cost:
@@ -261,8 +262,8 @@ class AdaptiveKLPenalty(PolicyUpdate):
         :param target_kl: what the KL of an update should be
         :return: what happened
         """
-        objective, gradient = _objective_and_gradient(problem)
-        result = UpdateResult("accepted", objective, objective, grad_norm=float(gradient.norm()), beta=self.beta)
+        objective, gradient, grad_norm = _objective_and_gradient(problem)
+        result = UpdateResult("accepted", objective, objective, grad_norm=grad_norm, beta=self.beta)
         if not math.isfinite(objective):
             return result._replace(status="non_finite_objective")
         if not math.isfinite(result.grad_norm):
@@ -314,7 +315,8 @@ class AdaptiveKLPenalty(PolicyUpdate):
         sizes = minibatch_sizes(problem.n_samples, self.batch_size)
         shares = minibatch_shares(problem.n_samples, self.batch_size)
         for _ in range(self.n_epochs):
-            for indices, share in zip(th.split(th.randperm(problem.n_samples), sizes), shares, strict=True):
+            order = sent_to(problem.params[0].device, th.randperm(problem.n_samples))
+            for indices, share in zip(order.split(sizes), shares, strict=True):
                 objective, kl = problem.evaluate(indices)
                 loss = self.beta * kl - objective
                 gradient = flatten(th.autograd.grad(loss, problem.params, materialize_grads=True))
@@ -366,12 +368,12 @@ def _continued(second: CGResult, first: CGResult) -> CGResult:
     return second._replace(n_steps=first.n_steps + second.n_steps)
 
 
-def _objective_and_gradient(problem: Problem) -> tuple[float, th.Tensor]:
+def _objective_and_gradient(problem: Problem) -> tuple[float, th.Tensor, float]:
     """
     Objective of the whole batch and its flat gradient at the current parameters, averaged over the processes.
 
     :param problem: the objective
-    :return: objective and gradient of shape ``(n_params,)``
+    :return: objective, gradient of shape ``(n_params,)`` and its norm
     """
     if problem.gradient is not None:
         objective, gradient = problem.gradient()
@@ -380,4 +382,5 @@ def _objective_and_gradient(problem: Problem) -> tuple[float, th.Tensor]:
             objective, _ = problem.evaluate(None)
             gradient = flatten(th.autograd.grad(objective, problem.params, materialize_grads=True))
     objective, gradient = all_means([objective.detach(), gradient])
-    return float(objective), gradient
+    value, norm = th.stack([objective, gradient.norm()]).tolist()
+    return value, gradient, norm

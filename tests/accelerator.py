@@ -1,0 +1,143 @@
+"""An accelerator that is none: tensors of a device of its own, whose numbers the CPU computes.
+
+It is as strict as a GPU about what lies where: an operator that gets a tensor of the host beside one of the device raises,
+unless the former is a single number, and ``numpy`` is refused. And it counts, by the function of the package that is running,
+each time that the host waits for a number of the device, and each transfer to the device. What it cannot tell is how a GPU
+rounds, how fast one is, and whether the branches for ``device.type == "cuda"`` are right (pinned memory, the random state of a
+GPU, NCCL).
+
+Importing this module registers the device ``"sim"`` with PyTorch (its interface for backends written in Python), for good.
+"""
+
+import collections
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch as th
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "sim"
+#: Operators that take a tensor from one device to another.
+_TRANSFERS = ("aten::_to_copy", "aten::copy_", "aten::_copy_from")
+#: Operators whose result, or the shape of it, the host has to know.
+_READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select")
+#: The names under which PyTorch looks for the convolution of a backend that it does not know, and its own.
+_CONVOLUTIONS = {
+    "aten::convolution_overrideable": th.ops.aten.convolution.default,
+    "aten::convolution_backward_overrideable": th.ops.aten.convolution_backward.default,
+}
+
+
+class Traffic(collections.Counter[str]):
+    """How often the host waited for the device, by ``file.function`` of the package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: Transfers to the device, by the same names.
+        self.sent: collections.Counter[str] = collections.Counter()
+
+
+_traffic: list[Traffic] = []
+
+
+@contextmanager
+def counted() -> Iterator[Traffic]:
+    """Count in a ``with`` block."""
+    traffic = Traffic()
+    _traffic.append(traffic)
+    try:
+        yield traffic
+    finally:
+        _traffic.remove(traffic)
+
+
+def _caller() -> str:
+    """The innermost function of the package that is running."""
+    for frame in reversed(traceback.extract_stack()):
+        if "/sb3_trpo_ext/" in frame.filename:
+            return f"{frame.filename.rsplit('/', 1)[-1].removesuffix('.py')}.{frame.name}"
+    return "outside"
+
+
+def _count(is_read: bool) -> None:
+    """Take note of a transfer."""
+    for traffic in _traffic:
+        (traffic if is_read else traffic.sent)[_caller()] += 1
+
+
+class DeviceTensor(th.Tensor):
+    """A tensor of the device, around one of the CPU that has the numbers."""
+
+    on_cpu: th.Tensor
+    __torch_function__ = th._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, on_cpu: th.Tensor) -> "DeviceTensor":
+        outer: DeviceTensor = th.Tensor._make_wrapper_subclass(
+            cls,
+            on_cpu.shape,
+            strides=on_cpu.stride(),
+            storage_offset=on_cpu.storage_offset(),
+            dtype=on_cpu.dtype,
+            device=th.device(NAME, 0),
+        )
+        outer.on_cpu = on_cpu
+        return outer
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator."""
+        return _run(function, args, kwargs or {})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Be saved as the numbers, which PyTorch puts where they are wanted when they are loaded."""
+        return self.on_cpu.__reduce_ex__(protocol)
+
+    def tolist(self) -> Any:
+        """Read all numbers, which PyTorch refuses to do for a class of somebody else's."""
+        _count(is_read=True)
+        return self.detach().on_cpu.tolist()  # type: ignore[attr-defined]
+
+
+def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run an operator on the CPU, after what a GPU would have refused."""
+    name = function._schema.name
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, th.Tensor)]
+    ours = {id(tensor.on_cpu): tensor for tensor in tensors if isinstance(tensor, DeviceTensor)}
+    on_host = [tensor for tensor in tensors if not isinstance(tensor, DeviceTensor)]
+    if name not in _TRANSFERS and ours and any(tensor.dim() > 0 for tensor in on_host):
+        raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got {[t.device for t in tensors]}")
+
+    device = kwargs.get("device")
+    if name == "aten::copy_":
+        is_ours = isinstance(args[0], DeviceTensor)
+    else:
+        is_ours = bool(ours) if device is None else th.device(device).type == NAME
+    if name in _READS or (name in _TRANSFERS and ours and not is_ours):
+        _count(is_read=True)
+    elif name in _TRANSFERS and is_ours and on_host:
+        _count(is_read=False)
+
+    def unwrapped(value: Any) -> Any:
+        return value.on_cpu if isinstance(value, DeviceTensor) else value
+
+    def wrapped(value: Any) -> Any:
+        if not is_ours or not isinstance(value, th.Tensor):
+            return value
+        # What has been worked on in place is the tensor that it was
+        return ours[id(value)] if id(value) in ours else DeviceTensor(value)
+
+    kwargs = {key: unwrapped(value) for key, value in kwargs.items()}
+    if device is not None:
+        kwargs["device"] = "cpu"
+    return tree_map(wrapped, _CONVOLUTIONS.get(name, function)(*tree_map(unwrapped, args), **kwargs))
+
+
+_setup_privateuseone_for_python_backend(NAME)
+_library = th.library.Library("_", "IMPL")
+_library.fallback(lambda function, *args, **kwargs: _run(function, args, kwargs), "PrivateUse1")

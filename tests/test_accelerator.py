@@ -1,0 +1,207 @@
+"""Training on an accelerator, without one: everything lies where it belongs, and how often the host waits for a number."""
+
+import copy
+import pathlib
+from typing import Any
+
+import accelerator
+import pytest
+import torch as th
+from agents import RandomEnv, log_of, make_model
+from gymnasium import spaces
+from helpers import BOX_ACTIONS, DICT, IMAGE, VECTOR, make_batch, make_policy, relative_error
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_trpo_ext import TRPO
+from sb3_trpo_ext.batch import Batch
+from sb3_trpo_ext.critic import CriticFit, fit_critic
+from sb3_trpo_ext.distributions import no_argument_checks
+from sb3_trpo_ext.optim.updates import KLConstraint, UpdateResult
+from sb3_trpo_ext.optim.vectors import flatten
+from sb3_trpo_ext.policies import CnnPolicy, SquashedMlpPolicy, split_policy
+from sb3_trpo_ext.surrogate import Surrogate
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "gaussian": {},
+    "squashed": {"policy_class": SquashedMlpPolicy},
+    "gsde": {"use_sde": True},
+    "categorical": {"action_space": spaces.Discrete(3)},
+    "multi_categorical": {"action_space": spaces.MultiDiscrete([2, 3])},
+    "bernoulli": {"action_space": spaces.MultiBinary(2)},
+    "cnn": {"observation_space": IMAGE, "policy_class": CnnPolicy},
+}
+#: Environment and arguments of a model.
+TRAININGS: dict[str, tuple[tuple[spaces.Space, spaces.Space], dict[str, Any]]] = {
+    "gaussian": ((VECTOR, BOX_ACTIONS), {}),
+    "categorical": ((VECTOR, spaces.Discrete(3)), {}),
+    "multi_categorical": ((VECTOR, spaces.MultiDiscrete([2, 3])), {}),
+    "bernoulli": ((VECTOR, spaces.MultiBinary(2)), {}),
+    "images": ((IMAGE, spaces.Discrete(3)), {"policy": "CnnPolicy"}),
+    "dict": ((DICT, BOX_ACTIONS), {"policy": "MultiInputPolicy"}),
+    "gsde": ((VECTOR, BOX_ACTIONS), {"use_sde": True, "sde_sample_freq": 4}),
+    "squashed": ((VECTOR, BOX_ACTIONS), {"policy": "SquashedMlpPolicy", "ent_coef": 0.01}),
+    "clipped": ((VECTOR, BOX_ACTIONS), {"clipped_likelihood": True, "clip_advantage": 1.0}),
+    "penalty": ((VECTOR, BOX_ACTIONS), {"trust_region": "penalty"}),
+    "huber": ((VECTOR, BOX_ACTIONS), {"vf_loss": "huber", "clip_range_vf": 0.2, "max_grad_norm": 1.0}),
+    "thinned": ((VECTOR, BOX_ACTIONS), {"sub_sampling_factor": 2, "cg_tolerance": 1e-6, "cg_damping": 0.01}),
+    "fused": ((VECTOR, BOX_ACTIONS), {"policy_kwargs": {"net_arch": [8], "optimizer_kwargs": {"fused": True}}}),
+}
+
+
+def moved(batch: Batch) -> Batch:
+    """The same batch on the device."""
+    assert isinstance(batch.observations, th.Tensor)
+    return Batch(batch.observations.to(accelerator.NAME), *(column.to(accelerator.NAME) for column in batch[1:]))
+
+
+def update(policy: ActorCriticPolicy, batch: Batch, **kwargs: Any) -> UpdateResult:
+    """One update of a policy, where it is."""
+    constraint = KLConstraint(**{"cg_max_steps": 15, "cg_tolerance": 1e-10, "cg_damping": 0.1, **kwargs})
+    with no_argument_checks():
+        return constraint.update(Surrogate(policy, split_policy(policy).actor_params, batch).problem(), 0.01)
+
+
+def params_of(policy: ActorCriticPolicy) -> th.Tensor:
+    """All parameters as one vector on the CPU."""
+    return flatten(list(policy.parameters())).cpu()
+
+
+def random_model(training: str, device: str) -> TRPO:
+    """A model on random observations and rewards."""
+    env_spaces, kwargs = TRAININGS[training]
+    return make_model(RandomEnv(*env_spaces), device=device, **copy.deepcopy(kwargs))
+
+
+def test_tensors_of_two_devices_do_not_mix() -> None:
+    number = th.ones(3, device=accelerator.NAME)
+    assert number.device.type == accelerator.NAME
+    assert (number * th.tensor(2.0)).sum().item() == 6
+    with pytest.raises(RuntimeError, match="same device"):
+        number + th.ones(3)
+    with pytest.raises((RuntimeError, TypeError)):
+        number.numpy()
+
+
+def test_a_look_at_a_number_is_counted() -> None:
+    with accelerator.counted() as waits:
+        number = th.ones(3, device=accelerator.NAME).sum()
+        assert not waits and not waits.sent
+        float(number), bool(number > 2), number.tolist(), number.cpu(), th.zeros(()).copy_(number)
+        number.copy_(th.ones(())), th.ones(3).to(number.device)
+    assert waits == {"outside": 5}
+    assert waits.sent == {"outside": 2}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", POLICIES)
+def test_an_update_is_that_of_the_cpu(name: str) -> None:
+    policy = make_policy(**POLICIES[name])
+    batch = make_batch(policy, 64)
+    twin = copy.deepcopy(policy).to(accelerator.NAME)
+    results = update(policy, batch), update(twin, moved(batch))
+    assert results[0].is_accepted
+    assert results[1].kl == pytest.approx(results[0].kl, rel=1e-8)
+    assert relative_error(params_of(twin), params_of(policy)) < 1e-10
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_host_waits_once_per_solution_and_once_per_trial(name: str) -> None:
+    policy = make_policy(**POLICIES[name])
+    batch = moved(make_batch(policy, 64))
+    policy.to(accelerator.NAME)
+    for cg_max_steps in (2, 7):
+        with accelerator.counted() as waits:
+            result = update(policy, batch, cg_max_steps=cg_max_steps, cg_tolerance=1e-6, cg_damping=1e-3, precondition=False)
+        assert result.is_accepted
+        assert result.cg_steps == cg_max_steps
+        assert waits == {
+            "updates._objective_and_gradient": 1,
+            "conjugate_gradient.conjugate_gradient": 1,
+            # Length of the direction and predicted improvement
+            "updates.update": 1,
+            "updates.evaluate": result.n_trials,
+        }
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("is_mlp", [True, False])
+def test_a_fit_of_the_critic_is_that_of_the_cpu_and_the_host_waits_twice(is_mlp: bool) -> None:
+    policy = make_policy(**POLICIES["gaussian" if is_mlp else "cnn"])
+    batch = make_batch(policy, 64)
+    twin = copy.deepcopy(policy).to(accelerator.NAME)
+    for each, rollout in ((policy, batch), (twin, moved(batch))):
+        parts = split_policy(each)
+        each.optimizer = th.optim.Adam(parts.critic_params, lr=1e-2, fused=True)
+        th.manual_seed(0)
+        with accelerator.counted() as waits:
+            result = fit_critic(each, parts.critic_params, parts.critic_modules, rollout, CriticFit(n_epochs=5, batch_size=16))
+        assert result.status == "fitted"
+    # Are the returns finite, and are the new parameters; and the order of each epoch
+    assert waits == {"critic.fit_critic": 2}
+    assert waits.sent == {"devices.sent_to": 5}
+    assert relative_error(params_of(twin), params_of(policy)) < 1e-10
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+def test_learn_is_that_of_the_cpu(training: str) -> None:
+    models, steps = [], []
+    for device in ("cpu", accelerator.NAME):
+        # It seeds the random numbers
+        models.append(random_model(training, device))
+        before = params_of(models[-1].policy)
+        models[-1].learn(32)
+        steps.append(params_of(models[-1].policy) - before)
+    assert all(param.device.type == accelerator.NAME for param in models[1].policy.parameters())
+    assert [model._n_accepted for model in models] == [1, 1]
+    assert relative_error(steps[1], steps[0]) < 1e-4
+    assert log_of(models[1])["train/policy_objective"] == pytest.approx(log_of(models[0])["train/policy_objective"], rel=1e-3)
+
+
+@pytest.mark.parametrize("training", ["gaussian", "categorical", "multi_categorical", "bernoulli", "squashed"])
+def test_an_mlp_makes_the_host_wait_once_per_step_of_the_environment(training: str) -> None:
+    model = random_model(training, accelerator.NAME)
+    with accelerator.counted() as waits:
+        model.learn(32)
+    assert waits.pop("actors._on_host") == 32
+    # Values, log-probabilities and what episodes cut short would have had, with PyTorch's checks of arguments
+    n_ends = sum(waits.pop(name) for name in ("actors.evaluate", "rollouts._complete", "rollouts.collect"))
+    assert n_ends <= 8
+    assert waits.pop("conjugate_gradient.conjugate_gradient") <= 3
+    assert waits.pop("updates.evaluate") == log_of(model)["train/line_search_trials"]
+    assert waits == {
+        "updates._objective_and_gradient": 1,
+        "updates.update": 1,
+        "surrogate.summary": 1,
+        "critic.fit_critic": 2,
+    }
+
+
+def test_a_rollout_is_sent_once_for_the_update() -> None:
+    model = random_model("gaussian", accelerator.NAME)
+    with accelerator.counted() as waits:
+        model.learn(32)
+    # Observations, actions, values, log-probabilities, advantages and returns; bounds of the actions; orders of the critic
+    n_epochs = model.n_critic_updates
+    assert waits.sent["devices.sent_to"] == 8 + n_epochs
+    assert not {name for name in waits.sent if name.startswith("batch")}
+
+
+@pytest.mark.parametrize("training", ["gaussian", "categorical", "bernoulli"])
+def test_a_nan_in_the_actor_is_noticed_before_the_environment_steps(training: str) -> None:
+    model = random_model(training, accelerator.NAME)
+    with th.no_grad():
+        dict(model.policy.named_parameters())["action_net.bias"].fill_(float("nan"))
+    with pytest.raises(ValueError, match="puts out a NaN"):
+        model.learn(32)
+    assert model.num_timesteps == 0
+
+
+def test_save_and_go_on_on_the_cpu(tmp_path: pathlib.Path) -> None:
+    model = random_model("gaussian", accelerator.NAME)
+    model.learn(32)
+    model.save(tmp_path / "model.zip")
+    loaded = TRPO.load(tmp_path / "model.zip", env=model.get_env(), device="cpu")
+    assert all(param.device.type == "cpu" for param in loaded.policy.parameters())
+    assert th.equal(params_of(loaded.policy), params_of(model.policy))
+    loaded.learn(32)
+    assert loaded._n_accepted == 2
