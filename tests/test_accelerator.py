@@ -56,7 +56,7 @@ def moved(batch: Batch) -> Batch:
 
 def update(policy: ActorCriticPolicy, batch: Batch, **kwargs: Any) -> UpdateResult:
     """One update of a policy, where it is."""
-    constraint = KLConstraint(**{"cg_max_steps": 15, "cg_tolerance": 1e-10, "cg_damping": 0.1, **kwargs})
+    constraint = KLConstraint(**{"cg_max_steps": 60, "cg_tolerance": 1e-12, "cg_damping": 0.1, **kwargs})
     with no_argument_checks():
         return constraint.update(Surrogate(policy, split_policy(policy).actor_params, batch).problem(), 0.01)
 
@@ -121,6 +121,30 @@ def test_the_host_waits_once_per_solution_and_once_per_trial(name: str) -> None:
             "updates.update": 1,
             "updates.evaluate": result.n_trials,
         }
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", ["gaussian", "categorical"])
+def test_a_preconditioner_is_that_of_the_cpu_and_its_factors_make_one_journey(name: str) -> None:
+    policy = make_policy(**POLICIES[name])
+    batch = make_batch(policy, 64)
+    vector = th.randn(flatten(split_policy(policy).actor_params).shape)
+    results, costs = [], []
+    for device in (th.device("cpu"), th.device(accelerator.NAME)):
+        policy.to(device)
+        surrogate = Surrogate(policy, split_policy(policy).actor_params, batch if device.type == "cpu" else moved(batch))
+        fisher = surrogate.fisher()
+        costs.append(surrogate.preconditioner_cost(fisher))
+        with accelerator.counted() as waits:
+            preconditioner = surrogate.preconditioner(fisher, 0.1)
+        assert preconditioner is not None
+        results.append(preconditioner(vector.to(device)).cpu())
+    assert relative_error(results[1], results[0]) < 1e-10
+    assert waits == {"kfac._eigen": 1}
+    # The numbers of the sampled score, and the eigenvectors on their way back
+    assert waits.sent == {"devices.sent_to": 2}
+    # The host's part does not get faster with the device
+    assert costs[1] > 5 * costs[0]
 
 
 @pytest.mark.usefixtures("float64")

@@ -1,18 +1,23 @@
 """A Kronecker-factored preconditioner for conjugate gradient, from the activations of :class:`MlpJacobian`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch as th
 
+from sb3_trpo_ext.optim.devices import sent_to
 from sb3_trpo_ext.optim.mlp import MlpJacobian
 from sb3_trpo_ext.optim.operators import Statistics
 from sb3_trpo_ext.optim.parallel import all_means
+from sb3_trpo_ext.optim.vectors import flatten, unflatten
 
 #: What an eigendecomposition of an n x n matrix takes, in units of n^3 operations at the rate of matrix products. Measured on
 #: two cores: 4 ms at n = 349, where that rate was 190 GFLOP/s.
 _EIGH_OPERATIONS = 20
+#: How many times faster an accelerator multiplies matrices than the host, which decomposes them for it. On paper: 5 T
+#: multiply-adds per second, as in `benchmarks/traffic.py`, over the rate above. So this pays there for large batches only.
+_ACCELERATOR_SPEED = 50
 
 
 class _Block(NamedTuple):
@@ -38,7 +43,9 @@ class KroneckerPreconditioner:
     to each factor (Martens & Grosse 2015, section 6.3): both were measured, the eigenbasis saves one or two Fisher-vector
     products and costs less than one. Symmetric positive definite for any positive damping, so that conjugate gradient stays
     exact: the preconditioner changes how fast it converges, never to what. The factors are averaged over all processes: with
-    one preconditioner for each of them, they would take different steps.
+    one preconditioner for each of them, they would take different steps. From an accelerator the factors make one journey to
+    the host and back for their eigenvectors: a GPU is slow at a few matrices of this size (1.8 ms for 100 x 100, PyTorch's
+    issue 174674), and not every accelerator has a routine for it.
 
     :param jacobian: of the policy on the batch
     :param output_fisher: maps tangents of the statistics to cotangents, sample by sample
@@ -70,9 +77,8 @@ class KroneckerPreconditioner:
             factors.append(output_fisher((zeros, ones))[1].mean(dim=0))
         means = all_means(factors)
         end = 2 * len(cotangents)
-        for input_factor, output_factor in zip(means[:end:2], means[1:end:2], strict=True):
-            input_values, input_basis = th.linalg.eigh(input_factor)
-            output_values, output_basis = th.linalg.eigh(output_factor)
+        eigen = _eigen(means[:end])
+        for (input_values, input_basis), (output_values, output_basis) in zip(eigen[::2], eigen[1::2], strict=True):
             # Rounding makes the smallest eigenvalues of a singular factor slightly negative
             eigenvalues = output_values.clamp(min=0)[:, None] * input_values.clamp(min=0)
             self._blocks.append(_Block(output_basis, input_basis, 1 / (eigenvalues + damping)))
@@ -87,8 +93,9 @@ class KroneckerPreconditioner:
         :return: the time of so many Fisher-vector products, rounded up
         """
         build, product = 0.0, 0.0
+        eigh_operations = _EIGH_OPERATIONS * (1 if jacobian.device.type == "cpu" else _ACCELERATOR_SPEED)
         for index, (n_out, n_in) in enumerate(jacobian.layer_shapes()):
-            build += 2 * jacobian.n_samples * (n_in**2 + n_out**2) + _EIGH_OPERATIONS * (n_in**3 + n_out**3)
+            build += 2 * jacobian.n_samples * (n_in**2 + n_out**2) + eigh_operations * (n_in**3 + n_out**3)
             # Two matrix products at the first layer, and four at each other, where a tangent and a cotangent go through
             product += 2 * jacobian.n_samples * n_in * n_out * (2 if index == 0 else 4)
         return math.ceil(build / product)
@@ -109,6 +116,22 @@ class KroneckerPreconditioner:
         if log_std is not None and self._log_std_scale is not None:
             log_std = log_std * self._log_std_scale
         return self._jacobian.from_layers(solved, log_std)
+
+
+def _eigen(matrices: Sequence[th.Tensor]) -> list[tuple[th.Tensor, th.Tensor]]:
+    """
+    Eigenvalues and eigenvectors, computed by the CPU.
+
+    :param matrices: symmetric, on one device
+    :return: of each, on that device
+    """
+    device = matrices[0].device
+    if device.type == "cpu":
+        return [tuple(th.linalg.eigh(matrix)) for matrix in matrices]
+    on_host = unflatten(flatten(matrices).cpu(), matrices)
+    found = [part for matrix in on_host for part in th.linalg.eigh(matrix)]
+    parts = unflatten(sent_to(device, flatten(found)), found)
+    return list(zip(parts[::2], parts[1::2], strict=True))
 
 
 def _mean_output_fisher(

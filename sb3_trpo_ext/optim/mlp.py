@@ -173,6 +173,11 @@ class MlpJacobian(Jacobian):
         return cotangents[::-1]
 
     @property
+    def device(self) -> th.device:
+        """Where it is."""
+        return self._hidden[0].device
+
+    @property
     def has_log_std(self) -> bool:
         """Whether the log std is the second statistic."""
         return self._log_std_index is not None
