@@ -381,8 +381,8 @@ class Surrogate:
         new = self.family.statistics(self.policy.get_distribution(take(self.batch.observations, every)))
         entropy, std = self.family.entropy(new, None if self._noise is None else self._noise[every]), self.family.std(new)
         unknown = self.batch.advantages.new_full((), math.nan)
-        means = [(unknown if values is None else values).double().mean() for values in (entropy, std)]
-        mean_entropy, mean_std = all_mean(th.stack(means)).tolist()
+        means = th.stack([unknown if values is None else values.mean() for values in (entropy, std)]).tolist()
+        mean_entropy, mean_std = all_mean(th.tensor(means, dtype=th.float64)).tolist()
         return mean_entropy, mean_std
 
 

@@ -41,6 +41,18 @@ class Traffic(collections.Counter[str]):
 
 
 _traffic: list[Traffic] = []
+_has_float64 = True
+
+
+@contextmanager
+def without_float64() -> Iterator[None]:
+    """Refuse double precision in a ``with`` block, which Apple's GPUs do not have."""
+    global _has_float64
+    _has_float64 = False
+    try:
+        yield
+    finally:
+        _has_float64 = True
 
 
 @contextmanager
@@ -129,6 +141,8 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def wrapped(value: Any) -> Any:
         if not is_ours or not isinstance(value, th.Tensor):
             return value
+        if value.dtype == th.float64 and not _has_float64:
+            raise TypeError(f"{name} puts out a tensor of float64, which this device does not have")
         # What has been worked on in place is the tensor that it was
         return ours[id(value)] if id(value) in ours else DeviceTensor(value)
 

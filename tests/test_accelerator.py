@@ -181,6 +181,14 @@ def test_learn_is_that_of_the_cpu(training: str) -> None:
     assert log_of(models[1])["train/policy_objective"] == pytest.approx(log_of(models[0])["train/policy_objective"], rel=1e-3)
 
 
+@pytest.mark.parametrize("training", TRAININGS)
+def test_learn_needs_no_double_precision(training: str) -> None:
+    with accelerator.without_float64():
+        with pytest.raises(TypeError, match="float64"):
+            th.ones(3, dtype=th.float64, device=accelerator.NAME)
+        random_model(training, accelerator.NAME).learn(64)
+
+
 @pytest.mark.parametrize("training", ["gaussian", "categorical", "multi_categorical", "bernoulli", "squashed"])
 def test_an_mlp_makes_the_host_wait_once_per_step_of_the_environment(training: str) -> None:
     model = random_model(training, accelerator.NAME)
