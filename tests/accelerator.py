@@ -110,6 +110,13 @@ class DeviceTensor(th.Tensor):
         """Be saved as the numbers, which PyTorch puts where they are wanted when they are loaded."""
         return self.on_cpu.__reduce_ex__(protocol)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> th.Tensor:
+        """Be copied without PyTorch's look at the memory, which is not there."""
+        copied = self.detach().clone()
+        copied = th.nn.Parameter(copied) if isinstance(self, th.nn.Parameter) else copied
+        memo[id(self)] = copied.requires_grad_(self.requires_grad)
+        return copied
+
     def tolist(self) -> Any:
         """Read all numbers, which PyTorch refuses to do for a class of somebody else's."""
         _count(is_read=True)
