@@ -50,14 +50,15 @@ def rollout_batch(
     """
     # Asking for one minibatch makes the buffer flatten its arrays; its samples come in random order, and we want the order of
     # time: thinning the Fisher matrix then takes every so many-th step of each environment
-    device, buffer.device = buffer.device, th.device("cpu")
+    is_stock = type(buffer) in (RolloutBuffer, DictRolloutBuffer)
+    device = buffer.device
     try:
+        # For that one sample nobody has to wait for an accelerator
+        buffer.device = th.device("cpu") if is_stock else device
         next(iter(buffer.get(batch_size=1)))
     finally:
-        # That one sample would have made the host wait for an accelerator
         buffer.device = device
     # A slice, and tensors that share it, save SB3's own buffers two copies of the observations on the CPU
-    is_stock = type(buffer) in (RolloutBuffer, DictRolloutBuffer)
     every: Any = slice(None) if is_stock else np.arange(buffer.buffer_size * buffer.n_envs)
     if is_stock:
         buffer = copy.copy(buffer)
