@@ -290,6 +290,7 @@ def one_process_of_two(rank: int, folder: str) -> None:
         "apart": error_of(lambda: come_apart(rank)),
         "settings": error_of(lambda: make_model(random_vec_env(1), gamma=0.9 + 0.05 * rank).learn(32)),
         "networks": error_of(lambda: make_model(random_vec_env(1), policy_kwargs={"net_arch": [8 + rank]}).learn(32)),
+        "devices": error_of(lambda: on_two_devices(rank)),
         "stopped": stopped(rank),
         "merged": merged_statistics(rank),
         "advantages": advantages_of_rank(rank),
@@ -308,6 +309,13 @@ def one_process_of_two(rank: int, folder: str) -> None:
     th.save(outcome, f"{folder}/{rank}.pt")
     # Without a word to the other one
     os._exit(0)
+
+
+def on_two_devices(rank: int) -> None:
+    """Train with processes whose models say that they are on devices of different kinds."""
+    model = make_model(random_vec_env(1))
+    model.device = th.device(["cpu", "cuda"][rank])
+    model.learn(32)
 
 
 def save(folder: str) -> None:

@@ -124,6 +124,11 @@ def test_settings_that_differ_are_refused(outcomes: Outcomes) -> None:
         assert outcome["networks"].startswith("ValueError: `policy` must be the same on all processes")
 
 
+def test_devices_of_two_kinds_are_refused(outcomes: Outcomes) -> None:
+    for outcome in outcomes:
+        assert outcome["devices"].startswith("ValueError: `device` must be the same on all processes, got ['cpu', 'cuda']")
+
+
 def test_callback_ends_the_training_of_all_after_the_rollout(outcomes: Outcomes) -> None:
     # At the 40th step, in the second rollout of 32 steps of 2 x 2 environments
     assert [outcome["stopped"] for outcome in outcomes] == [(2 * 32 * 4, 40), (2 * 32 * 4, 0)]
