@@ -49,7 +49,8 @@ ENDINGS = {
     "3M, ... `ent_coef` 0.005": ["trpo_ext/Humanoid-v5_21"],
     "3M, those before, KL falling from 0.2": ["trpo_ext/Humanoid-v5_23"],
     "3M, those before, a constant KL of 0.12": ["trpo_ext/Humanoid-v5_24"],
-    "3M, those before, KL falling from 0.12": ["trpo_ext/Humanoid-v5_25", "trpo_ext/Humanoid-v5_26"],
+    "3M, those before, KL falling from 0.12": [f"trpo_ext/Humanoid-v5_{number}" for number in (27, 25, 26)],
+    "3M, ... `gae_lambda` 0.7": ["trpo_ext/Humanoid-v5_28"],
     "10M, those before": ["trpo_ext/Humanoid-v5_22"],
     "10M, those before, KL falling from 0.12": ["trpo_ext/Humanoid-v5_29"],
 }
