@@ -8,6 +8,7 @@ import atexit
 import datetime
 import io
 import os
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -78,7 +79,16 @@ def join_process_group() -> None:
     dist.init_process_group(
         backend, store=PrefixStore(f"attempt_{attempt()}", store), rank=number, world_size=n_processes, timeout=TIMEOUT
     )
-    atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
+    atexit.register(_leave_process_group)
+
+
+def _leave_process_group() -> None:
+    """End communication while the interpreter is still there."""
+    if dist.is_initialized():
+        # A thread of gloo may be about to let go of the last tensor, for which it needs the interpreter. Were that gone by then,
+        # the process would die with "terminate called without an active exception" (PyTorch's issue 190489)
+        time.sleep(0.2)
+        dist.destroy_process_group()
 
 
 def rank_device(device: th.device | str) -> th.device | str:
