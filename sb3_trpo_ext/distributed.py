@@ -85,8 +85,8 @@ def join_process_group() -> None:
 def _leave_process_group() -> None:
     """End communication while the interpreter is still there."""
     if dist.is_initialized():
-        # A thread of gloo may be about to let go of the last tensor, for which it needs the interpreter. Were that gone by then,
-        # the process would die with "terminate called without an active exception" (PyTorch's issue 190489)
+        # A thread of gloo may be about to let go of the last tensor, for which it needs the interpreter. Were that gone, the
+        # process would die with "terminate called without an active exception" (PyTorch's issue 190489)
         time.sleep(0.2)
         dist.destroy_process_group()
 
