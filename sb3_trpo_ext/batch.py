@@ -48,10 +48,10 @@ def rollout_batch(
     :return: the batch, to be read only: it may share the buffer's memory; what is float64 in the buffer's observations is
         float32 in it
     """
-    # Asking for one minibatch makes the buffer flatten its arrays; its samples come in random order, and we want the order of
-    # time: thinning the Fisher matrix then takes every so many-th step of each environment
     is_stock = type(buffer) in (RolloutBuffer, DictRolloutBuffer)
     device = buffer.device
+    # Asking for one minibatch makes the buffer flatten its arrays; its samples come in random order, and we want the order of
+    # time: thinning the Fisher matrix then takes every so many-th step of each environment
     try:
         # For that one sample nobody has to wait for an accelerator
         buffer.device = th.device("cpu") if is_stock else device

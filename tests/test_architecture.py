@@ -52,8 +52,9 @@ HEAVY = (
 )
 #: What a module, or all that is in a package, must not import, nor anything within that.
 NEVER = {
+    # All but how a tensor is sent to a device
     "sb3_trpo_ext.distributions": tuple(
-        f"sb3_trpo_ext.{name}" for name in ("batch", "critic", "policies", "rollouts", "surrogate", "trpo")
+        module for module in FILES if module not in ("sb3_trpo_ext", "sb3_trpo_ext.optim", "sb3_trpo_ext.optim.devices")
     ),
     "sb3_trpo_ext.policies": ("sb3_trpo_ext.surrogate", "sb3_trpo_ext.trpo"),
     "sb3_trpo_ext.surrogate": ("sb3_trpo_ext.trpo",),
