@@ -84,7 +84,7 @@ def gains(model: TRPO, rollouts: list[tuple[Batch, Advantages]], target_kl: floa
     old = flatten(params)
     model.policy.set_training_mode(False)
     found: dict[Key, list[float]] = {key: [] for key in rollouts[0][1]}
-    with no_argument_checks():
+    with no_argument_checks:
         references = th.stack(
             [
                 Surrogate(model.policy, params, batch._replace(advantages=advantages[REFERENCE]), bounds=bounds).gradient()[1]

@@ -101,7 +101,7 @@ def gains(model: TRPO, batches: list[Batch], n_updates: int, target_kl: float) -
     """
     params, bounds = model._parts.actor_params, action_bounds(model.policy)
     old = flatten(params)
-    with no_argument_checks():
+    with no_argument_checks:
         unseen = Batch(*(th.cat(parts) for parts in zip(*batches[n_updates:], strict=True)))
         judge = Surrogate(model.policy, params, unseen, bounds=bounds)
         found: dict[bool, list[float]] = {True: [], False: []}

@@ -141,7 +141,7 @@ def main() -> None:
         updates = pandas.read_csv(folder / "progress.csv")
         share = updates["train/kl_divergence_loss"] / updates["train/target_kl"]
         print(
-            f"{folder.name}: {len(updates)} updates, {(updates['train/status'] == 'accepted').sum()} accepted, "
+            f"{folder.name}: {len(updates)} updates, {updates['train/is_line_search_success'].sum():.0f} accepted, "
             f"{share.between(0.95, 1).sum()} with a KL within 95 to 100% of target_kl, "
             f"{updates['train/cg_steps'].mean():.1f} Fisher-vector products, "
             f"{updates['train/line_search_trials'].mean():.2f} trials each"

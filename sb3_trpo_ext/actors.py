@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,9 +24,10 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtr
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from sb3_trpo_ext.optim.mlp import ELEMENTWISE_ACTIVATIONS
-from sb3_trpo_ext.policies import PLAIN_DISTRIBUTIONS, MlpStructure, mlp_structure
+from sb3_trpo_ext.policies import PLAIN_DISTRIBUTIONS, MlpStructure, actor_structure, has_stock_methods
 
 #: SB3's distributions, whose log-probability depends on the action and the networks alone. That of gSDE too: the noise matrix
 #: decides about the action, but given the state the action is a plain Gaussian.
@@ -59,7 +61,13 @@ def one_thread() -> Iterator[None]:
 
     The results are the same to the last bit. Small products are hardly faster on two threads, but OpenMP's threads go on
     waiting at full speed after them, on the cores that the processes of ``SubprocVecEnv`` need.
+
+    The number of threads belongs to the whole process: in any but the main thread it stays as it is, since two trainings that
+    overlap would each put back what the other one has set.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = th.get_num_threads()
     th.set_num_threads(1)
     try:
@@ -79,12 +87,13 @@ def is_deferrable_policy(policy: ActorCriticPolicy, observations: PyTorchObs) ->
     :param observations: a batch to try with
     :return: false if there is any doubt
     """
-    for name in _METHODS:
-        if name in vars(policy) or getattr(type(policy), name, None) is not getattr(ActorCriticPolicy, name):
-            return False
+    if not has_stock_methods(policy, *_METHODS):
+        return False
     if type(policy.action_dist) not in _DISTRIBUTIONS:
         return False
-    if any(module._forward_hooks or module._forward_pre_hooks for module in policy.modules()):
+    if _has_any_global_hook() or any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in policy.modules()
+    ):
         return False
     if policy.share_features_extractor:
         is_one = policy.features_extractor is policy.pi_features_extractor is policy.vf_features_extractor
@@ -327,15 +336,14 @@ class MlpActor(Actor):
         return self._policy.predict_values(observations), distribution.log_prob(th.cat(self._actions[begin:end]))
 
 
-def make_actor(policy: ActorCriticPolicy, actor_params: list[nn.Parameter]) -> Actor:
+def make_actor(policy: ActorCriticPolicy) -> Actor:
     """
     Choose the cheapest actor that is right.
 
     :param policy: in evaluation mode, for which :func:`is_deferrable_policy` holds
-    :param actor_params: the parameters of its actor
     :return: the actor
     """
-    structure = mlp_structure(policy, actor_params)
+    structure = actor_structure(policy)
     return PolicyActor(policy) if structure is None else MlpActor(policy, structure)
 
 

@@ -1,12 +1,29 @@
 """Checks of TRPO's arguments, so that a mistake is named before anything runs."""
 
+import difflib
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Integral
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_trpo_ext.critic import VALUE_LOSSES
+
+
+class ArgumentError(ValueError, AssertionError):
+    """
+    A bad argument, with its name, what came and what to do.
+
+    A ``ValueError``; also an ``AssertionError``, which is what Stable-Baselines3's own algorithms raise for some of these, so
+    that code which catches theirs catches ours.
+    """
+
 
 #: The two forms of the trust region, with the options that `trust_region_kwargs` may hold.
 TRUST_REGION_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -36,10 +53,10 @@ def check_number(name: str, value: Any, requirement: str, is_valid: Callable[[fl
     :param value: what came
     :param requirement: for the message, such as "positive"
     :param is_valid: whether a finite number is acceptable
-    :raises ValueError: if it is no finite number, or not acceptable
+    :raises ArgumentError: if it is no finite number, or not acceptable
     """
     if not _is_number(value) or not is_valid(float(value)):
-        raise ValueError(f"`{name}` must be {requirement}, got {value!r}.")
+        raise ArgumentError(f"`{name}` must be {requirement}, got {value!r}.")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -49,10 +66,10 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     :param name: of the argument
     :param value: what came
     :param choices: what is acceptable
-    :raises ValueError: if it is something else
+    :raises ArgumentError: if it is something else
     """
     if value not in choices:
-        raise ValueError(f"`{name}` must be one of {sorted(choices)}, got {value!r}.")
+        raise ArgumentError(f"`{name}` must be one of {sorted(choices)}, got {value!r}.")
 
 
 def check_bool(name: str, value: Any) -> None:
@@ -61,24 +78,72 @@ def check_bool(name: str, value: Any) -> None:
 
     :param name: of the argument
     :param value: what came
-    :raises ValueError: if it is neither True nor False
+    :raises ArgumentError: if it is neither True nor False
     """
-    if not isinstance(value, bool):
-        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+    if not isinstance(value, (bool, np.bool_)):
+        raise ArgumentError(f"`{name}` must be True or False, got {value!r}.")
 
 
-def check_integer(name: str, value: Any, minimum: int) -> None:
+def check_integer(name: str, value: Any, minimum: int) -> int:
     """
     Check one whole number.
 
     :param name: of the argument
     :param value: what came
     :param minimum: the smallest acceptable value
-    :raises ValueError: if it is no whole number, or too small
+    :return: the same as Python's own integer: PyTorch does not take NumPy's everywhere
+    :raises ArgumentError: if it is no whole number, or too small
     """
     # Not 64.0 either: PyTorch would refuse it as a batch size in the middle of the training
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
+        raise ArgumentError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
+    return int(value)
+
+
+def check_seed(seed: Any) -> int | None:
+    """
+    Check a seed.
+
+    :param seed: what came
+    :return: the same as Python's own integer, or ``None``
+    :raises ArgumentError: if it is neither ``None`` nor a whole number that NumPy takes as a seed
+    """
+    is_integer = isinstance(seed, Integral) and not isinstance(seed, bool)
+    if seed is not None and not (is_integer and 0 <= seed < 2**32):
+        raise ArgumentError(f"`seed` must be an integer from 0 to 2**32 - 1 or None (seeds nothing), got {seed!r}.")
+    return None if seed is None else int(seed)
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """
+    A suggestion for a name that does not exist.
+
+    :param name: what came
+    :param names: what there is
+    :return: the end of an error message
+    """
+    known = sorted(names)
+    matches = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(matches)}?" if matches else f"there are {', '.join(known[:20])}"
+
+
+def check_attributes(algorithm: type, given: Iterable[str], saved: Iterable[str]) -> None:
+    """
+    Check the names of attributes that are to be changed when a model is loaded.
+
+    :param algorithm: class of the model
+    :param given: what came
+    :param saved: the attributes in the file
+    :raises TypeError: for a name that neither a constructor nor the file has, as the constructor does
+    """
+    parameters = {name for each in algorithm.__mro__ for name in inspect.signature(each.__init__).parameters}  # type: ignore[misc]
+    known = (parameters | set(saved)) - {"self", "args", "kwargs"}
+    for name in given:
+        if name not in known:
+            public = [each for each in known if not each.startswith("_")]
+            raise TypeError(
+                f"{algorithm.__name__}.load() got an unexpected keyword argument {name!r}: {closest(name, public)}"
+            )
 
 
 def scheduled(name: str, value: float | Schedule, progress_remaining: float, minimum: float = -math.inf) -> float:
@@ -90,7 +155,7 @@ def scheduled(name: str, value: float | Schedule, progress_remaining: float, min
     :param progress_remaining: from 1 (start) to 0 (end)
     :param minimum: the smallest acceptable value
     :return: the number
-    :raises ValueError: if the number is not finite, or too small
+    :raises ArgumentError: if the number is not finite, or too small
     """
     number = value(progress_remaining) if callable(value) else value
     if not _is_number(number) or float(number) < minimum:
@@ -100,7 +165,7 @@ def scheduled(name: str, value: float | Schedule, progress_remaining: float, min
             else repr(value)
         )
         bound = "" if minimum == -math.inf else f" of at least {minimum:g}"
-        raise ValueError(f"`{name}` must be a finite number{bound}, got {source}.")
+        raise ArgumentError(f"`{name}` must be a finite number{bound}, got {source}.")
     return float(number)
 
 
@@ -110,15 +175,15 @@ def check_trust_region(trust_region: Any, options: Any) -> None:
 
     :param trust_region: what came for ``trust_region``
     :param options: what came for ``trust_region_kwargs``
-    :raises ValueError: for an unknown form, an unknown option, or a bad value of a known one
+    :raises ArgumentError: for an unknown form, an unknown option, or a bad value of a known one
     """
     check_choice("trust_region", trust_region, tuple(TRUST_REGION_OPTIONS))
     if not isinstance(options, dict):
-        raise ValueError(f"`trust_region_kwargs` must be a dict, got {options!r}.")
+        raise ArgumentError(f"`trust_region_kwargs` must be a dict, got {options!r}.")
     known = TRUST_REGION_OPTIONS[trust_region]
     for name, value in options.items():
         if name not in known:
-            raise ValueError(f"`trust_region_kwargs` of {trust_region!r} has no option {name!r}; there are {list(known)}.")
+            raise ArgumentError(f"`trust_region_kwargs` of {trust_region!r} has no option {name!r}; there are {list(known)}.")
         full_name = f"trust_region_kwargs[{name!r}]"
         if name in ("fill", "damped_scale", "precondition"):
             check_bool(full_name, value)
@@ -130,16 +195,143 @@ def check_trust_region(trust_region: Any, options: Any) -> None:
 
 def check_action_space(action_space: spaces.Space) -> None:
     """
-    Check that there is a distribution for an action space.
+    Check that there is a distribution for an action space, and that actions arrive as they were sampled.
 
     :param action_space: of the environment
-    :raises ValueError: if there is none
+    :raises ArgumentError: if not
     """
     supported = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
     if not isinstance(action_space, supported):
         names = ", ".join(space.__name__ for space in supported)
-        raise ValueError(f"TRPO supports the action spaces {names}; the environment has {action_space}.")
+        raise ArgumentError(f"TRPO supports the action spaces {names}; the environment has {action_space}.")
+    if math.prod(action_space.shape or ()) == 0:
+        raise ArgumentError(f"The action space {action_space} has no number in it: there is nothing to learn.")
+    if isinstance(action_space, spaces.Box) and not np.issubdtype(action_space.dtype, np.floating):
+        raise ArgumentError(
+            f"Box actions must have a float dtype, got {action_space}: the rollout buffer would cut off what is behind the "
+            "point. Declare the space with dtype=np.float32, and round in the environment's `step`."
+        )
     if isinstance(action_space, spaces.MultiBinary) and not isinstance(action_space.n, int):
-        raise ValueError(f"MultiBinary actions must have one dimension, got shape {action_space.shape}: flatten the action.")
+        raise ArgumentError(
+            f"MultiBinary actions must be given by their number, got {action_space}: use "
+            f"MultiBinary({math.prod(action_space.shape)}), and reshape the action in the environment's `step`."
+        )
     if isinstance(action_space, spaces.MultiDiscrete) and action_space.nvec.ndim != 1:
-        raise ValueError(f"MultiDiscrete actions must have one dimension, got shape {action_space.shape}: flatten the action.")
+        raise ArgumentError(
+            f"MultiDiscrete actions must have one dimension, got shape {action_space.shape}: use "
+            f"MultiDiscrete({action_space.nvec.flatten().tolist()}), and reshape the action in the environment's `step`."
+        )
+    _check_start("action", action_space)
+
+
+def check_observation_space(space: spaces.Space) -> None:
+    """
+    Check that a policy sees an observation as the environment means it.
+
+    :param space: of the environment
+    :raises ArgumentError: if not
+    """
+    if isinstance(space, spaces.Dict):
+        for part in space.spaces.values():
+            check_observation_space(part)
+        return
+    if space.shape is not None and math.prod(space.shape) == 0:
+        raise ArgumentError(f"The observation space {space} has no number in it: give the environment a constant to observe.")
+    _check_start("observation", space)
+
+
+def _check_start(what: str, space: spaces.Space) -> None:
+    """
+    Check that the whole numbers of a space begin with 0: SB3 counts them from there, whatever the space says.
+
+    :param what: whose space it is
+    :param space: the space
+    :raises ArgumentError: if they do not
+    """
+    if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)) and np.any(space.start != 0):
+        where = "TransformAction" if what == "action" else "TransformObservation"
+        raise ArgumentError(
+            f"The {what} space {space} has a `start` that is not 0, which SB3 does not support: count from 0, and shift the "
+            f"{what} in the environment or with gymnasium.wrappers.{where}."
+        )
+
+
+def check_env(env: Any) -> None:
+    """
+    Check that what came for an environment is one that SB3 can use.
+
+    :param env: what came, not an id
+    :raises ArgumentError: if it is known not to be
+    """
+    if env is None or isinstance(env, VecEnv):
+        return
+    name = type(env).__name__
+    # First: EnvPool's classes say that they are environments and vector environments of Gymnasium, too
+    if any(base.__module__.partition(".")[0] == "envpool" for base in type(env).__mro__):
+        raise ArgumentError(
+            f"`env` is EnvPool's own {name}, which SB3 does not support: use "
+            "sb3_trpo_ext.envs.EnvPoolVecEnv(env_id, n_envs=16)."
+        )
+    if isinstance(env, gym.vector.VectorEnv):
+        raise ArgumentError(
+            f"`env` is a {name} of gymnasium.vector, which SB3 does not support: use SB3's own vector environments, such as "
+            "stable_baselines3.common.env_util.make_vec_env(env_id, n_envs=8)."
+        )
+    if isinstance(env, type) or not hasattr(env, "step"):
+        hint = f"call it: {env.__name__}()" if isinstance(env, type) else "pass an environment, or the id of one"
+        raise ArgumentError(f"`env` must be an environment of Gymnasium, a VecEnv of SB3 or an id, got {env!r}: {hint}.")
+
+
+def check_settings(model: Any) -> None:
+    """
+    Check arguments that an update takes as they are, and make Python's integers of NumPy's.
+
+    :param model: a TRPO
+    :raises ArgumentError: with the name of the argument, what came and what is accepted
+    """
+    for name in ("n_steps", "batch_size", "cg_max_steps", "line_search_max_iter", "sub_sampling_factor"):
+        setattr(model, name, check_integer(name, getattr(model, name), 1))
+    model.n_critic_updates = check_integer("n_critic_updates", model.n_critic_updates, 0)
+    for name in ("gamma", "gae_lambda"):
+        check_number(name, getattr(model, name), "between 0 and 1", lambda x: 0 <= x <= 1)
+    check_number("cg_tolerance", model.cg_tolerance, "at least 0 and less than 1", lambda x: 0 <= x < 1)
+    check_number("line_search_shrinking_factor", model.line_search_shrinking_factor, "between 0 and 1", lambda x: 0 < x < 1)
+    check_trust_region(model.trust_region, model.trust_region_kwargs)
+    check_bool("clipped_likelihood", model.clipped_likelihood)
+    check_choice("vf_loss", model.vf_loss, tuple(VALUE_LOSSES))
+    if model.clip_advantage is not None:
+        check_number("clip_advantage", model.clip_advantage, "positive or `None`", lambda x: x > 0)
+        if not model.normalize_advantage:
+            raise ArgumentError(
+                f"`clip_advantage` is in standard deviations of the normalized advantage, got "
+                f"clip_advantage={model.clip_advantage} with normalize_advantage=False: leave out one of them."
+            )
+    if model.max_grad_norm is not None:
+        check_number("max_grad_norm", model.max_grad_norm, "at least 0 or `None`", lambda x: x >= 0)
+
+
+def check_arguments(model: Any) -> None:
+    """
+    Check all that can be checked before anything runs.
+
+    :param model: a TRPO whose policy has not been made yet
+    :raises ArgumentError: with the name of the argument, what came and what is accepted
+    """
+    check_settings(model)
+    model.seed = check_seed(model.seed)
+    model._stats_window_size = check_integer("stats_window_size", model._stats_window_size, 1)
+    model.sde_sample_freq = check_integer("sde_sample_freq", model.sde_sample_freq, -1)
+    check_number("target_kl", scheduled("target_kl", model.target_kl, 1.0), "positive", lambda x: x > 0)
+    scheduled("cg_damping", model.cg_damping, 1.0, minimum=0.0)
+    scheduled("ent_coef", model.ent_coef, 1.0)
+    if model.clip_range_vf is not None:
+        clip_range_vf = scheduled("clip_range_vf", model.clip_range_vf, 1.0)
+        check_number("clip_range_vf", clip_range_vf, "positive or `None`", lambda x: x > 0)
+    if model.action_space is not None:
+        check_action_space(model.action_space)
+        check_observation_space(model.observation_space)
+    if model.normalize_advantage and model.n_steps * model.n_envs < 2:
+        raise ArgumentError(
+            f"`n_steps * n_envs` must be greater than 1 to normalize the advantage, got n_steps={model.n_steps} and "
+            f"n_envs={model.n_envs}: raise `n_steps` or set `normalize_advantage=False`."
+        )

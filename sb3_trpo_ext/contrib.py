@@ -8,31 +8,38 @@ import zipfile
 from collections.abc import Collection
 from typing import Any
 
-import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.save_util import load_from_zip_file, open_path
-from torch import nn
 
 
-def is_contrib_model(path: str | pathlib.Path | io.BufferedIOBase) -> bool:
+def saved_attributes(path: str | pathlib.Path | io.BufferedIOBase) -> dict[str, Any]:
     """
-    Whether a saved model is sb3-contrib's TRPO rather than ours.
+    The attributes in a file of a saved model, as far as JSON has them.
 
     :param path: as for ``load``; a file object is left where it was
-    :return: true for sb3-contrib's; false for what is no model at all, of which loading it will tell
+    :return: by name; empty for what is no model at all, of which loading it will tell
     """
     file = open_path(path, "r", suffix="zip")
     start = file.tell()
     try:
         with zipfile.ZipFile(file) as archive:
-            attributes = json.loads(archive.read("data")) if "data" in archive.namelist() else {}
+            return json.loads(archive.read("data")) if "data" in archive.namelist() else {}
     except zipfile.BadZipFile:
-        return False
+        return {}
     finally:
         file.seek(start)
         if file is not path:
             file.close()
+
+
+def is_contrib_model(attributes: Collection[str]) -> bool:
+    """
+    Whether a saved model is sb3-contrib's TRPO rather than ours.
+
+    :param attributes: names of the attributes in its file
+    :return: true for sb3-contrib's
+    """
     return "cg_max_steps" in attributes and "trust_region" not in attributes
 
 
@@ -64,7 +71,7 @@ def joint_kl_arguments(
     data, _, _ = load_from_zip_file(path, device="cpu", custom_objects=custom_objects)
     if start is not None:
         path.seek(start)  # type: ignore[union-attr]
-    assert data is not None, "`is_contrib_model` has read it already"
+    assert data is not None, "`saved_attributes` has read it already"
     factor = joint_kl_factor(data["action_space"])
     names = [name for name in ("target_kl", "cg_damping") if name not in given and name not in (custom_objects or {})]
     converted = {name: data[name] * factor for name in names}
@@ -76,23 +83,3 @@ def joint_kl_arguments(
             stacklevel=3,
         )
     return converted
-
-
-def critic_optimizer_state(
-    state: dict[str, Any], all_params: list[nn.Parameter], critic_params: list[nn.Parameter]
-) -> dict[str, Any]:
-    """
-    Cut the state of an optimiser over all of a policy's parameters down to the critic's.
-
-    :param state: state dict of an optimiser over ``all_params``
-    :param all_params: in the optimiser's order
-    :param critic_params: those to keep, in the order wanted
-    :return: state dict of an optimiser over ``critic_params``
-    """
-    position = {id(param): index for index, param in enumerate(all_params)}
-    kept = [position[id(param)] for param in critic_params]
-    moments: dict[int, dict[str, th.Tensor]] = state["state"]
-    return {
-        "state": {new: moments[old] for new, old in enumerate(kept) if old in moments},
-        "param_groups": [{**state["param_groups"][0], "params": list(range(len(kept)))}],
-    }

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_trpo_ext.batch import Batch, take
-from sb3_trpo_ext.optim import MlpRegression
+from sb3_trpo_ext.optim import MlpRegression, Status
 from sb3_trpo_ext.optim.adam import adam_step
 from sb3_trpo_ext.optim.devices import sent_to
 from sb3_trpo_ext.optim.parallel import all_mean, all_means, all_true, average_, minibatch_shares, minibatch_sizes
@@ -36,13 +36,23 @@ class CriticFit(NamedTuple):
     max_grad_norm: float | None = None
 
 
+class CriticStatus(Status):
+    """How a fit of the value function ended; every one but the first leaves the critic as it was."""
+
+    FITTED = 0, ""
+    NO_EPOCHS = 1, ""
+    NOTHING_TO_TRAIN = 2, ""
+    NON_FINITE_RETURNS = 3, "check the environment's rewards for NaN and infinity"
+    NON_FINITE_FIT = 4, "check the environment's observations and rewards for extremes, and the learning rate"
+
+
 class CriticResult(NamedTuple):
     """What came out of a fit."""
 
     #: Mean loss over all minibatches, each before its step; NaN if there was none.
     loss: float
-    #: ``fitted``, or why the critic is as it was.
-    status: str
+    #: ``FITTED``, or why the critic is as it was.
+    status: CriticStatus
 
 
 def fit_critic(
@@ -59,7 +69,9 @@ def fit_critic(
     would change the policy behind the back of the trust region. If anything becomes NaN or infinite, parameters, running
     statistics and optimiser are put back to where they were.
 
-    :param policy: its ``optimizer`` holds ``critic_params`` alone
+    The policy's optimizer makes the steps, and can move the critic's parameters only: no others have a gradient meanwhile.
+
+    :param policy: with its optimizer; gradients that its parameters have are dropped
     :param critic_params: what is trained
     :param critic_modules: modules that only the values go through
     :param batch: the rollout
@@ -67,9 +79,11 @@ def fit_critic(
     :return: mean loss and status
     """
     if fit.n_epochs == 0:
-        return CriticResult(float("nan"), "no_epochs")
+        return CriticResult(float("nan"), CriticStatus.NO_EPOCHS)
+    if not critic_params:
+        return CriticResult(float("nan"), CriticStatus.NOTHING_TO_TRAIN)
     if not all_true(bool(th.isfinite(batch.returns).all())):
-        return CriticResult(float("nan"), "non_finite_returns")
+        return CriticResult(float("nan"), CriticStatus.NON_FINITE_RETURNS)
     weights = [*critic_params, *(buffer for module in critic_modules for buffer in module.buffers(recurse=False))]
     old_weights = [tensor.detach().clone() for tensor in weights]
     old_optimizer = copy.deepcopy(policy.optimizer.state_dict())
@@ -77,10 +91,12 @@ def fit_critic(
     for module in critic_modules:
         module.training = True
     try:
+        # Those of the actor, left by a pretraining, would be a step behind the back of the trust region
+        policy.optimizer.zero_grad(set_to_none=True)
         gradient = flat_gradient_(critic_params)
         shares = minibatch_shares(batch.n_samples, fit.batch_size)
         losses: list[th.Tensor] = []
-        minibatches = _minibatch_gradients(policy, list(critic_params), batch, fit, losses)
+        minibatches = _minibatch_gradients(policy, list(critic_params), gradient, batch, fit, losses)
         step = adam_step(policy.optimizer)
         for _ in range(fit.n_epochs):
             for _, share in zip(minibatches(), shares, strict=True):
@@ -114,17 +130,23 @@ def fit_critic(
                 for tensor, old in zip(weights, old_weights, strict=True):
                     tensor.copy_(old)
             policy.optimizer.load_state_dict(old_optimizer)
-    return CriticResult(loss, "fitted" if is_fitted else "non_finite_fit")
+    return CriticResult(loss, CriticStatus.FITTED if is_fitted else CriticStatus.NON_FINITE_FIT)
 
 
 def _minibatch_gradients(
-    policy: ActorCriticPolicy, critic_params: list[nn.Parameter], batch: Batch, fit: CriticFit, losses: list[th.Tensor]
+    policy: ActorCriticPolicy,
+    critic_params: list[nn.Parameter],
+    gradient: th.Tensor,
+    batch: Batch,
+    fit: CriticFit,
+    losses: list[th.Tensor],
 ) -> Callable[[], Iterator[None]]:
     """
     Choose how an epoch gets its gradients: by hand for an MLP on flat features, by autograd for every other critic.
 
     :param policy: whose values are fitted
     :param critic_params: what is trained
+    :param gradient: all of their gradients, side by side in one vector
     :param batch: the rollout
     :param fit: how
     :param losses: where the losses go, of each minibatch or the mean of an epoch
@@ -137,9 +159,9 @@ def _minibatch_gradients(
         for indices in sent_to(device, th.randperm(batch.n_samples)).split(sizes):
             values = policy.predict_values(take(batch.observations, indices)).flatten()
             loss = _value_losses(values, batch.returns[indices], batch.old_values[indices], fit).mean()
-            for param, gradient in zip(critic_params, th.autograd.grad(loss, critic_params), strict=True):
-                assert param.grad is not None
-                param.grad.copy_(gradient)
+            # By `backward`, into the vector: that way hooks of every kind hear of it
+            gradient.zero_()
+            loss.backward(inputs=critic_params)
             losses.append(loss.detach())
             yield
 

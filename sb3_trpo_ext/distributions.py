@@ -10,9 +10,10 @@ register a better one with :func:`register_family`.
 
 import copy
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch as th
@@ -26,6 +27,7 @@ from stable_baselines3.common.distributions import (
     StateDependentNoiseDistribution,
 )
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sb3_trpo_ext.optim.devices import sent_to
 
@@ -227,7 +229,10 @@ class CategoricalFamily(Family):
 
     def kl(self, old: Statistics, new: Statistics) -> th.Tensor:
         """
-        ``sum p_old (log p_old - log p_new)``, where an action of probability zero counts nothing.
+        ``sum p_old (exp(d) - 1 - d)`` with ``d = log p_new - log p_old``, where an action of probability zero counts nothing.
+
+        That is ``sum p_old (log p_old - log p_new)``, whose terms of both signs nearly cancel at the KLs of a trust region;
+        here no term is negative.
 
         :param old: ``(logits,)``
         :param new: ``(logits,)``
@@ -237,8 +242,8 @@ class CategoricalFamily(Family):
         for old_log_prob, new_log_prob in zip(self._log_probs(old), self._log_probs(new), strict=True):
             prob = old_log_prob.exp()
             # A masked action has log-probability -inf on both sides, and 0 * (-inf + inf) would be NaN
-            difference = th.where(prob > 0, old_log_prob - new_log_prob, th.zeros_like(prob))
-            total = total + (prob * difference).sum(dim=1)
+            difference = th.where(prob > 0, new_log_prob - old_log_prob, th.zeros_like(prob))
+            total = total + (prob * _exp_minus_line(difference)).sum(dim=1)
         return total
 
     def entropy(self, statistics: Statistics, noise: th.Tensor | None = None) -> th.Tensor:
@@ -302,14 +307,18 @@ class BernoulliFamily(Family):
 
     def kl(self, old: Statistics, new: Statistics) -> th.Tensor:
         """
-        ``sum_i p_old (z_old - z_new) + softplus(z_new) - softplus(z_old)`` with logits z.
+        The categorical form for both outcomes, whose log-probabilities are ``-softplus(-z)`` and ``-softplus(z)`` of logits z.
 
         :param old: ``(logits,)``
         :param new: ``(logits,)``
         :return: shape ``(n_batch,)``
         """
         (z_old,), (z_new,) = old, new
-        return (th.sigmoid(z_old) * (z_old - z_new) + F.softplus(z_new) - F.softplus(z_old)).sum(dim=1)
+        kl = th.zeros_like(z_old)
+        for sign in (1, -1):
+            difference = F.logsigmoid(sign * z_new) - F.logsigmoid(sign * z_old)
+            kl = kl + th.sigmoid(sign * z_old) * _exp_minus_line(difference)
+        return kl.sum(dim=1)
 
     def entropy(self, statistics: Statistics, noise: th.Tensor | None = None) -> th.Tensor:
         """
@@ -345,6 +354,18 @@ class BernoulliFamily(Family):
         probs = th.sigmoid(statistics[0])
         uniform = th.rand(probs.shape, generator=generator, dtype=probs.dtype)
         return (sent_to(probs.device, uniform) < probs).to(probs.dtype) - probs
+
+
+def _exp_minus_line(x: th.Tensor) -> th.Tensor:
+    """
+    ``exp(x) - 1 - x``, without the cancellation of that form at small x.
+
+    :param x: of any shape
+    :return: the same shape, never negative
+    """
+    # Below 0.01 the series to the fifth order is exact to the last bit of single precision, and to 1e-11 of double
+    series = x.square() * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x / 120)))
+    return th.where(x.abs() < 0.01, series, th.expm1(x) - x)
 
 
 def standard_normal(like: th.Tensor, generator: th.Generator) -> th.Tensor:
@@ -443,17 +464,50 @@ register_family(MultiCategoricalDistribution, lambda dist: CategoricalFamily(dis
 register_family(BernoulliDistribution, lambda _: BernoulliFamily())
 
 
-@contextmanager
-def no_argument_checks() -> Iterator[None]:
+class _Shared:
     """
-    Switch off the argument checks of ``torch.distributions`` for a while.
+    A setting of the whole process that is changed while any thread wants it so, and is as before when none does.
 
-    A trial step of a line search may well give a NaN or a std of zero. That must come out as a non-finite KL, which rejects
-    the trial, and not as an exception. The checks also make the host wait for the accelerator.
+    With a plain "set it, and put back what was there" two threads that overlap leave it changed: the second one finds, and
+    later puts back, what the first one has set.
+
+    :param make_context: changes the setting on entry and restores it on exit
     """
+
+    def __init__(self, make_context: Callable[[], AbstractContextManager[Any]]):
+        self._make_context = make_context
+        self._lock = threading.Lock()
+        self._n_inside = 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._n_inside == 0:
+                self._stack.enter_context(self._make_context())
+            self._n_inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._n_inside -= 1
+            if self._n_inside == 0:
+                self._stack.close()
+
+
+@contextmanager
+def _checks_off() -> Iterator[None]:
+    """Switch off the argument checks of ``torch.distributions``."""
     before = th.distributions.Distribution._validate_args
     th.distributions.Distribution.set_default_validate_args(False)
     try:
         yield
     finally:
         th.distributions.Distribution.set_default_validate_args(before)
+
+
+#: Within it the argument checks of ``torch.distributions`` are off. A trial step of a line search may well give a NaN or a std
+#: of zero. That must come out as a non-finite KL, which rejects the trial, and not as an exception. The checks also make the
+#: host wait for the accelerator.
+no_argument_checks = _Shared(_checks_off)
+#: Within it ``scaled_dot_product_attention`` is computed by the only kernel that can be differentiated twice, as products with
+#: the Fisher matrix are (PyTorch's issue 116350).
+twice_differentiable_attention = _Shared(lambda: sdpa_kernel(SDPBackend.MATH))

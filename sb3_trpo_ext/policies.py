@@ -23,6 +23,7 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 
 from sb3_trpo_ext.distributions import BernoulliFamily, CategoricalFamily, GaussianFamily, family_of
@@ -102,12 +103,14 @@ class SquashedMultiInputPolicy(_SquashedMixin, MultiInputPolicy):
 
 
 class PolicyParts(NamedTuple):
-    """Which of a policy's parameters and modules are the actor's and which the critic's."""
+    """Which of a policy's parameters and modules are the actor's and which the critic's; no parameter that is frozen."""
 
     #: What the action distribution depends on, in the policy's order; shared parameters are among them.
     actor_params: list[nn.Parameter]
     #: What the values depend on and the action distribution does not, in the policy's order.
     critic_params: list[nn.Parameter]
+    #: Modules that the action distribution goes through.
+    actor_modules: list[nn.Module]
     #: Modules that only the values go through: they alone may be in training mode while the critic is fitted.
     critic_modules: list[nn.Module]
 
@@ -148,9 +151,11 @@ def split_policy(policy: ActorCriticPolicy) -> PolicyParts:
     """
     Tell the actor's parameters from the critic's by what reaches the outputs, never by their names.
 
+    Parameters that require no gradient are left out, so either list may be empty.
+
     :param policy: any policy with ``get_distribution`` and ``predict_values``
     :return: its parts
-    :raises ValueError: if its tensors are on several devices, or the actor or the critic has nothing to train
+    :raises ValueError: if its tensors are on several devices
     """
     devices = {str(tensor.device) for tensors in (policy.parameters(), policy.buffers()) for tensor in tensors}
     if len(devices) > 1:
@@ -176,22 +181,37 @@ def split_policy(policy: ActorCriticPolicy) -> PolicyParts:
         for_actor = _reaches(sum((output.sum() for output in outputs), start=th.zeros(())), params)
         for_critic = _reaches(values.sum(), params)
     policy.set_training_mode(was_training)
-    parts = PolicyParts(
+    drop_graph_(distribution)
+    return PolicyParts(
         actor_params=[param for param, is_actor in zip(params, for_actor, strict=True) if is_actor],
         critic_params=[
             param
             for param, is_actor, is_critic in zip(params, for_actor, for_critic, strict=True)
             if is_critic and not is_actor
         ],
+        actor_modules=[module for module in policy.modules() if module in actor_modules],
         critic_modules=[module for module in policy.modules() if module in critic_modules - actor_modules],
     )
-    for name, found in (("action distribution", parts.actor_params), ("value function", parts.critic_params)):
-        if not found:
-            raise ValueError(
-                f"The {name} of {type(policy).__name__} depends on no parameter of its own that requires a gradient: "
-                "there is nothing to train."
-            )
-    return parts
+
+
+def drop_graph_(distribution: Any) -> None:
+    """
+    Let a distribution keep its numbers, and forget where they are from.
+
+    SB3 puts the last distribution into the policy. With its graph that could not be copied (``copy.deepcopy(policy)``), and
+    would hold the activations of a whole batch.
+
+    :param distribution: SB3's, or one of PyTorch's in it
+    """
+    for name, value in list(vars(distribution).items()):
+        if th.is_tensor(value) and value.grad_fn is not None:
+            setattr(distribution, name, value.detach())
+        elif isinstance(value, list):
+            for part in value:
+                if isinstance(part, th.distributions.Distribution):
+                    drop_graph_(part)
+        elif isinstance(value, th.distributions.Distribution):
+            drop_graph_(value)
 
 
 def _reaches(output: th.Tensor, params: list[nn.Parameter]) -> list[bool]:
@@ -202,7 +222,7 @@ def _reaches(output: th.Tensor, params: list[nn.Parameter]) -> list[bool]:
     :param params: the parameters
     :return: one flag per parameter
     """
-    if not output.requires_grad:
+    if not params or not output.requires_grad:
         return [False] * len(params)
     gradients = th.autograd.grad(output, params, allow_unused=True)
     return [gradient is not None for gradient in gradients]
@@ -229,50 +249,62 @@ PLAIN_DISTRIBUTIONS = (
 _PLAIN_FAMILIES = (GaussianFamily, CategoricalFamily, BernoulliFamily)
 
 
+def actor_structure(policy: ActorCriticPolicy) -> MlpStructure | None:
+    """
+    Recognize an actor that is a plain multilayer perceptron, trainable or not.
+
+    Anything unusual (an overridden method, a hook, a parametrization, another activation) means no.
+
+    :param policy: the policy
+    :return: the structure, or ``None``
+    """
+    methods = ("get_distribution", "_get_action_dist_from_latent")
+    if (
+        not has_stock_methods(policy, *methods)
+        or type(policy.action_dist) not in PLAIN_DISTRIBUTIONS
+        or type(family_of(policy.action_dist)) not in _PLAIN_FAMILIES
+        or type(policy.pi_features_extractor) is not FlattenExtractor
+        or type(policy.mlp_extractor) is not MlpExtractor
+        or _has_hooks(policy.pi_features_extractor, policy.mlp_extractor)
+    ):
+        return None
+    found = _plain_layers(policy.mlp_extractor.policy_net, policy.action_net, ELEMENTWISE_ACTIVATIONS)
+    return None if found is None else MlpStructure(*found, getattr(policy, "log_std", None))
+
+
 def mlp_structure(policy: ActorCriticPolicy, actor_params: list[nn.Parameter]) -> MlpStructure | None:
     """
-    Recognise an actor whose Jacobian :class:`~sb3_trpo_ext.optim.mlp.MlpJacobian` knows.
+    Recognize an actor whose Jacobian :class:`~sb3_trpo_ext.optim.mlp.MlpJacobian` knows.
 
-    Anything unusual (an overridden method, a hook, a parametrisation, frozen or further parameters, another activation) means
-    no: then the derivatives are left to autograd, which is slower and always right.
+    Anything unusual (see :func:`actor_structure`, and frozen or further parameters) means no: then the derivatives are left to
+    autograd, which is slower and always right.
 
     :param policy: the policy
     :param actor_params: its actor's parameters
     :return: the structure, or ``None``
     """
-    methods = ("get_distribution", "_get_action_dist_from_latent")
-    is_stock = all(getattr(type(policy), name, None) is getattr(ActorCriticPolicy, name) for name in methods)
-    if (
-        not is_stock
-        or type(policy.action_dist) not in PLAIN_DISTRIBUTIONS
-        or type(family_of(policy.action_dist)) not in _PLAIN_FAMILIES
-        or type(policy.pi_features_extractor) is not FlattenExtractor
-        or type(policy.mlp_extractor) is not MlpExtractor
-    ):
+    structure = actor_structure(policy)
+    if structure is None:
         return None
-    found = _plain_layers(policy.mlp_extractor.policy_net, policy.action_net, ELEMENTWISE_ACTIVATIONS)
-    if found is None:
-        return None
-    layers, activations = found
-    log_std = getattr(policy, "log_std", None)
-    expected = [param for layer in layers for param in layer.parameters()] + ([] if log_std is None else [log_std])
-    has_hooks = _has_hooks(policy.pi_features_extractor) or _has_hooks(policy.mlp_extractor)
-    return None if has_hooks or not _is_same(expected, actor_params) else MlpStructure(layers, activations, log_std)
+    expected = [param for layer in structure.layers for param in layer.parameters()]
+    expected += [] if structure.log_std is None else [structure.log_std]
+    return structure if _is_same(expected, actor_params) else None
 
 
 def critic_structure(policy: ActorCriticPolicy, critic_params: list[nn.Parameter]) -> MlpStructure | None:
     """
-    Recognise a critic whose gradient :class:`~sb3_trpo_ext.optim.regression.MlpRegression` knows.
+    Recognize a critic whose gradient :class:`~sb3_trpo_ext.optim.regression.MlpRegression` knows.
 
     :param policy: the policy
     :param critic_params: its critic's parameters
     :return: the structure, or ``None`` for anything unusual
     """
     if (
-        getattr(type(policy), "predict_values", None) is not ActorCriticPolicy.predict_values
+        not has_stock_methods(policy, "predict_values")
         or type(policy.vf_features_extractor) is not FlattenExtractor
         or type(policy.mlp_extractor) is not MlpExtractor
         or _has_hooks(policy.vf_features_extractor)
+        or any(has_gradient_hooks(param) for param in critic_params)
     ):
         return None
     found = _plain_layers(policy.mlp_extractor.value_net, policy.value_net, REGRESSION_ACTIVATIONS)
@@ -283,6 +315,19 @@ def critic_structure(policy: ActorCriticPolicy, critic_params: list[nn.Parameter
     expected = [param for layer in layers for param in layer.parameters()]
     is_known = has_biases and layers[-1].out_features == 1 and _is_same(expected, critic_params)
     return MlpStructure(layers, activations, None) if is_known else None
+
+
+def has_stock_methods(policy: ActorCriticPolicy, *names: str) -> bool:
+    """
+    Whether a policy does what SB3's does when these methods are called.
+
+    :param policy: the policy
+    :param names: of the methods
+    :return: false if its class or its user has put another one in the place of any of them
+    """
+    return all(
+        name not in vars(policy) and getattr(type(policy), name, None) is getattr(ActorCriticPolicy, name) for name in names
+    )
 
 
 def _plain_layers(
@@ -322,14 +367,27 @@ def _is_same(expected: list[nn.Parameter], params: list[nn.Parameter]) -> bool:
     return sorted(map(id, expected)) == sorted(map(id, params))
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def _has_hooks(*modules: nn.Module) -> bool:
     """
-    Whether calling a module does more than its ``forward``.
+    Whether there is more to a pass through a module, forwards or backwards, than its class's ``forward``.
 
-    :param module: any module
-    :return: true if there are forward hooks
+    :param modules: any modules
+    :return: true if one of them has a hook or a ``forward`` of its own, or if there are hooks for all modules
     """
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    attached = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return bool(_has_any_global_hook()) or any(
+        "forward" in vars(module) or any(getattr(module, name) for name in attached) for module in modules
+    )
+
+
+def has_gradient_hooks(param: th.Tensor) -> bool:
+    """
+    Whether somebody is to hear of a parameter's gradient, or to change it.
+
+    :param param: the parameter
+    :return: true if there are hooks (``register_hook``, ``register_post_accumulate_grad_hook``)
+    """
+    return bool(param._backward_hooks or param._post_accumulate_grad_hooks)
 
 
 def _is_plain(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:

@@ -6,11 +6,7 @@ import warnings
 from stable_baselines3.common.logger import Logger
 
 from sb3_trpo_ext.critic import CriticResult
-from sb3_trpo_ext.optim import LineSearchStatus, UpdateResult
-
-#: Rejections that belong to the algorithm; all others point to a problem that the user should hear of.
-_ORDINARY_STATUSES = {status.value for status in LineSearchStatus} - {LineSearchStatus.NON_FINITE.value}
-_ORDINARY_STATUSES |= {"zero_gradient", "zero_target_kl"}
+from sb3_trpo_ext.optim import UpdateResult
 
 
 def warn_if_rejected(result: UpdateResult, critic: CriticResult) -> None:
@@ -20,16 +16,14 @@ def warn_if_rejected(result: UpdateResult, critic: CriticResult) -> None:
     :param result: of the policy update
     :param critic: of the critic's fit
     """
-    if result.status not in _ORDINARY_STATUSES:
+    if result.status.advice:
         warnings.warn(
-            f"The policy update was rejected: {result.status}. The policy is unchanged; check the environment's observations "
-            "and rewards for NaN and the settings for extremes.",
+            f"The policy update was rejected: {result.status!s}. The policy is unchanged; {result.status.advice}.",
             stacklevel=4,
         )
-    if critic.status.startswith("non_finite"):
+    if critic.status.advice:
         warnings.warn(
-            f"The value function was not fitted: {critic.status}. It is unchanged; check the environment's rewards.",
-            stacklevel=4,
+            f"The value function was not fitted: {critic.status!s}. It is unchanged; {critic.status.advice}.", stacklevel=4
         )
 
 
@@ -50,7 +44,10 @@ def record_update(logger: Logger, result: UpdateResult, critic: CriticResult) ->
     record("train/step_size", result.step_size)
     record("train/grad_norm", result.grad_norm)
     record("train/is_line_search_success", int(result.is_accepted))
-    record("train/status", result.status)
+    for key, status in (("train/status", result.status), ("train/value_status", critic.status)):
+        record(key, int(status))
+        # A number too, for code that averages all that is logged; printed and in a CSV file it is the name
+        record(f"{key}_name", status, exclude=("tensorboard", "json"))
     if math.isnan(result.beta):
         record("train/line_search_trials", result.n_trials)
         record("train/cg_steps", result.cg_steps)
@@ -59,4 +56,3 @@ def record_update(logger: Logger, result: UpdateResult, critic: CriticResult) ->
     else:
         record("train/beta", result.beta)
     record("train/value_loss", critic.loss)
-    record("train/value_status", critic.status)

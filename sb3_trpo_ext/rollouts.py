@@ -5,8 +5,8 @@ computed in batches at its end, where a network costs a small part of what it co
 
 Differences from ``OnPolicyAlgorithm.collect_rollouts``:
 
-1. While callbacks run in ``on_step``, ``locals["values"]`` and ``locals["log_probs"]`` are ``None``. In ``on_rollout_end``
-   they are what they are in SB3: the values of the last observation, and the log-probabilities of the last step.
+1. While callbacks run in ``on_step``, ``locals["values"]``, ``locals["log_probs"]`` and what the buffer has of values,
+   log-probabilities and bootstrapped rewards are computed when somebody looks at them (:mod:`sb3_trpo_ext.lazy`).
 2. ``terminal_obs`` and ``terminal_value`` are not among the locals.
 3. Errors say what the environment did wrong.
 
@@ -14,6 +14,9 @@ Where it is not certain that the contents would be the same, SB3's loop runs ins
 always wants it says ``collect_rollouts = OnPolicyAlgorithm.collect_rollouts``.
 """
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -29,6 +32,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_trpo_ext.actors import Actor, is_deferrable_policy, make_actor
+from sb3_trpo_ext.lazy import LazySteps, lazy_buffer
 from sb3_trpo_ext.optim.vectors import assign_, flatten
 
 #: Numbers in the observations of one batch at the end of a rollout: 16 MiB of float32.
@@ -39,7 +43,6 @@ Observations = np.ndarray | dict[str, np.ndarray]
 
 def collect_rollouts(
     model: OnPolicyAlgorithm,
-    actor_params: list[nn.Parameter],
     env: VecEnv,
     callback: BaseCallback,
     rollout_buffer: RolloutBuffer,
@@ -49,7 +52,6 @@ def collect_rollouts(
     Fill the buffer with experience of the current policy.
 
     :param model: whose policy acts
-    :param actor_params: the parameters of its actor
     :param env: the training environment
     :param callback: called at each step, and at the beginning and the end
     :param rollout_buffer: buffer to fill
@@ -60,7 +62,7 @@ def collect_rollouts(
     """
     try:
         if is_deferrable(model, rollout_buffer):
-            return _LeanRollout(model, actor_params, env, callback, rollout_buffer).collect(n_rollout_steps)
+            return _LeanRollout(model, env, callback, rollout_buffer).collect(n_rollout_steps)
         return OnPolicyAlgorithm.collect_rollouts(model, env, callback, rollout_buffer, n_rollout_steps)
     except (ValueError, RuntimeError) as error:
         _explain_observation(model, env, error)
@@ -104,7 +106,6 @@ class _LeanRollout:
     One rollout.
 
     :param model: whose policy acts
-    :param actor_params: the parameters of its actor
     :param env: the training environment
     :param callback: called at each step, and at the beginning and the end
     :param buffer: buffer to fill
@@ -113,7 +114,6 @@ class _LeanRollout:
     def __init__(
         self,
         model: OnPolicyAlgorithm,
-        actor_params: list[nn.Parameter],
         env: VecEnv,
         callback: BaseCallback,
         buffer: RolloutBuffer,
@@ -123,7 +123,8 @@ class _LeanRollout:
         self.env = env
         self.callback = callback
         self.buffer = buffer
-        self._actor_params = actor_params
+        #: Its arrays themselves, also while it is lazy.
+        self._arrays: dict[str, Any] = vars(buffer)
         #: Steps up to this one have their values and log-probabilities.
         self._n_complete = 0
         #: Truncated episodes: step, environment and last observation.
@@ -136,37 +137,65 @@ class _LeanRollout:
         :param n_rollout_steps: number of steps per environment
         :return: False if the callback ended the training
         """
-        model, policy, env, callback, buffer = self.model, self.policy, self.env, self.callback, self.buffer
-        policy.set_training_mode(False)
+        model, callback, buffer = self.model, self.callback, self.buffer
+        self.policy.set_training_mode(False)
         buffer.reset()
-        if model.use_sde:
-            policy.reset_noise(env.num_envs)
+        self._reset_noise()
         callback.on_rollout_start()
+        with lazy_buffer(buffer, self._complete):
+            is_full = self._run(n_rollout_steps)
+        # A callback may have trained something
+        self.policy.set_training_mode(False)
+        self._complete()
+        self._lazy_steps.finish(buffer.values, buffer.log_probs, model.device)
+        if not is_full:
+            return False
+        with th.no_grad():
+            values = self.policy.predict_values(obs_as_tensor(self._scope["new_obs"], model.device))
+        buffer.compute_returns_and_advantage(last_values=values, dones=self._scope["dones"])
+        log_probs, rewards = th.as_tensor(buffer.log_probs[-1].copy(), device=model.device), buffer.rewards[-1].copy()
+        self._scope.update(n_steps=n_rollout_steps, values=values, log_probs=log_probs, rewards=rewards)
+        callback.update_locals(self._scope)
+        callback.on_rollout_end()
+        return True
 
+    def _run(self, n_rollout_steps: int) -> bool:
+        """
+        Run the environment.
+
+        :param n_rollout_steps: number of steps per environment
+        :return: False if the callback ended the training
+        :raises ValueError: if the environment returned an observation of a wrong shape
+        """
+        model, env, callback = self.model, self.env, self.callback
         self._look_at_policy()
+        self._lazy_steps = LazySteps(self._evaluate_step)
         space = model.observation_space
-        action_bounds = _clipping_bounds(policy)
         # What SB3 has in its local variables, under the same names
-        scope: dict[str, Any] = {"self": model, "env": env, "callback": callback, "rollout_buffer": buffer}
-        scope |= {"n_rollout_steps": n_rollout_steps, "values": None, "log_probs": None}
+        scope: dict[str, Any] = {"self": model, "env": env, "callback": callback, "rollout_buffer": self.buffer}
+        scope["n_rollout_steps"] = n_rollout_steps
+        self._scope = scope
         for n_steps in range(n_rollout_steps):
-            if model.use_sde and model.sde_sample_freq > 0 and n_steps % model.sde_sample_freq == 0:
-                policy.reset_noise(env.num_envs)
-            obs_tensor = obs_as_tensor(model._last_obs, model.device)  # type: ignore[arg-type]
+            if model.sde_sample_freq > 0 and n_steps % model.sde_sample_freq == 0:
+                self._reset_noise()
+            self._observations = obs_tensor = obs_as_tensor(model._last_obs, model.device)  # type: ignore[arg-type]
             actions = self._actor.act(obs_tensor)
-            if action_bounds is not None:
-                clipped_actions = np.minimum(np.maximum(actions, action_bounds[0]), action_bounds[1])
+            if self._action_bounds is not None:
+                clipped_actions = np.minimum(np.maximum(actions, self._action_bounds[0]), self._action_bounds[1])
             else:
-                clipped_actions = policy.unscale_action(actions) if policy.squash_output else actions
+                clipped_actions = self.policy.unscale_action(actions) if self.policy.squash_output else actions
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             model.num_timesteps += env.num_envs
             if problem := _misfit(new_obs, space, env.num_envs):
                 raise ValueError(f"The environment returned {problem} after {model.num_timesteps} timesteps. {_INTACT}")
 
+            values, log_probs = self._lazy_steps.at(n_steps)
             scope.update(
                 n_steps=n_steps,
                 obs_tensor=obs_tensor,
                 actions=actions,
+                values=values,
+                log_probs=log_probs,
                 clipped_actions=clipped_actions,
                 new_obs=new_obs,
                 rewards=rewards,
@@ -175,30 +204,30 @@ class _LeanRollout:
             )
             callback.update_locals(scope)
             if not callback.on_step():
+                # This step never gets into the buffer
+                values.source()
                 return False
 
             model._update_info_buffer(infos, dones)
             for index in np.flatnonzero(dones):
                 terminal_observation = infos[index].get("terminal_observation")
                 if terminal_observation is not None and infos[index].get("TimeLimit.truncated", False):
-                    self._truncated.append((n_steps, int(index), policy.obs_to_tensor(terminal_observation)[0]))
+                    self._truncated.append((n_steps, int(index), self.policy.obs_to_tensor(terminal_observation)[0]))
             self._store(n_steps, actions, rewards)
             model._last_obs = new_obs  # type: ignore[assignment]
             model._last_episode_starts = dones
-            if self._identity != self._identity_of_params():
-                self._complete_with_old_params()
-
-        # A callback may have trained something
-        policy.set_training_mode(False)
-        self._complete()
-        with th.no_grad():
-            values = policy.predict_values(obs_as_tensor(new_obs, model.device))  # type: ignore[arg-type]
-        buffer.compute_returns_and_advantage(last_values=values, dones=dones)
-        log_probs = th.as_tensor(buffer.log_probs[n_steps].copy(), device=model.device)
-        scope.update(n_steps=n_rollout_steps, values=values, log_probs=log_probs, rewards=buffer.rewards[n_steps].copy())
-        callback.update_locals(scope)
-        callback.on_rollout_end()
+            if self._identity != self._identity_now():
+                self._complete()
+                self._look_at_policy()
+            elif self._is_eager:
+                self._complete()
         return True
+
+    def _reset_noise(self) -> None:
+        """Draw new noise matrices for gSDE, without a graph: nobody uses it, and with it the policy could not be copied."""
+        if self.model.use_sde:
+            with th.no_grad():
+                self.model.policy.reset_noise(self.env.num_envs)
 
     def _store(self, step: int, actions: np.ndarray, rewards: np.ndarray) -> None:
         """
@@ -208,68 +237,128 @@ class _LeanRollout:
         :param actions: as the policy put them out
         :param rewards: as the environment gave them
         """
-        buffer = self.buffer
-        if isinstance(buffer.observations, dict):
-            for key, stored in buffer.observations.items():
+        buffer, arrays = self.buffer, self._arrays
+        if isinstance(arrays["observations"], dict):
+            for key, stored in arrays["observations"].items():
                 stored[step] = self.model._last_obs[key].reshape(stored.shape[1:])  # type: ignore[index]
         else:
-            stored = buffer.observations
+            stored = arrays["observations"]
             stored[step] = self.model._last_obs.reshape(stored.shape[1:])  # type: ignore[union-attr]
-        buffer.actions[step] = actions.reshape(buffer.actions.shape[1:])
-        buffer.rewards[step] = rewards
-        buffer.episode_starts[step] = self.model._last_episode_starts
+        arrays["actions"][step] = actions.reshape(arrays["actions"].shape[1:])
+        arrays["rewards"][step] = rewards
+        arrays["episode_starts"][step] = self.model._last_episode_starts
         buffer.pos = step + 1
         buffer.full = buffer.pos == buffer.buffer_size
 
     def _look_at_policy(self) -> None:
-        """Prepare the actor, and remember the parameters: a callback may change them in the middle of a rollout."""
-        self._actor: Actor = make_actor(self.policy, self._actor_params)
+        """Prepare the actor, and remember the policy: a callback may change it in the middle of a rollout."""
+        is_first = self.buffer.pos == 0
+        self.policy = self.model.policy
+        self.policy.set_training_mode(False)
+        # A policy that may not be asked later is asked at once; at the start of a rollout SB3's loop runs for such a one
+        self._is_eager = not is_first and not is_deferrable(self.model, self.buffer)
+        self._action_bounds = _clipping_bounds(self.policy)
+        self._actor: Actor = make_actor(self.policy)
+        #: The first step that this actor makes.
+        self._first_step = self.buffer.pos
         self._params = list(self.policy.parameters())
         self._old_params = flatten(self._params)
-        self._identity = self._identity_of_params()
+        #: The networks as they are now: dictionaries of modules and of parameters, with their contents.
+        self._tree = _tree(self.policy)
+        self._branches = [branch.values() for branch, _ in self._tree]
+        self._identity = self._identity_now()
 
-    def _identity_of_params(self) -> list[int]:
+    def _identity_now(self) -> list[int]:
         """
-        What changes if a parameter is written to or replaced, in a microsecond.
+        What changes if a parameter or a module is written to or replaced, in a few microseconds.
 
-        :return: version and address of each
+        :return: the policy, version and address of each parameter, and all parts of the networks
         """
-        return [number for param in self._params for number in (param._version, param.data_ptr())]
+        numbers = [number for param in self._params for number in (param._version, param.data_ptr())]
+        return [id(self.model.policy), *numbers, *map(id, itertools.chain.from_iterable(self._branches))]
 
-    def _complete_with_old_params(self) -> None:
-        """Compute for the steps so far what they would have been given before the parameters were changed."""
-        now = flatten(self._params)
+    @contextmanager
+    def _as_it_acted(self) -> Iterator[None]:
+        """Give the policy the parts and parameters with which it acted, for as long as it takes."""
+        if self._identity == self._identity_now():
+            yield
+            return
+        now = [(branch, dict(branch)) for branch, _ in self._tree]
+        _restore(self._tree)
+        new_params = flatten(self._params)
         assign_(self._params, self._old_params)
         try:
-            self._complete()
+            yield
         finally:
-            assign_(self._params, now)
-        self._look_at_policy()
+            assign_(self._params, new_params)
+            _restore(now)
+
+    @th.no_grad()
+    def _evaluate_step(self, step: int) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Values and log-probabilities of one step, for somebody who looks at them during the rollout.
+
+        :param step: the present one, or an earlier one
+        :return: tensors of shapes ``(n_envs, 1)`` and ``(n_envs,)``
+        """
+        if step >= self.buffer.pos:
+            with self._as_it_acted():
+                values, log_probs = self._actor.evaluate(
+                    self._observations, step - self._first_step, step - self._first_step + 1
+                )
+            return values.reshape(-1, 1), log_probs.flatten()
+        self._complete()
+        values, log_probs = (th.tensor(self._arrays[name][step], device=self.model.device) for name in ("values", "log_probs"))
+        return values[:, None], log_probs
 
     @th.no_grad()
     def _complete(self) -> None:
-        """Compute values, log-probabilities and bootstrapped rewards of all steps that do not have them yet."""
-        buffer, policy = self.buffer, self.policy
+        """Compute values, log-probabilities and bootstrapped rewards of all stored steps that do not have them yet."""
+        buffer, arrays = self.buffer, self._arrays
         start, stop = self._n_complete, buffer.pos
         self._n_complete = stop
         space = self.model.observation_space
-        n_numbers = sum(stored[0].size for _, stored, _ in _parts(buffer.observations, space))
+        n_numbers = sum(stored[0].size for _, stored, _ in _parts(arrays["observations"], space))
         chunk = max(1, _CHUNK_NUMBERS // n_numbers)
-        for begin in range(start, stop, chunk):
-            end = min(begin + chunk, stop)
-            flat = {
-                key: obs[begin:end].reshape(-1, *(sub.shape or ())) for key, obs, sub in _parts(buffer.observations, space)
-            }
-            observations = obs_as_tensor(flat if isinstance(space, spaces.Dict) else flat[""], self.model.device)
-            values, log_probs = self._actor.evaluate(observations, begin - start, end - start)
-            buffer.values[begin:end] = values.reshape(end - begin, -1).cpu().numpy()
-            buffer.log_probs[begin:end] = log_probs.reshape(end - begin, -1).cpu().numpy()
-        n_observations = chunk * buffer.n_envs
-        for first in range(0, len(self._truncated), n_observations):
-            steps, indices, terminal = zip(*self._truncated[first : first + n_observations], strict=True)
-            terminal_values = policy.predict_values(_concatenated(terminal)).flatten().cpu().numpy()
-            buffer.rewards[list(steps), list(indices)] += self.model.gamma * terminal_values
+        with self._as_it_acted():
+            for begin in range(start, stop, chunk):
+                end = min(begin + chunk, stop)
+                flat = {
+                    key: obs[begin:end].reshape(-1, *(sub.shape or ()))
+                    for key, obs, sub in _parts(arrays["observations"], space)
+                }
+                observations = obs_as_tensor(flat if isinstance(space, spaces.Dict) else flat[""], self.model.device)
+                values, log_probs = self._actor.evaluate(observations, begin - self._first_step, end - self._first_step)
+                arrays["values"][begin:end] = values.reshape(end - begin, -1).cpu().numpy()
+                arrays["log_probs"][begin:end] = log_probs.reshape(end - begin, -1).cpu().numpy()
+            n_observations = chunk * buffer.n_envs
+            for first in range(0, len(self._truncated), n_observations):
+                steps, indices, terminal = zip(*self._truncated[first : first + n_observations], strict=True)
+                terminal_values = self.policy.predict_values(_concatenated(terminal)).flatten().cpu().numpy()
+                arrays["rewards"][list(steps), list(indices)] += self.model.gamma * terminal_values
         self._truncated.clear()
+
+
+def _tree(policy: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """
+    What networks are made of.
+
+    :param policy: any policy
+    :return: for each module the dictionaries of its parameters and of its modules, and what is in them now
+    """
+    branches = [branch for module in policy.modules() for branch in (module._parameters, module._modules) if branch]
+    return [(branch, dict(branch)) for branch in branches]
+
+
+def _restore(tree: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    """
+    Put networks together again.
+
+    :param tree: dictionaries of parameters and of modules, with what is to be in them
+    """
+    for branch, parts in tree:
+        branch.clear()
+        branch.update(parts)
 
 
 #: What is safe when a rollout fails: said in every message.

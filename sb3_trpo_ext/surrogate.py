@@ -23,10 +23,11 @@ from sb3_trpo_ext.optim import (
     LinearOperator,
     MlpJacobian,
     Problem,
+    Projected,
 )
 from sb3_trpo_ext.optim.parallel import all_mean
-from sb3_trpo_ext.optim.vectors import flatten
-from sb3_trpo_ext.policies import mlp_structure
+from sb3_trpo_ext.optim.vectors import gradient_by_backward
+from sb3_trpo_ext.policies import has_gradient_hooks, mlp_structure
 
 
 class Limits(NamedTuple):
@@ -80,6 +81,8 @@ class Surrogate:
         self.fisher_stride = fisher_stride
         self._clipped = None if bounds is None else clip(batch.actions, bounds)
         self._structure = mlp_structure(policy, actor_params)
+        #: Whether hooks are to hear of the gradient, or to change it: then autograd computes it, on the parameters themselves.
+        self._has_gradient_hooks = any(has_gradient_hooks(param) for param in actor_params)
         self._generator = th.Generator().manual_seed(noise_seed)
         if self._structure is None:
             with th.no_grad():
@@ -116,8 +119,10 @@ class Surrogate:
                 if self._clipped is not None:
                     self._old_log_prob[chunk] = log_prob.detach()
                 objective = self._objective(log_prob, chunk, new, noise) * self._share(chunk)
-                cotangents = th.autograd.grad(objective, leaves, materialize_grads=True)
-            gradients.append(flatten(cotangents) if jacobian is None else jacobian.vjp(cotangents))
+                if jacobian is None:
+                    gradients.append(gradient_by_backward(objective, leaves))
+                else:
+                    gradients.append(jacobian.vjp(th.autograd.grad(objective, leaves, materialize_grads=True)))
             objectives.append(objective.detach())
             noises.append(noise)
             statistics.append(new)
@@ -143,7 +148,7 @@ class Surrogate:
         :param observations: a chunk
         :return: Jacobian, if the actor is an MLP; leaves; distribution
         """
-        jacobian = self._mlp_jacobian(observations)
+        jacobian = None if self._has_gradient_hooks else self._mlp_jacobian(observations)
         if jacobian is None:
             return None, self.actor_params, self.policy.get_distribution(observations)
         leaves = [jacobian.output.detach().requires_grad_()]
@@ -280,7 +285,23 @@ class Surrogate:
         """
         The Fisher matrix of the mean KL at the old parameters, in the cheapest form that is exact for this policy.
 
+        Hooks on parameters hear of gradients, and not of the products with this matrix. Where a hook has set a gradient to
+        zero, the matrix has zeros too: that number must stay where it is.
+
         Call it before the parameters move.
+
+        :return: the operator, without damping
+        """
+        fisher = self._unprojected_fisher()
+        if not self._has_gradient_hooks:
+            return fisher
+        gradient = self._objective_and_gradient[1]
+        hooked = th.cat([th.full((param.numel(),), has_gradient_hooks(param)) for param in self.actor_params])
+        return Projected(fisher, (gradient != 0) | hooked.logical_not().to(gradient.device))
+
+    def _unprojected_fisher(self) -> LinearOperator:
+        """
+        The Fisher matrix for all directions.
 
         :return: the operator, without damping
         """
@@ -313,15 +334,23 @@ class Surrogate:
         """
         part = slice(start * self.fisher_stride, end * self.fisher_stride, self.fisher_stride)
         observations = take(self.batch.observations, part)
+        outputs, params = _Outputs(self.policy, self.family), list[th.Tensor](self.actor_params)
         with th.enable_grad():
-            statistics = self.family.statistics(self.policy.get_distribution(observations))
+            if self._has_gradient_hooks:
+                # The same numbers in other leaves, which have no hooks
+                params = [param.detach().requires_grad_() for param in params]
+                names = {id(param): name for name, param in outputs.named_parameters()}
+                aliases = {names[id(param)]: alias for param, alias in zip(self.actor_params, params, strict=True)}
+                statistics = th.func.functional_call(outputs, aliases, (observations,))
+            else:
+                statistics = outputs(observations)
             if self.family.has_fisher:
                 old = self._old_at(part)
-                jacobian = AutogradJacobian(statistics, self.actor_params)
+                jacobian = AutogradJacobian(statistics, params)
                 return GaussNewtonFisher(jacobian, functools.partial(self.family.fisher, old))
             with th.no_grad():
-                old = self.family.statistics(self.policy.get_distribution(observations))
-            return HessianFisher(self.family.kl(old, statistics).mean(), self.actor_params)
+                old = outputs(observations)
+            return HessianFisher(self.family.kl(old, statistics).mean(), params)
 
     def preconditioner_cost(self, fisher: LinearOperator) -> int:
         """
@@ -384,6 +413,29 @@ class Surrogate:
         means = th.stack([unknown if values is None else values.mean() for values in (entropy, std)]).tolist()
         mean_entropy, mean_std = all_mean(th.tensor(means, dtype=th.float64)).tolist()
         return mean_entropy, mean_std
+
+
+class _Outputs(nn.Module):
+    """
+    From observations to the statistics of the action distribution, as a module.
+
+    :param policy: the policy
+    :param family: of its distribution
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, family: Family):
+        super().__init__()
+        self.policy = policy
+        self._family = family
+
+    def forward(self, observations: PyTorchObs) -> Any:
+        """
+        Compute the statistics.
+
+        :param observations: a batch
+        :return: the statistics, with their graph
+        """
+        return self._family.statistics(self.policy.get_distribution(observations))
 
 
 def _mlp_jacobian_of(fisher: LinearOperator) -> MlpJacobian | None:

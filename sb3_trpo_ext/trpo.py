@@ -19,18 +19,18 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext.arguments import (
-    check_action_space,
-    check_bool,
-    check_choice,
-    check_integer,
-    check_number,
-    check_trust_region,
+    ArgumentError,
+    check_arguments,
+    check_attributes,
+    check_env,
+    check_seed,
+    check_settings,
     scheduled,
 )
 from sb3_trpo_ext.batch import Batch, rollout_batch
 from sb3_trpo_ext.clipping import action_bounds
-from sb3_trpo_ext.contrib import critic_optimizer_state, is_contrib_model, joint_kl_arguments
-from sb3_trpo_ext.critic import VALUE_LOSSES, CriticFit, fit_critic
+from sb3_trpo_ext.contrib import is_contrib_model, joint_kl_arguments, saved_attributes
+from sb3_trpo_ext.critic import CriticFit, fit_critic
 from sb3_trpo_ext.distributed import (
     RankCallback,
     check_identical,
@@ -41,8 +41,9 @@ from sb3_trpo_ext.distributed import (
     running_statistics,
     start_together,
 )
-from sb3_trpo_ext.distributions import TorchFamily, family_of, no_argument_checks
-from sb3_trpo_ext.optim import AdaptiveKLPenalty, KLConstraint, PolicyUpdate, UpdateResult
+from sb3_trpo_ext.distributions import TorchFamily, family_of, no_argument_checks, twice_differentiable_attention
+from sb3_trpo_ext.optim import AdaptiveKLPenalty, KLConstraint, PolicyUpdate, UpdateResult, UpdateStatus
+from sb3_trpo_ext.optim.optimizers import expanded_state
 from sb3_trpo_ext.optim.parallel import is_parallel, rank, weighted_by, world_size
 from sb3_trpo_ext.policies import (
     CnnPolicy,
@@ -52,11 +53,12 @@ from sb3_trpo_ext.policies import (
     SquashedCnnPolicy,
     SquashedMlpPolicy,
     SquashedMultiInputPolicy,
-    split_policy,
+    drop_graph_,
 )
 from sb3_trpo_ext.records import record_update, warn_if_rejected
 from sb3_trpo_ext.rollouts import collect_rollouts
 from sb3_trpo_ext.surrogate import Surrogate
+from sb3_trpo_ext.watch import PolicyWatch
 
 SelfTRPO = TypeVar("SelfTRPO", bound="TRPO")
 
@@ -110,7 +112,7 @@ class TRPO(OnPolicyAlgorithm):
     :param clip_range_vf: Values are fitted only as long as they are within this of those of the rollout (as in SB3's PPO; it
         depends on the scaling of the rewards), a number or a schedule; ``None`` for no limit
     :param max_grad_norm: Maximum norm of the value function's gradient, ``None`` or 0 for no limit. (For weight decay pass
-        ``policy_kwargs=dict(optimizer_class=th.optim.AdamW)``: the policy's optimiser is the value function's.)
+        ``policy_kwargs=dict(optimizer_class=th.optim.AdamW)``: the policy's optimizer makes the value function's steps.)
     :param clipped_likelihood: Whether the likelihood of a continuous action is that of what the environment gets of it,
         clipped to the bounds of the action space: the same gradient on average, with less noise (Fujita and Maeda 2018,
         https://arxiv.org/abs/1802.07564). Without, it is that of the Gaussian, as elsewhere
@@ -176,7 +178,7 @@ class TRPO(OnPolicyAlgorithm):
             gamma=gamma,
             gae_lambda=gae_lambda,
             ent_coef=0.0,  # may be a schedule, which the base class does not know: set below
-            vf_coef=0.0,  # the value function has an optimiser of its own
+            vf_coef=0.0,  # no common loss: the value function is fitted after the policy's update
             max_grad_norm=max_grad_norm,  # type: ignore[arg-type]
             use_sde=use_sde,
             sde_sample_freq=sde_sample_freq,
@@ -216,65 +218,59 @@ class TRPO(OnPolicyAlgorithm):
         if _init_setup_model:
             self._setup_model()
 
-    def _check_arguments(self) -> None:
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         """
-        Check all that can be checked before anything runs.
+        Wrap an environment as SB3 does, and say what is wrong with one that SB3 does not know.
 
-        :raises ValueError: with the name of the argument, what came and what is accepted
+        :param env: what the user gave
+        :param verbose: verbosity level
+        :param monitor_wrapper: whether to wrap it in a ``Monitor``
+        :return: the environment as a ``VecEnv``
+        :raises ValueError: if it is none that SB3 supports
         """
-        for name in ("n_steps", "batch_size", "cg_max_steps", "line_search_max_iter", "sub_sampling_factor"):
-            check_integer(name, getattr(self, name), 1)
-        check_integer("n_critic_updates", self.n_critic_updates, 0)
-        for name in ("gamma", "gae_lambda"):
-            check_number(name, getattr(self, name), "between 0 and 1", lambda x: 0 <= x <= 1)
-        check_number("cg_tolerance", self.cg_tolerance, "at least 0 and less than 1", lambda x: 0 <= x < 1)
-        check_number("line_search_shrinking_factor", self.line_search_shrinking_factor, "between 0 and 1", lambda x: 0 < x < 1)
-        check_number("target_kl", scheduled("target_kl", self.target_kl, 1.0), "positive", lambda x: x > 0)
-        scheduled("cg_damping", self.cg_damping, 1.0, minimum=0.0)
-        scheduled("ent_coef", self.ent_coef, 1.0)
-        check_trust_region(self.trust_region, self.trust_region_kwargs)
-        check_bool("clipped_likelihood", self.clipped_likelihood)
-        check_choice("vf_loss", self.vf_loss, tuple(VALUE_LOSSES))
-        if self.clip_range_vf is not None:
-            clip_range_vf = scheduled("clip_range_vf", self.clip_range_vf, 1.0)
-            check_number("clip_range_vf", clip_range_vf, "positive or `None`", lambda x: x > 0)
-        if self.clip_advantage is not None:
-            check_number("clip_advantage", self.clip_advantage, "positive or `None`", lambda x: x > 0)
-            if not self.normalize_advantage:
-                raise ValueError(
-                    f"`clip_advantage` is in standard deviations of the normalized advantage, got "
-                    f"clip_advantage={self.clip_advantage} with normalize_advantage=False: leave out one of them."
-                )
-        if self.max_grad_norm is not None:
-            check_number("max_grad_norm", self.max_grad_norm, "at least 0 or `None`", lambda x: x >= 0)
-        if self.action_space is not None:
-            check_action_space(self.action_space)
-        if self.normalize_advantage and self.n_steps * self.n_envs < 2:
-            raise ValueError(
-                f"`n_steps * n_envs` must be greater than 1 to normalize the advantage, got n_steps={self.n_steps} and "
-                f"n_envs={self.n_envs}: raise `n_steps` or set `normalize_advantage=False`."
-            )
+        check_env(env)
+        return OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     def _setup_model(self) -> None:
-        """Check the arguments, create buffer and policy, and give the critic an optimiser of its own."""
-        self._check_arguments()
+        """Check the arguments, and create buffer, policy and optimizer."""
+        check_arguments(self)
         join_process_group()
         super()._setup_model()
-        self._parts: PolicyParts = split_policy(self.policy)
-        # SB3's optimiser holds all parameters; an optimiser of the critic must not know the actor's
+        # SB3's optimizer again, over all parameters: with a faster implementation of Adam where nobody has chosen one
         self.policy.optimizer = self.policy.optimizer_class(
-            self._parts.critic_params,
+            self.policy.parameters(),
             lr=self.lr_schedule(1),  # type: ignore[call-arg]
             **{**_fused(self.policy), **self.policy.optimizer_kwargs},
         )
         if self.trust_region == "penalty":
             if isinstance(family_of(self.policy.action_dist), TorchFamily):
-                raise ValueError(
+                raise ArgumentError(
                     f"`trust_region='penalty'` needs a distribution that can be cut into minibatches, and "
                     f"{type(self.policy.action_dist).__name__} is not one of those: use `trust_region='constraint'`, or "
                     "register a family for it with `sb3_trpo_ext.register_family`."
                 )
-            self.kl_penalty = AdaptiveKLPenalty(self._parts.actor_params, **self.trust_region_kwargs)
+            self.kl_penalty = AdaptiveKLPenalty(list(self.policy.parameters()), **self.trust_region_kwargs)
+        self._watch = PolicyWatch()
+        self._watch.parts(self.policy)
+
+    @property
+    def _parts(self) -> PolicyParts:
+        """Actor and critic of the policy as it is now."""
+        penalty = [] if self.kl_penalty is None else [self.kl_penalty.optimizer]
+        return self._watch.parts(self.policy, [self.policy.optimizer, *penalty])
+
+    def _check_trainable(self) -> None:
+        """
+        Check, before a rollout or an update, that there is something to do.
+
+        :raises ValueError: if no parameter of the policy requires a gradient
+        """
+        if not self._parts.actor_params and not self._parts.critic_params:
+            raise ArgumentError(
+                f"No parameter of {type(self.policy).__name__} that actions or values depend on requires a gradient: there is "
+                "nothing to train."
+            )
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
@@ -287,10 +283,12 @@ class TRPO(OnPolicyAlgorithm):
         :param rollout_buffer: Buffer to fill
         :param n_rollout_steps: Number of steps to collect per environment
         :return: False if the callback ended the training
-        :raises ValueError: if the environment returned a NaN, an infinity or a wrong shape that stopped the policy
+        :raises ValueError: if there is nothing to train, or if the environment returned a NaN, an infinity or a wrong shape
+            that stopped the policy
         :raises RuntimeError: if a process of the environment has died
         """
-        is_full = collect_rollouts(self, self._parts.actor_params, env, callback, rollout_buffer, n_rollout_steps)
+        self._check_trainable()
+        is_full = collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)
         return is_full and not (isinstance(callback, RankCallback) and callback.is_over)
 
     def set_random_seed(self, seed: int | None = None) -> None:
@@ -299,7 +297,7 @@ class TRPO(OnPolicyAlgorithm):
 
         :param seed: of the first process
         """
-        super().set_random_seed(rank_seed(seed))
+        super().set_random_seed(rank_seed(check_seed(seed)))
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         """
@@ -321,38 +319,45 @@ class TRPO(OnPolicyAlgorithm):
 
     def _train(self) -> None:
         """What :meth:`train` does, with averages over processes weighted by their samples."""
+        check_settings(self)
+        self._check_trainable()
+        parts = self._parts
+        # All schedules before anything moves: a bad value must not leave half an update
+        ent_coef, target_kl, cg_damping = (
+            self._scheduled("ent_coef"),
+            self._scheduled("target_kl", 0.0),
+            self._scheduled("cg_damping", 0.0),
+        )
+        fit = CriticFit(
+            self.n_critic_updates,
+            self.batch_size,
+            self.vf_loss,
+            None if self.clip_range_vf is None else self._scheduled("clip_range_vf"),
+            self.max_grad_norm or None,
+        )
         # As during the rollout: dropout or BatchNorm in training mode would make the ratio differ from 1 before any step
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
         batch = self._full_batch()
         started = time.perf_counter()
-        with no_argument_checks():
-            surrogate = Surrogate(
-                self.policy,
-                self._parts.actor_params,
-                batch,
-                ent_coef=self._scheduled("ent_coef"),
-                fisher_stride=self.sub_sampling_factor,
-                noise_seed=self._n_updates * world_size() + rank(),
-                bounds=action_bounds(self.policy) if self.clipped_likelihood else None,
-            )
-            result = self._update_policy(surrogate)
-            entropy, std = surrogate.summary()
+        result, entropy, std = UpdateResult(UpdateStatus.NOTHING_TO_TRAIN, math.nan, math.nan), math.nan, math.nan
+        if parts.actor_params:
+            with no_argument_checks, twice_differentiable_attention:
+                surrogate = Surrogate(
+                    self.policy,
+                    parts.actor_params,
+                    batch,
+                    ent_coef=ent_coef,
+                    fisher_stride=self.sub_sampling_factor,
+                    noise_seed=self._n_updates * world_size() + rank(),
+                    bounds=action_bounds(self.policy) if self.clipped_likelihood else None,
+                )
+                result = self._update_policy(surrogate, target_kl, cg_damping)
+                entropy, std = surrogate.summary()
         policy_done = time.perf_counter()
-        critic = fit_critic(
-            self.policy,
-            self._parts.critic_params,
-            self._parts.critic_modules,
-            batch,
-            CriticFit(
-                self.n_critic_updates,
-                self.batch_size,
-                self.vf_loss,
-                None if self.clip_range_vf is None else self._scheduled("clip_range_vf"),
-                self.max_grad_norm or None,
-            ),
-        )
+        critic = fit_critic(self.policy, parts.critic_params, parts.critic_modules, batch, fit)
         critic_done = time.perf_counter()
+        drop_graph_(self.policy.action_dist)
         self._n_updates += 1
         self._n_accepted += result.is_accepted
         warn_if_rejected(result, critic)
@@ -386,18 +391,19 @@ class TRPO(OnPolicyAlgorithm):
         """
         return scheduled(name, getattr(self, name), self._current_progress_remaining, minimum)
 
-    def _update_policy(self, surrogate: Surrogate) -> UpdateResult:
+    def _update_policy(self, surrogate: Surrogate, target_kl: float, cg_damping: float) -> UpdateResult:
         """
         Take one step within the trust region.
 
         :param surrogate: objective and KL of the rollout
+        :param target_kl: the region's radius; 0 for no step
+        :param cg_damping: added to the diagonal of the Fisher matrix
         :return: what happened
         """
-        target_kl, cg_damping = self._scheduled("target_kl", 0.0), self._scheduled("cg_damping", 0.0)
         self.logger.record("train/target_kl", target_kl)
         if target_kl == 0:
             # Where a schedule that decays to zero ends
-            return UpdateResult("zero_target_kl", float("nan"), float("nan"))
+            return UpdateResult(UpdateStatus.ZERO_TARGET_KL, math.nan, math.nan)
         update: PolicyUpdate
         if self.kl_penalty is not None:
             update = self.kl_penalty
@@ -452,11 +458,11 @@ class TRPO(OnPolicyAlgorithm):
 
         :return: their names
         """
-        return [*super()._excluded_save_params(), "_parts", "kl_penalty"]
+        return [*super()._excluded_save_params(), "_watch", "kl_penalty"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         """
-        What is saved as state dicts: policy, critic's optimiser, and the penalty's beta and optimiser.
+        What is saved as state dicts: policy, its optimizer, and the penalty's beta and optimiser.
 
         :return: names of state dicts, names of tensors
         """
@@ -519,9 +525,12 @@ class TRPO(OnPolicyAlgorithm):
         :param force_reset: Whether to reset the environment before training
         :param kwargs: attributes to change when loading, such as ``target_kl``
         :return: new model instance
+        :raises TypeError: for an attribute that neither the constructor nor the saved model has
         """
         device = rank_device(device)
-        if is_contrib_model(path):
+        saved = saved_attributes(path)
+        check_attributes(cls, kwargs, saved)
+        if is_contrib_model(saved):
             kwargs.update(joint_kl_arguments(path, custom_objects, given=kwargs))
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
@@ -540,16 +549,33 @@ class TRPO(OnPolicyAlgorithm):
         else:
             _, loaded, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
             params = dict(loaded)
-        optimizer_state = params.get("policy.optimizer")
+        # Earlier versions had optimizers of the critic's parameters alone, and of the actor's
         all_params = list(self.policy.parameters())
-        if optimizer_state is not None and len(optimizer_state["param_groups"][0]["params"]) == len(all_params):
-            params["policy.optimizer"] = critic_optimizer_state(optimizer_state, all_params, self._parts.critic_params)
+        parts = self._parts
+        state: Any = params.get("policy.optimizer")
+        if _n_params(state) == len(parts.critic_params) < len(all_params):
+            params["policy.optimizer"] = expanded_state(state, parts.critic_params, all_params)
+        penalty = params.get("kl_penalty") or {}
+        state = penalty.get("optimizer")
+        if _n_params(state) == len(parts.actor_params) < len(all_params):
+            params["kl_penalty"] = {**penalty, "optimizer": expanded_state(state, parts.actor_params, all_params)}
         # The form of the trust region can be changed when loading: a penalty is not the policy's, and starts afresh
         if self.kl_penalty is None:
             params.pop("kl_penalty", None)
         else:
             params.setdefault("kl_penalty", self.kl_penalty.state_dict())
         super().set_parameters(params, exact_match, device)
+
+
+def _n_params(state: Any) -> int:
+    """
+    How many parameters an optimizer with a single group held.
+
+    :param state: its state dict, or anything else
+    :return: the number; -1 if there is no such group
+    """
+    groups: Any = state.get("param_groups", ()) if isinstance(state, dict) else ()
+    return len(groups[0]["params"]) if len(groups) == 1 else -1
 
 
 def _fused(policy: ActorCriticPolicy) -> dict[str, Any]:

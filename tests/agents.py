@@ -8,6 +8,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from helpers import BOX_ACTIONS, VECTOR
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -84,7 +85,7 @@ class UpdateLog(BaseCallback):
     def _on_rollout_start(self) -> None:
         # SB3 writes the log between a rollout and its update: here stands what the last update recorded
         if "train/status" in self.logger.name_to_value:
-            self.updates.append(dict(self.logger.name_to_value))
+            self.updates.append(log_of(self.model))
 
     def _on_training_end(self) -> None:
         self._on_rollout_start()
@@ -114,9 +115,10 @@ def collect(model: Any, total_timesteps: int = 1000) -> Any:
     return model
 
 
-def log_of(model: OnPolicyAlgorithm) -> dict[str, Any]:
-    """What the last update logged."""
-    return dict(model.logger.name_to_value)
+def log_of(model: BaseAlgorithm) -> dict[str, Any]:
+    """What the last update logged, with the names of statuses as text."""
+    logged = model.logger.name_to_value.items()
+    return {key: str(value) if key.endswith("status_name") else value for key, value in logged}
 
 
 def train(model: TRPO) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormali
 from torch import nn
 
 from sb3_trpo_ext.batch import Batch, rollout_batch, take
-from sb3_trpo_ext.critic import CriticFit, fit_critic
+from sb3_trpo_ext.critic import CriticFit, CriticStatus, fit_critic
 from sb3_trpo_ext.distributed import SharedStatistics, check_identical, start_together
 from sb3_trpo_ext.optim import (
     AdaptiveKLPenalty,
@@ -120,7 +120,7 @@ def critic_facts(kind: str, part: slice, batch_size: int, order: Callable[[int],
             result = fit_critic(policy, parts.critic_params, parts.critic_modules, batch, fit._replace(batch_size=batch_size))
     finally:
         th.randperm = shuffled
-    assert result.status == "fitted"
+    assert result.status is CriticStatus.FITTED
     return th.cat([flatten(parts.critic_params), th.tensor([result.loss])])
 
 
@@ -193,7 +193,7 @@ def nan_on_one(rank: int, where: str) -> dict[str, Any]:
     return {
         "before": before,
         "after": after,
-        "status": (logged["train/status"], logged["train/value_status"]),
+        "status": (logged["train/status_name"], logged["train/value_status_name"]),
         "actor_is_same": all(
             th.equal(*pair) for pair in zip(copies(model._parts.actor_params), _actor_of(model, before), strict=True)
         ),

@@ -13,7 +13,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.batch import Batch
-from sb3_trpo_ext.critic import CriticFit, fit_critic
+from sb3_trpo_ext.critic import CriticFit, CriticStatus, fit_critic
 from sb3_trpo_ext.distributions import no_argument_checks
 from sb3_trpo_ext.optim.updates import KLConstraint, UpdateResult
 from sb3_trpo_ext.optim.vectors import flatten
@@ -59,7 +59,7 @@ def moved(batch: Batch) -> Batch:
 def update(policy: ActorCriticPolicy, batch: Batch, **kwargs: Any) -> UpdateResult:
     """One update of a policy, where it is."""
     constraint = KLConstraint(**{"cg_max_steps": 60, "cg_tolerance": 1e-12, "cg_damping": 0.1, **kwargs})
-    with no_argument_checks():
+    with no_argument_checks:
         return constraint.update(Surrogate(policy, split_policy(policy).actor_params, batch).problem(), 0.01)
 
 
@@ -161,7 +161,7 @@ def test_a_fit_of_the_critic_is_that_of_the_cpu_and_the_host_waits_twice(is_mlp:
         th.manual_seed(0)
         with accelerator.counted() as waits:
             result = fit_critic(each, parts.critic_params, parts.critic_modules, rollout, CriticFit(n_epochs=5, batch_size=16))
-        assert result.status == "fitted"
+        assert result.status is CriticStatus.FITTED
     # Are the returns finite, and are the new parameters; and the order of each epoch
     assert waits == {"critic.fit_critic": 2}
     assert waits.sent == {"devices.sent_to": 5}

@@ -18,7 +18,7 @@ from helpers import BOX_ACTIONS, DICT, VECTOR, relative_error
 from stable_baselines3.common.logger import Logger
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.contrib import is_contrib_model, joint_kl_arguments
+from sb3_trpo_ext.contrib import is_contrib_model, joint_kl_arguments, saved_attributes
 
 #: What makes our step sb3-contrib's: plain conjugate gradient, scaled by the damped curvature, and no filling of the region.
 CONTRIB_STEP = {"fill": False, "damped_scale": True, "precondition": False}
@@ -203,8 +203,8 @@ def test_training_of_a_loaded_model_continues(saved: tuple[sb3_contrib.TRPO, Pat
     model.learn(64, reset_num_timesteps=False)
     assert model.num_timesteps == contrib.num_timesteps + 64
     assert model._n_updates == contrib._n_updates + 1
-    assert log_of(model)["train/status"] == "accepted"
-    assert log_of(model)["train/value_status"] == "fitted"
+    assert log_of(model)["train/status_name"] == "accepted"
+    assert log_of(model)["train/value_status_name"] == "fitted"
 
 
 def test_form_of_the_trust_region_can_be_changed_when_loading(saved: tuple[sb3_contrib.TRPO, Path, int]) -> None:
@@ -212,7 +212,7 @@ def test_form_of_the_trust_region_can_be_changed_when_loading(saved: tuple[sb3_c
     assert contrib.env is not None
     model = load(path, env=contrib.env, trust_region="penalty")
     model.learn(64, reset_num_timesteps=False)
-    assert log_of(model)["train/status"] == "accepted"
+    assert log_of(model)["train/status_name"] == "accepted"
     assert log_of(model)["train/beta"] == 1
 
 
@@ -237,7 +237,7 @@ def test_loading_from_a_file_object(open_path: Callable[[Path], Any], tmp_path: 
 def test_looking_into_a_file_object_leaves_it_where_it_was(tmp_path: Path) -> None:
     make_contrib(BOX_ACTIONS).save(tmp_path / "contrib")
     with open(tmp_path / "contrib.zip", "rb") as file:
-        assert is_contrib_model(file)
+        assert is_contrib_model(saved_attributes(file))
         assert file.tell() == 0
         joint_kl_arguments(file, custom_objects=None, given=("target_kl", "cg_damping"))
         assert file.tell() == 0

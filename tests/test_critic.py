@@ -45,7 +45,7 @@ def test_fit_by_hand_is_the_fit_by_autograd(name: str, monkeypatch: pytest.Monke
     by_autograd, expected = fitted(policy)
     assert relative_error(by_hand, by_autograd) < 1e-12
     assert result.loss == pytest.approx(expected.loss, rel=1e-12)
-    assert result.status == expected.status == "fitted"
+    assert result.status is expected.status is critic.CriticStatus.FITTED
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.batch import Batch
-from sb3_trpo_ext.critic import CriticFit, fit_critic
+from sb3_trpo_ext.critic import CriticFit, CriticStatus, fit_critic
 from sb3_trpo_ext.distributions import no_argument_checks
 from sb3_trpo_ext.optim.updates import KLConstraint, UpdateResult
 from sb3_trpo_ext.optim.vectors import flatten
@@ -42,7 +42,7 @@ def to_gpu(batch: Batch) -> Batch:
 def update(policy: ActorCriticPolicy, batch: Batch) -> UpdateResult:
     """One update of a policy, on its device, with a direction that is exact: the CPU has the preconditioner sooner."""
     problem = Surrogate(policy, split_policy(policy).actor_params, batch).problem()
-    with no_argument_checks():
+    with no_argument_checks:
         return KLConstraint(60, cg_tolerance=1e-12, cg_damping=0.1).update(problem, 0.01)
 
 
@@ -78,7 +78,7 @@ def test_a_fit_of_the_critic_is_that_of_the_cpu() -> None:
         each.optimizer = th.optim.Adam(parts.critic_params, lr=1e-2, fused=True)
         th.manual_seed(0)
         result = fit_critic(each, parts.critic_params, parts.critic_modules, rollout, CriticFit(n_epochs=5, batch_size=16))
-        assert result.status == "fitted"
+        assert result.status is CriticStatus.FITTED
     assert relative_error(flatten(list(twin.parameters())).cpu(), flatten(list(policy.parameters()))) < 1e-8
 
 
@@ -88,7 +88,7 @@ def test_the_host_waits_neither_in_a_fisher_product_nor_in_a_trial(name: str) ->
     batch = to_gpu(make_batch(policy, 64))
     policy.cuda()
     actor_params = split_policy(policy).actor_params
-    with no_argument_checks():
+    with no_argument_checks:
         surrogate = Surrogate(policy, actor_params, batch)
         fisher = surrogate.fisher()
         vector = th.randn_like(flatten(actor_params))

@@ -1,6 +1,7 @@
 """KL, Fisher matrix, entropy and std of each family, by second routes."""
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -166,6 +167,27 @@ def test_kl_in_single_precision_is_good_enough_for_a_trust_region(kind: Kind, di
     assert 1e-6 < exact < 0.2
     # Logits: each sample has an absolute error of about 1e-7, a few units in the last place of log-probabilities of order 1
     assert abs(kind.family.kl(old, new).mean() / exact - 1) < 1e-4 + 1e-8 / exact
+
+
+@pytest.mark.parametrize("distance", [1e-2, 1e-3, 3e-4, 1e-4])
+@pytest.mark.parametrize("kind", ["categorical", "multi_categorical", "bernoulli"])
+def test_kl_of_logits_keeps_its_digits_at_tiny_radii(kind: str, distance: float) -> None:
+    """Down to KLs of 1e-9, where schedules that fall to zero end: there the textbook form is negative, or far off."""
+    family = KINDS[kind].family
+    old = KINDS[kind].random(2048)
+    new = tuple(s + distance * th.randn_like(s) for s in old)
+    exact = family.kl(tuple(s.double() for s in old), tuple(s.double() for s in new)).mean()
+    assert distance**2 / 100 < exact < 2 * distance**2
+    # A log-probability of order 1 is known to 1e-7, which is 1e-3 of the smallest distance here
+    assert abs(family.kl(old, new).mean() / exact - 1) < 1e-3
+    assert (family.kl(old, new) >= 0).all()
+
+
+def test_kl_of_logits_has_no_step_where_the_series_ends() -> None:
+    x = th.linspace(-0.0101, 0.0101, 2001, dtype=th.float64)
+    assert relative_error(distributions._exp_minus_line(x), th.expm1(x) - x) < 1e-9
+    wide = th.tensor([-math.inf, -100.0, -1.0, 1.0, 100.0], dtype=th.float64)
+    assert th.equal(distributions._exp_minus_line(wide), th.expm1(wide) - wide)
 
 
 @pytest.mark.parametrize("distance", [1e-2, 1e-3, 1e-4])
@@ -444,7 +466,7 @@ def argument_checks(request: pytest.FixtureRequest) -> Iterator[bool]:
 def test_argument_checks_are_as_before_in_the_end(argument_checks: bool, raises: bool) -> None:
     nan = th.tensor([math.nan])
     try:
-        with no_argument_checks():
+        with no_argument_checks:
             assert math.isnan(GaussianFamily().kl((nan[None], nan[None]), (nan[None], nan[None])))
             Normal(nan, nan)
             if raises:
@@ -455,6 +477,26 @@ def test_argument_checks_are_as_before_in_the_end(argument_checks: bool, raises:
     if argument_checks:
         with pytest.raises(ValueError, match="invalid values"):
             Normal(nan, nan)
+
+
+def test_threads_that_overlap_leave_argument_checks_as_they_were(argument_checks: bool) -> None:
+    """The second one in must not take what the first one has set for what was there before."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with no_argument_checks:
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    entered.wait()
+    with no_argument_checks:
+        leave.set()
+        thread.join()
+        # The other one has left: here they are still off
+        assert not th.distributions.Distribution._validate_args
+    assert th.distributions.Distribution._validate_args is argument_checks
 
 
 @pytest.mark.parametrize("kind", [KINDS["gaussian"], KINDS["bernoulli"], KINDS["categorical"]])

@@ -176,13 +176,20 @@ def test_frozen_parameters_are_nobodys() -> None:
     assert len(parts.critic_params) == 5
 
 
-@pytest.mark.parametrize(("part", "other"), [("action distribution", "value"), ("value function", "action")])
-def test_nothing_to_train_is_an_error(part: str, other: str) -> None:
+@pytest.mark.parametrize("part", ["action", "value"])
+def test_a_part_that_is_frozen_entirely_is_empty(part: str) -> None:
     policy = make_policy()
     for name, param in policy.named_parameters():
-        param.requires_grad_(other in name or (other == "action" and ("policy" in name or name == "log_std")))
-    with pytest.raises(ValueError, match=f"The {part} of ActorCriticPolicy .* nothing to train"):
-        split_policy(policy)
+        is_critic = "value" in name
+        param.requires_grad_(is_critic if part == "action" else not is_critic)
+    parts = split_policy(policy)
+    frozen, trained = parts.actor_params, parts.critic_params
+    if part == "value":
+        frozen, trained = trained, frozen
+    assert not frozen
+    assert trained
+    policy.requires_grad_(False)
+    assert split_policy(policy)[:2] == ([], [])
 
 
 @pytest.mark.parametrize("mode", [True, False])

@@ -46,7 +46,8 @@ def test_every_update_has_a_row_with_what_it_logged(log_interval: int | None, tm
     assert len(log.updates) == 4
     for row, update in zip(rows, log.updates, strict=True):
         assert float(row["train/kl_divergence_loss"]) == update["train/kl_divergence_loss"]
-        assert row["train/status"] == update["train/status"]
+        assert (row["train/status"], row["train/status_name"]) == ("0", "accepted")
+        assert update["train/status"] == 0
         assert float(row["time/policy_update"]) + float(row["time/critic_update"]) < float(row["time/update"])
     elapsed = [float(row["time/time_elapsed"]) for row in rows]
     spent = [float(row["time/rollout"]) + float(row["time/update"]) for row in rows]

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import signal
 from pathlib import Path
 from typing import Any
@@ -267,7 +268,7 @@ def test_training_is_that_of_sb3s_loop() -> None:
 @pytest.mark.parametrize("n_envs", [1, 3, 16, 37])
 def test_mlp_actor_draws_sb3s_actions(name: str, n_envs: int) -> None:
     model = CASES[name].make(1)
-    actor = actors.make_actor(model.policy, model._parts.actor_params)
+    actor = actors.make_actor(model.policy)
     observations = 2 * th.randn(n_envs, 3)
     for _ in range(50):
         state = th.get_rng_state()
@@ -286,7 +287,7 @@ def test_small_networks_run_on_one_thread(n_envs: int, expected: int, monkeypatc
     if not actors._CAN_SET_THREADS:
         pytest.skip("the number of threads cannot be changed")
     model = CASES["box"].make(1)
-    actor = actors.make_actor(model.policy, model._parts.actor_params)
+    actor = actors.make_actor(model.policy)
     assert isinstance(actor, actors.MlpActor)
     run, seen = actor._output, []
 
@@ -352,14 +353,127 @@ def test_callback_that_writes_into_the_actions(name: str) -> None:
     assert_same_contents(buffers[0], buffers[1])
 
 
-def test_values_are_not_there_during_the_rollout() -> None:
-    class Looking(BaseCallback):
+# --- What callbacks look at during a rollout -----------------------------------------------------------------------------
+
+
+class Looking(BaseCallback):
+    """Looks at values, log-probabilities and the buffer in some steps, and keeps what it has not looked at."""
+
+    def __init__(self, every: int = 1) -> None:
+        super().__init__()
+        self.every = every
+        self.seen: list[tuple[np.ndarray, np.ndarray]] = []
+        self.buffers: list[dict[str, np.ndarray]] = []
+        self.kept: list[tuple[th.Tensor, th.Tensor]] = []
+
+    def _on_step(self) -> bool:
+        values, log_probs = self.locals["values"], self.locals["log_probs"]
+        self.kept.append((values, log_probs))
+        if self.n_calls % self.every == 0:
+            assert isinstance(values, th.Tensor) and isinstance(log_probs, th.Tensor)
+            self.seen.append((values.cpu().numpy(), log_probs.cpu().numpy()))
+            buffer = self.locals["rollout_buffer"]
+            arrays = {name: getattr(buffer, name).copy() for name in ("values", "log_probs", "rewards")}
+            self.buffers.append(arrays)
+        return True
+
+
+@pytest.mark.parametrize("every", [1, 7, 100])
+@pytest.mark.parametrize("name", ["box", "discrete", "gSDE", "dict", "image, shared extractor", "own extractor"])
+def test_callbacks_see_what_they_see_in_sb3s_loop(name: str, every: int) -> None:
+    models, callbacks = [], []
+    for own_loop in (False, True):
+        model, callback = CASES[name].make(), Looking(every)
+        collect(model, own_loop, callback)
+        models.append(model)
+        callbacks.append(callback)
+    (ours, theirs), (found, expected) = models, callbacks
+    assert len(found.seen) == len(expected.seen) == 32 // every
+    for left, right in zip(found.seen, expected.seen, strict=True):
+        for actual, reference in zip(left, right, strict=True):
+            assert (actual.shape, actual.dtype) == (reference.shape, reference.dtype)
+            np.testing.assert_allclose(actual, reference, rtol=1e-4, atol=1e-5)
+    for our_arrays, their_arrays in zip(found.buffers, expected.buffers, strict=True):
+        for array, reference in their_arrays.items():
+            np.testing.assert_allclose(our_arrays[array], reference, rtol=1e-4, atol=1e-5, err_msg=array)
+    # The same rollout as if nobody had looked
+    assert_same_contents(ours.rollout_buffer, theirs.rollout_buffer)
+    assert type(ours.rollout_buffer) is type(theirs.rollout_buffer)
+    # What was kept is what it was, after an update of the policy too
+    ours.train()
+    for step, (values, log_probs) in enumerate(found.kept):
+        np.testing.assert_allclose(values.numpy(), expected.kept[step][0].numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(log_probs.numpy(), expected.kept[step][1].numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_lazy_tensors_are_tensors() -> None:
+    class Using(BaseCallback):
         def _on_step(self) -> bool:
-            assert self.locals["values"] is None
-            assert self.locals["log_probs"] is None
+            values, log_probs = self.locals["values"], self.locals["log_probs"]
+            assert values.shape == (3, 1) and log_probs.shape == (3,)
+            assert len(values) == 3 and values.device.type == "cpu" and values.dtype == th.float32
+            assert th.cat([values, values]).shape == (6, 1)
+            assert th.stack([log_probs, log_probs], dim=0).sum().item() == pytest.approx(2 * float(log_probs.sum()), rel=1e-5)
+            assert np.asarray(values).shape == (3, 1)
+            assert isinstance((values + 1).mean().item(), float)
+            assert (1 - values).sum() == (1 - values.clone()).sum()
+            assert th.equal(copy.deepcopy(values), values)
+            assert th.equal(pickle.loads(pickle.dumps(log_probs)), log_probs)
+            assert "tensor(" in repr(values) and isinstance(values.tolist(), list)
+            assert [row.item() for row in values] == values.flatten().tolist()
             return True
 
-    collect(CASES["box"].make(), False, Looking())
+    collect(CASES["box"].make(), False, Using())
+
+
+def test_nobody_computes_what_nobody_looks_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    evaluate = actors.MlpActor.evaluate
+
+    def counting(self: Any, *args: Any) -> Any:
+        calls.append(1)
+        return evaluate(self, *args)
+
+    monkeypatch.setattr(actors.MlpActor, "evaluate", counting)
+    collect(CASES["box"].make(), False, Looking(every=1000))
+    assert len(calls) == 1
+    calls.clear()
+    # Once per step for its values and log-probabilities together, and for what the buffer does not have yet
+    collect(CASES["box"].make(), False, Looking(every=16))
+    assert len(calls) == 2 * 2 + 1
+
+
+@pytest.mark.parametrize("kind", [copy.deepcopy, lambda buffer: pickle.loads(pickle.dumps(buffer))], ids=["copy", "pickle"])
+def test_a_copy_of_the_buffer_during_a_rollout_is_an_ordinary_one(kind: Any) -> None:
+    class Copying(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == 20:
+                self.copy = kind(self.locals["rollout_buffer"])
+            return True
+
+    model, callback = CASES["box"].make(), Copying()
+    collect(model, False, callback)
+    assert type(callback.copy) is type(model.rollout_buffer) is RolloutBuffer
+    assert "_complete" not in vars(callback.copy) | vars(model.rollout_buffer)
+    np.testing.assert_allclose(callback.copy.values[:19], model.rollout_buffer.values[:19], rtol=1e-5, atol=1e-6)
+    assert callback.copy.pos == 19
+
+
+def test_what_was_kept_of_a_rollout_that_a_callback_ended() -> None:
+    class Ending(Looking):
+        def _on_step(self) -> bool:
+            super()._on_step()
+            return self.n_calls < 11
+
+    kept = []
+    for own_loop in (False, True):
+        model, callback = CASES["box"].make(), Ending(every=1000)
+        assert not collect(model, own_loop, callback)
+        kept.append(callback.kept)
+        np.testing.assert_array_equal(model.rollout_buffer.values[10:], 0)
+    for left, right in zip(*kept, strict=True):
+        for actual, reference in zip(left, right, strict=True):
+            np.testing.assert_allclose(actual.numpy(), reference.numpy(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("stop_at", [1, 11])

@@ -17,8 +17,10 @@ from sb3_trpo_ext.optim.operators import (
     HessianFisher,
     Jacobian,
     LinearOperator,
+    Projected,
 )
 from sb3_trpo_ext.optim.regression import MlpRegression
+from sb3_trpo_ext.optim.status import Status, UpdateStatus
 from sb3_trpo_ext.optim.updates import AdaptiveKLPenalty, KLConstraint, PolicyUpdate, Problem, UpdateResult
 
 __all__ = [
@@ -41,7 +43,10 @@ __all__ = [
     "MlpRegression",
     "PolicyUpdate",
     "Problem",
+    "Projected",
+    "Status",
     "UpdateResult",
+    "UpdateStatus",
     "conjugate_gradient",
     "line_search",
 ]

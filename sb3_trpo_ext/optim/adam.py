@@ -9,7 +9,7 @@ from torch.optim import optimizer as torch_optimizer
 
 def adam_step(optimizer: th.optim.Optimizer) -> Callable[[], None]:
     """
-    Make steps of an optimiser, from the gradients in its parameters, all of which have one.
+    Make steps of an optimizer, from the gradients in its parameters; the same ones have a gradient each time.
 
     For PyTorch's fused Adam and AdamW the numbers are those of ``optimizer.step()`` to the last bit, and so is its state,
     which is worked on in place. What is saved is the time between two kernels, collecting, sorting and checking the same
@@ -60,11 +60,13 @@ def _fused_step(optimizer: th.optim.Optimizer) -> Callable[[], None] | None:
     The step of an optimiser whose moments are there.
 
     :param optimizer: a plain one
-    :return: makes one step; ``None`` if not all parameters have taken part so far
+    :return: makes one step; ``None`` if not all parameters with a gradient have taken part so far
     """
     group = optimizer.param_groups[0]
-    params: list[th.Tensor] = group["params"]
-    states = [optimizer.state[param] for param in params]
+    params: list[th.Tensor] = [param for param in group["params"] if param.grad is not None]
+    if not params:
+        return None
+    states = [optimizer.state.get(param, {}) for param in params]
     first = params[0]
     is_alike = all(param.dtype == first.dtype and param.device == first.device for param in params)
     if not all(states) or not is_alike or any(th.is_tensor(beta) for beta in group["betas"]):

@@ -67,12 +67,27 @@ class AutogradJacobian(Jacobian):
 
     def __init__(self, statistics: Statistics, params: Sequence[th.Tensor]):
         self.n_samples = statistics[0].shape[0]
-        self._statistics = statistics
         self._params = list(params)
         self._dummies = [th.zeros_like(statistic, requires_grad=True) for statistic in statistics]
+        # One that depends on no parameter, such as a log std that is frozen, has no graph
+        self._has_graph = [statistic.requires_grad for statistic in statistics]
+        self._statistics = self._with_graph(statistics)
         self._pullback = th.autograd.grad(
-            statistics, self._params, grad_outputs=self._dummies, create_graph=True, materialize_grads=True
+            self._statistics,
+            self._params,
+            grad_outputs=self._with_graph(self._dummies),
+            create_graph=True,
+            materialize_grads=True,
         )
+
+    def _with_graph(self, tensors: Sequence[th.Tensor]) -> list[th.Tensor]:
+        """
+        Those of the statistics that have a graph.
+
+        :param tensors: one per statistic
+        :return: some of them
+        """
+        return [tensor for tensor, has_graph in zip(tensors, self._has_graph, strict=True) if has_graph]
 
     def jvp(self, vector: th.Tensor) -> Statistics:
         """
@@ -101,7 +116,11 @@ class AutogradJacobian(Jacobian):
         """
         return flatten(
             th.autograd.grad(
-                self._statistics, self._params, grad_outputs=cotangents, retain_graph=True, materialize_grads=True
+                self._statistics,
+                self._params,
+                grad_outputs=self._with_graph(cotangents),
+                retain_graph=True,
+                materialize_grads=True,
             )
         )
 
@@ -206,6 +225,28 @@ class Damped(LinearOperator):
         :return: shape ``(n_params,)``
         """
         return th.add(self._operator @ vector, vector, alpha=self._damping)
+
+
+class Projected(LinearOperator):
+    """
+    ``P A P`` with the projection P that sets some entries of a vector to zero.
+
+    :param operator: A
+    :param is_kept: the entries that P keeps, booleans of shape ``(n_params,)``
+    """
+
+    def __init__(self, operator: LinearOperator, is_kept: th.Tensor):
+        self._operator = operator
+        self._is_kept = is_kept
+
+    def __matmul__(self, vector: th.Tensor) -> th.Tensor:
+        """
+        Multiply.
+
+        :param vector: shape ``(n_params,)``
+        :return: shape ``(n_params,)``
+        """
+        return (self._operator @ (vector * self._is_kept)) * self._is_kept
 
 
 class Averaged(LinearOperator):

@@ -10,10 +10,11 @@ import torch as th
 
 from sb3_trpo_ext.optim.conjugate_gradient import CGResult, CGStatus, conjugate_gradient
 from sb3_trpo_ext.optim.devices import sent_to
-from sb3_trpo_ext.optim.line_search import LineSearchStatus, line_search
+from sb3_trpo_ext.optim.line_search import line_search
 from sb3_trpo_ext.optim.operators import Averaged, Damped, LinearOperator
 from sb3_trpo_ext.optim.parallel import all_mean, all_means, average_, minibatch_shares, minibatch_sizes
-from sb3_trpo_ext.optim.vectors import assign_, flatten, unflatten
+from sb3_trpo_ext.optim.status import UpdateStatus
+from sb3_trpo_ext.optim.vectors import assign_, flatten, gradient_by_backward, unflatten
 
 #: Products without preconditioner after which to decide whether to build one.
 _PROBE = 2
@@ -43,8 +44,8 @@ class Problem(NamedTuple):
 class UpdateResult(NamedTuple):
     """All that happened in a policy update; entries that a kind of update does not have are NaN or 0."""
 
-    #: ``accepted``, or why the parameters are where they were.
-    status: str
+    #: ``ACCEPTED``, or why the parameters are where they were.
+    status: UpdateStatus
     objective_before: float
     #: Equal to ``objective_before`` if the update was rejected.
     objective_after: float
@@ -69,7 +70,7 @@ class UpdateResult(NamedTuple):
     @property
     def is_accepted(self) -> bool:
         """Whether the parameters moved."""
-        return self.status == LineSearchStatus.ACCEPTED.value
+        return self.status is UpdateStatus.ACCEPTED
 
 
 class PolicyUpdate(ABC):
@@ -144,13 +145,13 @@ class KLConstraint(PolicyUpdate):
         :return: what happened
         """
         objective, gradient, grad_norm = _objective_and_gradient(problem)
-        result = UpdateResult("accepted", objective, objective, grad_norm=grad_norm)
+        result = UpdateResult(UpdateStatus.ACCEPTED, objective, objective, grad_norm=grad_norm)
         if not math.isfinite(objective):
-            return result._replace(status="non_finite_objective")
+            return result._replace(status=UpdateStatus.NON_FINITE_OBJECTIVE)
         if not math.isfinite(result.grad_norm):
-            return result._replace(status="non_finite_gradient")
+            return result._replace(status=UpdateStatus.NON_FINITE_GRADIENT)
         if result.grad_norm == 0:
-            return result._replace(status="zero_gradient")
+            return result._replace(status=UpdateStatus.ZERO_GRADIENT)
 
         solution = self._solve(problem, gradient)
         direction = solution.x
@@ -158,12 +159,12 @@ class KLConstraint(PolicyUpdate):
         curvature = solution.curvature - self.cg_damping * squared_length
         result = result._replace(curvature=curvature, cg_steps=solution.n_steps, cg_residual=solution.residual_norm)
         if solution.status in (CGStatus.NON_POSITIVE_CURVATURE, CGStatus.NON_FINITE):
-            return result._replace(status=f"cg_{solution.status.value}")
+            return result._replace(status=UpdateStatus[f"CG_{solution.status.name}"])
         scale = solution.curvature if self.damped_scale else curvature
         # Where the KL does not feel the direction at all, rounding leaves a remainder of either sign
         full_step = math.sqrt(2 * target_kl / scale) if scale > 0 else math.inf
         if not math.isfinite(full_step):
-            return result._replace(status="no_curvature")
+            return result._replace(status=UpdateStatus.NO_CURVATURE)
 
         old = flatten(problem.params)
 
@@ -190,7 +191,7 @@ class KLConstraint(PolicyUpdate):
             # -0.0 into 0.0, and an infinite direction into NaN
             assign_(problem.params, th.add(old, direction, alpha=step_size) if step_size > 0 else old)
         return result._replace(
-            status=search.status.value,
+            status=UpdateStatus[search.status.name],
             objective_after=search.objective,
             predicted_improvement=search.step_size * slope,
             kl=search.kl,
@@ -234,6 +235,8 @@ class AdaptiveKLPenalty(PolicyUpdate):
     Schulman et al. (2017), section 4: after each update beta is doubled if the KL came out above 1.5 times the target and
     halved if it came out below the target divided by 1.5. The KL is not bounded; an update that ends in a NaN is undone.
 
+    The optimizer may hold more parameters than a problem has: an update steps those of the problem only.
+
     :param params: the parameters of all problems to come
     :param learning_rate: of Adam; 3e-4 as in Schulman et al. (2017), table 3
     :param n_epochs: passes over the batch per update; 10 as there
@@ -249,8 +252,9 @@ class AdaptiveKLPenalty(PolicyUpdate):
         batch_size: int = 64,
         beta: float = 1.0,
     ):
-        self.n_epochs = n_epochs
-        self.batch_size = batch_size
+        # PyTorch does not take NumPy's integers everywhere
+        self.n_epochs = int(n_epochs)
+        self.batch_size = int(batch_size)
         self.beta = beta
         self.optimizer = th.optim.Adam(params, lr=learning_rate, eps=1e-5)
 
@@ -263,11 +267,11 @@ class AdaptiveKLPenalty(PolicyUpdate):
         :return: what happened
         """
         objective, gradient, grad_norm = _objective_and_gradient(problem)
-        result = UpdateResult("accepted", objective, objective, grad_norm=grad_norm, beta=self.beta)
+        result = UpdateResult(UpdateStatus.ACCEPTED, objective, objective, grad_norm=grad_norm, beta=self.beta)
         if not math.isfinite(objective):
-            return result._replace(status="non_finite_objective")
+            return result._replace(status=UpdateStatus.NON_FINITE_OBJECTIVE)
         if not math.isfinite(result.grad_norm):
-            return result._replace(status="non_finite_gradient")
+            return result._replace(status=UpdateStatus.NON_FINITE_GRADIENT)
 
         old = flatten(problem.params)
         old_optimizer = copy.deepcopy(self.optimizer.state_dict())
@@ -286,7 +290,7 @@ class AdaptiveKLPenalty(PolicyUpdate):
         if not is_accepted:
             # Too far is the one way to get here from finite gradients: penalise more
             self._multiply_beta(2.0)
-            return result._replace(status=LineSearchStatus.NON_FINITE.value)
+            return result._replace(status=UpdateStatus.NON_FINITE)
         if kl > 1.5 * target_kl:
             self._multiply_beta(2.0)
         elif kl < target_kl / 1.5:
@@ -312,6 +316,7 @@ class AdaptiveKLPenalty(PolicyUpdate):
 
         :param problem: objective and KL
         """
+        self.optimizer.zero_grad(set_to_none=True)
         sizes = minibatch_sizes(problem.n_samples, self.batch_size)
         shares = minibatch_shares(problem.n_samples, self.batch_size)
         for _ in range(self.n_epochs):
@@ -319,7 +324,7 @@ class AdaptiveKLPenalty(PolicyUpdate):
             for indices, share in zip(order.split(sizes), shares, strict=True):
                 objective, kl = problem.evaluate(indices)
                 loss = self.beta * kl - objective
-                gradient = flatten(th.autograd.grad(loss, problem.params, materialize_grads=True))
+                gradient = gradient_by_backward(loss, problem.params)
                 average_(gradient, share)
                 for param, part in zip(problem.params, unflatten(gradient, problem.params), strict=True):
                     param.grad = part

@@ -50,3 +50,22 @@ def flat_gradient_(params: Sequence[th.Tensor]) -> th.Tensor:
     for param, gradient in zip(params, unflatten(flat, params), strict=True):
         param.grad = gradient
     return flat
+
+
+def gradient_by_backward(output: th.Tensor, params: Sequence[th.Tensor]) -> th.Tensor:
+    """
+    The flat gradient of a scalar, by ``backward``: hooks of every kind hear of it, once, and may change it.
+
+    (``th.autograd.grad`` accumulates nothing, so that hooks for after the accumulation would not run.)
+
+    :param output: scalar with its graph
+    :param params: the parameters, at least one; the gradients they have are dropped
+    :return: vector of shape ``(n_params,)``, zero where the scalar does not depend on a parameter
+    """
+    for param in params:
+        param.grad = None
+    output.backward(inputs=list(params))
+    gradient = flatten([th.zeros_like(param) if param.grad is None else param.grad for param in params])
+    for param in params:
+        param.grad = None
+    return gradient

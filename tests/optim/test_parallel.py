@@ -67,7 +67,7 @@ def make_problem(half: int | None = None) -> Problem:
 def update(problem: Problem, precondition: bool) -> tuple[th.Tensor, dict[str, Any]]:
     """The parameters after an update by so few products that the preconditioner makes a difference, and what happened."""
     result = KLConstraint(cg_max_steps=2, precondition=precondition).update(problem, 0.01)
-    return flatten(problem.params), result._asdict()
+    return flatten(problem.params), {**result._asdict(), "status": str(result.status)}
 
 
 def one_process_of_two(rank: int, folder: str) -> None:

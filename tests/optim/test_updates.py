@@ -11,7 +11,7 @@ import torch as th
 from helpers import Dense, relative_error
 from torch import nn
 
-from sb3_trpo_ext.optim import AdaptiveKLPenalty, KLConstraint, LinearOperator, Problem, UpdateResult
+from sb3_trpo_ext.optim import AdaptiveKLPenalty, KLConstraint, LinearOperator, Problem, UpdateResult, UpdateStatus
 from sb3_trpo_ext.optim.line_search import FILLED
 from sb3_trpo_ext.optim.vectors import flatten
 
@@ -223,21 +223,25 @@ def once_moved(value: float) -> Callable[[th.Tensor], th.Tensor]:
 
 
 #: Problems without a step to take; the damping; the status that says why.
-REJECTIONS: dict[str, tuple[Callable[[], Hostile], float, str]] = {
-    "nan_objective": (lambda: Hostile(lambda x: x.sum() * math.nan), 0.1, "non_finite_objective"),
-    "inf_objective": (lambda: Hostile(lambda x: x.sum() + math.inf), 0.1, "non_finite_objective"),
-    "nan_gradient": (lambda: Hostile(lambda x: (0 * x).sum().sqrt()), 0.1, "non_finite_gradient"),
-    "zero_gradient": (lambda: Hostile(lambda x: (0 * x).sum()), 0.1, "zero_gradient"),
-    "negative_curvature": (lambda: Hostile(matrix=-IDENTITY), 0.1, "cg_non_positive_curvature"),
-    "negative_curvature_within_damping": (lambda: Hostile(matrix=-0.05 * IDENTITY), 0.1, "no_curvature"),
-    "no_curvature_and_no_damping": (lambda: Hostile(matrix=0 * IDENTITY), 0.0, "cg_non_positive_curvature"),
-    "nan_operator": (lambda: Hostile(matrix=IDENTITY * math.nan), 0.1, "cg_non_finite"),
-    "inf_operator": (lambda: Hostile(matrix=IDENTITY + math.inf), 0.1, "cg_non_finite"),
-    "infinite_direction": (lambda: Hostile(lambda x: 1e150 * x.sum(), matrix=1e-200 * IDENTITY), 0.0, "cg_non_finite"),
-    "nan_kl": (lambda: Hostile(kl=once_moved(math.nan)), 0.1, "non_finite"),
-    "nan_objective_of_trials": (lambda: Hostile(lambda x: x.sum() + once_moved(math.nan)(x)), 0.1, "non_finite"),
-    "kl_too_large": (lambda: Hostile(kl=once_moved(1.0)), 0.1, "kl_too_large"),
-    "no_improvement": (lambda: Hostile(lambda x: x.sum() + once_moved(-1e6)(x)), 0.1, "no_improvement"),
+REJECTIONS: dict[str, tuple[Callable[[], Hostile], float, UpdateStatus]] = {
+    "nan_objective": (lambda: Hostile(lambda x: x.sum() * math.nan), 0.1, UpdateStatus.NON_FINITE_OBJECTIVE),
+    "inf_objective": (lambda: Hostile(lambda x: x.sum() + math.inf), 0.1, UpdateStatus.NON_FINITE_OBJECTIVE),
+    "nan_gradient": (lambda: Hostile(lambda x: (0 * x).sum().sqrt()), 0.1, UpdateStatus.NON_FINITE_GRADIENT),
+    "zero_gradient": (lambda: Hostile(lambda x: (0 * x).sum()), 0.1, UpdateStatus.ZERO_GRADIENT),
+    "negative_curvature": (lambda: Hostile(matrix=-IDENTITY), 0.1, UpdateStatus.CG_NON_POSITIVE_CURVATURE),
+    "negative_curvature_within_damping": (lambda: Hostile(matrix=-0.05 * IDENTITY), 0.1, UpdateStatus.NO_CURVATURE),
+    "no_curvature_and_no_damping": (lambda: Hostile(matrix=0 * IDENTITY), 0.0, UpdateStatus.CG_NON_POSITIVE_CURVATURE),
+    "nan_operator": (lambda: Hostile(matrix=IDENTITY * math.nan), 0.1, UpdateStatus.CG_NON_FINITE),
+    "inf_operator": (lambda: Hostile(matrix=IDENTITY + math.inf), 0.1, UpdateStatus.CG_NON_FINITE),
+    "infinite_direction": (
+        lambda: Hostile(lambda x: 1e150 * x.sum(), matrix=1e-200 * IDENTITY),
+        0.0,
+        UpdateStatus.CG_NON_FINITE,
+    ),
+    "nan_kl": (lambda: Hostile(kl=once_moved(math.nan)), 0.1, UpdateStatus.NON_FINITE),
+    "nan_objective_of_trials": (lambda: Hostile(lambda x: x.sum() + once_moved(math.nan)(x)), 0.1, UpdateStatus.NON_FINITE),
+    "kl_too_large": (lambda: Hostile(kl=once_moved(1.0)), 0.1, UpdateStatus.KL_TOO_LARGE),
+    "no_improvement": (lambda: Hostile(lambda x: x.sum() + once_moved(-1e6)(x)), 0.1, UpdateStatus.NO_IMPROVEMENT),
 }
 
 
@@ -391,7 +395,7 @@ def test_penalty_undoes_an_update_that_ends_in_nan(spoilt: str, n_updates_before
         bad.objective = lambda x: x.sum() + bad_once_moved(x)
     result = penalty.update(bad.problem(), TARGET_KL)
 
-    assert (result.status, result.kl, result.step_size) == ("non_finite", 0.0, 0.0)
+    assert (result.status, result.kl, result.step_size) == (UpdateStatus.NON_FINITE, 0.0, 0.0)
     assert result.objective_after == result.objective_before
     assert bits(good.params) == params_before
     assert optimizer_state(penalty) == state_before
@@ -447,8 +451,8 @@ def test_penalty_continues_from_its_state_as_if_nothing_had_happened() -> None:
 
 
 def test_only_an_accepted_update_says_that_it_moved_the_parameters() -> None:
-    assert UpdateResult("accepted", 0.0, 1.0).is_accepted
-    assert not UpdateResult("kl_too_large", 0.0, 0.0).is_accepted
+    assert UpdateResult(UpdateStatus.ACCEPTED, 0.0, 1.0).is_accepted
+    assert not UpdateResult(UpdateStatus.KL_TOO_LARGE, 0.0, 0.0).is_accepted
 
 
 @pytest.mark.parametrize(("cost", "plain", "preconditioned"), [(0, 0, 1), (1, 1, 1), (2, 2, 1), (100, 3, 0)])
