@@ -193,6 +193,23 @@ def check_trust_region(trust_region: Any, options: Any) -> None:
             check_number(full_name, value, "positive", lambda x: x > 0)
 
 
+def check_optimizer_states(params: dict[str, Any]) -> None:
+    """
+    Check the states of optimizers before any of them, or the policy, is loaded.
+
+    :param params: state dicts by the names of what they are for
+    :raises RuntimeError: for one without the keys of an optimizer, as PyTorch does for a module
+    """
+    penalty = params.get("kl_penalty") or {}
+    for name, state in (("policy.optimizer", params.get("policy.optimizer")), ("kl_penalty", penalty.get("optimizer"))):
+        missing = {"state", "param_groups"}.difference(state) if state is not None else ()
+        if missing:
+            raise RuntimeError(
+                f"`{name}` has not the state of an optimizer: {' and '.join(sorted(missing))} missing. `get_parameters` and "
+                "`state_dict` of an optimizer return both."
+            )
+
+
 def check_action_space(action_space: spaces.Space) -> None:
     """
     Check that there is a distribution for an action space, and that actions arrive as they were sampled.

@@ -174,6 +174,7 @@ def _check_settings(model: OnPolicyAlgorithm) -> None:
     }
     settings["device"] = model.device.type
     settings["policy"] = {name: tuple(tensor.shape) for name, tensor in model.policy.state_dict().items()}
+    settings["frozen parameters"] = [name for name, param in model.policy.named_parameters() if not param.requires_grad]
     settings["VecNormalize"] = sorted(running_statistics(model))
     settings["world_size"] = world_size()
     everyone: list[Any] = [None] * world_size()

@@ -23,6 +23,7 @@ from sb3_trpo_ext.arguments import (
     check_arguments,
     check_attributes,
     check_env,
+    check_optimizer_states,
     check_seed,
     check_settings,
     scheduled,
@@ -543,6 +544,7 @@ class TRPO(OnPolicyAlgorithm):
         :param load_path_or_dict: path of a saved model, or a dict from names to state dicts
         :param exact_match: whether all of the model's parameters must be there
         :param device: Device on which the code should run
+        :raises RuntimeError: if the parameters do not fit the policy, or if the state of an optimizer is none
         """
         if isinstance(load_path_or_dict, dict):
             params: dict[str, Any] = dict(load_path_or_dict)
@@ -564,6 +566,7 @@ class TRPO(OnPolicyAlgorithm):
             params.pop("kl_penalty", None)
         else:
             params.setdefault("kl_penalty", self.kl_penalty.state_dict())
+        check_optimizer_states(params)
         super().set_parameters(params, exact_match, device)
 
 

@@ -192,14 +192,17 @@ def test_attributes_of_a_subclass_are_known() -> None:
         check_attributes(Sub, ["flavour"], [])
 
 
-@pytest.mark.parametrize("state", [{"state": {}}, {}, {"state": {}, "param_groups": []}])
-def test_state_of_an_optimizer_that_is_none(state: dict[str, Any]) -> None:
-    model = make_model()
-    parameters: dict[str, Any] = model.get_parameters()
-    # What is wrong with the policy comes first, as in SB3
-    broken: dict[str, Any] = {"policy": dict(list(parameters["policy"].items())[:-1]), "policy.optimizer": state}
-    with pytest.raises(RuntimeError):
-        model.set_parameters(broken)
+@pytest.mark.parametrize("state", [{"state": {}}, {}, {"param_groups": []}])
+@pytest.mark.parametrize("name", ["policy.optimizer", "kl_penalty"])
+def test_state_of_an_optimizer_that_is_none(name: str, state: dict[str, Any]) -> None:
+    """SB3's tests expect a `RuntimeError`, which is what PyTorch raises for the policy."""
+    model = make_model(trust_region="penalty")
+    before: dict[str, Any] = model.get_parameters()
+    other: dict[str, Any] = make_model(trust_region="penalty", seed=1).get_parameters()
+    other[name] = state if name == "policy.optimizer" else {"beta": 1.0, "optimizer": state}
+    with pytest.raises(RuntimeError, match=f"`{name}` has not the state of an optimizer: .* missing"):
+        model.set_parameters(other)
+    assert_identical(model.get_parameters(), before)
 
 
 # --- Threads -------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ BUDGETS = {
     "kl_penalty": (2048, 8),
     "pendulum": (2048, -2000),
     "point_mass": (4800, None),
+    "pretrain": (1024, 30),
     "squashed_policy": (2048, -2000),
 }
 #: A return that is not reached by chance, for the number of steps that the example has by default; of seed 0 in brackets.
@@ -36,6 +37,7 @@ THRESHOLDS = {
     "entropy_bonus": 400,  # 500 and 500
     "kl_penalty": 475,  # 500 and 500
     "pendulum": -300,  # -160
+    "pretrain": 475,
     "squashed_policy": -400,  # -243
 }
 FIGURES = ("kl_penalty", "point_mass")
