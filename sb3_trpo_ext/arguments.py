@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from numbers import Integral
 from typing import Any
@@ -229,8 +230,9 @@ def check_action_space(action_space: spaces.Space) -> None:
             "point. Declare the space with dtype=np.float32, and round in the environment's `step`."
         )
     if isinstance(action_space, spaces.MultiBinary) and not isinstance(action_space.n, int):
+        # The first words are SB3's
         raise ArgumentError(
-            f"MultiBinary actions must be given by their number, got {action_space}: use "
+            f"Multi-dimensional {action_space} action space is not supported: use "
             f"MultiBinary({math.prod(action_space.shape)}), and reshape the action in the environment's `step`."
         )
     if isinstance(action_space, spaces.MultiDiscrete) and action_space.nvec.ndim != 1:
@@ -347,8 +349,16 @@ def check_arguments(model: Any) -> None:
     if model.action_space is not None:
         check_action_space(model.action_space)
         check_observation_space(model.observation_space)
-    if model.normalize_advantage and model.n_steps * model.n_envs < 2:
+    n_samples = model.n_steps * model.n_envs
+    if model.normalize_advantage and n_samples < 2:
         raise ArgumentError(
             f"`n_steps * n_envs` must be greater than 1 to normalize the advantage, got n_steps={model.n_steps} and "
             f"n_envs={model.n_envs}: raise `n_steps` or set `normalize_advantage=False`."
+        )
+    if n_samples % model.batch_size > 0:
+        warnings.warn(
+            f"`batch_size` is {model.batch_size}, and a rollout has {n_samples} samples (n_steps={model.n_steps} times "
+            f"n_envs={model.n_envs}): in each pass of the value function there will be a truncated mini-batch of size "
+            f"{n_samples % model.batch_size}. Choose a divisor of {n_samples}.",
+            stacklevel=4,
         )

@@ -2,6 +2,7 @@
 
 import inspect
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,15 @@ def test_no_argument_fails_after_something_has_moved(name: str, value: Any) -> N
         model.train()
     assert_identical(model.get_parameters(), before)
     assert model._n_updates == 0
+
+
+@pytest.mark.parametrize(("n_steps", "batch_size", "size"), [(64, 63, 1), (6, 8, 6), (64, 32, 0), (64, 1, 0)])
+def test_a_smaller_last_minibatch_is_warned_of(n_steps: int, batch_size: int, size: int) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_model(n_steps=n_steps, batch_size=batch_size)
+    found = [str(each.message) for each in caught if each.filename.endswith("agents.py")]
+    assert [f"there will be a truncated mini-batch of size {size}" in message for message in found] == [True] * (size > 0)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.5, "0", True])

@@ -397,7 +397,7 @@ def test_bad_option_of_the_trust_region_is_named(trust_region: str, options: Any
         (spaces.Text(4), "supports the action spaces .* has Text"),
         (
             spaces.MultiBinary([2, 3]),
-            r"MultiBinary actions must be given by their number, got .*: use MultiBinary\(6\)",
+            r"Multi-dimensional MultiBinary\(.*\) action space is not supported: use MultiBinary\(6\)",
         ),
         (
             spaces.MultiDiscrete(np.array([[2, 3], [4, 5]])),
