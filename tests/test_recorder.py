@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_trpo_ext import TrainingRecorder
-from sb3_trpo_ext.recorder import COLUMNS, read_rows
+from sb3_trpo_ext.recorder import COLUMNS, EVALUATION, TimedEvalCallback, read_rows
 
 
 class Crash(BaseCallback):
@@ -166,6 +167,48 @@ def test_two_writers_of_one_file_are_refused(tmp_path: Path) -> None:
     model.set_logger(configure(str(tmp_path), ["csv"]))
     with pytest.raises(ValueError, match=r"logger writes .*progress\.csv already"):
         model.learn(32, callback=TrainingRecorder(tmp_path))
+
+
+@pytest.mark.parametrize("log_interval", [1, None])
+@pytest.mark.parametrize("is_recorder_first", [True, False])
+@pytest.mark.parametrize(("eval_freq", "n_evaluations"), [(12, [2, 3, 3, 2]), (48, [0, 1, 1, 0])])
+def test_evaluations_are_no_part_of_the_rollout(
+    eval_freq: int,
+    n_evaluations: list[int],
+    is_recorder_first: bool,
+    log_interval: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = 0.05
+
+    def evaluate(*_: Any, **__: Any) -> tuple[list[float], list[int]]:
+        time.sleep(seconds)
+        return [1.0], [10]
+
+    class Dump(BaseCallback):
+        """Writes and clears the log in the midst of a rollout, as SB3's `LogEveryNTimesteps` does."""
+
+        def _on_step(self) -> bool:
+            if self.num_timesteps % 20 == 0:
+                self.logger.dump(self.num_timesteps)
+            return True
+
+    monkeypatch.setattr("stable_baselines3.common.callbacks.evaluate_policy", evaluate)
+    evaluation = TimedEvalCallback(random_vec_env(1), eval_freq=eval_freq, n_eval_episodes=1, verbose=0)
+    callbacks: list[BaseCallback] = [TrainingRecorder(tmp_path), evaluation, Dump()]
+    callbacks = callbacks if is_recorder_first else callbacks[::-1]
+    make_model().learn(128, callback=callbacks, log_interval=log_interval)  # type: ignore[arg-type]
+    rows = rows_of(tmp_path)
+    assert [int(row["time/total_timesteps"]) for row in rows] == [32, 64, 96, 128]
+    for row, n in zip(rows, n_evaluations, strict=True):
+        assert n * seconds <= float(row["time/evaluation"]) < (n + 0.5) * seconds
+        assert float(row["time/rollout"]) < seconds
+
+
+def test_without_timed_evaluations_there_is_no_column(tmp_path: Path) -> None:
+    make_model().learn(32, callback=TrainingRecorder(tmp_path))
+    assert EVALUATION not in rows_of(tmp_path)[0]
 
 
 @pytest.mark.parametrize("folder", [3, True, ["a"]])
