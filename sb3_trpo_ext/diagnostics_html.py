@@ -118,13 +118,17 @@ def make_figure(runs: Sequence[Run]) -> go.Figure:
         # Plotly draws the first one at the bottom
         is_named = len(bars.labels) > 1
         figure.update_yaxes(showticklabels=is_named, automargin=True, autorange="reversed", row=row, col=column)
+    height = 440 + 285 * (n_rows - 1)
+    # In pixels from the top: the title, and below it a legend of a few lines
+    title = {"text": runs[0].label if len(runs) == 1 else f"{len(runs)} runs", "y": 1 - 12 / height, "yanchor": "top"}
+    legend = {"orientation": "h", "y": 1 - 42 / height, "yanchor": "top", "x": 0.5, "xanchor": "center", "yref": "container"}
     figure.update_layout(
         template="plotly_white",
         barmode="stack",
-        height=400 + 285 * (n_rows - 1),
-        title={"text": runs[0].label if len(runs) == 1 else f"{len(runs)} runs"},
-        margin={"l": 60, "r": 30, "t": 110, "b": 50},
-        legend={"orientation": "h", "y": 0.99, "yanchor": "top", "x": 0.5, "xanchor": "center", "yref": "container"},
+        height=height,
+        title=title,
+        margin={"l": 60, "r": 30, "t": 150, "b": 50},
+        legend=legend,
         hovermode="closest",
     )
     return figure

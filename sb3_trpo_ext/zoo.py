@@ -26,6 +26,7 @@ from sb3_trpo_ext import TRPO, TrainingRecorder, __version__
 from sb3_trpo_ext.distributed import is_launched
 from sb3_trpo_ext.patching import replaced
 from sb3_trpo_ext.recorder import TimedEvalCallback
+from sb3_trpo_ext.zoo_display import check_window, prepare_film
 from sb3_trpo_ext.zoo_errors import with_short_errors
 from sb3_trpo_ext.zoo_options import (
     COMMON_HELP,
@@ -160,13 +161,14 @@ def _extend_experiment_manager() -> None:
     """
     Let RL-Zoo's experiment manager understand schedules of our arguments, for our class alone, and place our recorder.
 
-    It also refuses names of hyperparameters that do not exist, and its evaluations tell how long they took.
+    It also refuses names of hyperparameters that do not exist. Two classes take the place of those that RL-Zoo instantiates:
+    one tells how long evaluations took; the other one reads ``name:value``, and the scripts import it when they start.
     """
-    from rl_zoo3 import ALGOS, exp_manager
+    from rl_zoo3 import ALGOS, exp_manager, utils
     from rl_zoo3.exp_manager import ExperimentManager
     from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback, ProgressBarCallback
 
-    from sb3_trpo_ext.zoo_hyperparams import check_names
+    from sb3_trpo_ext.zoo_hyperparams import StoreDict, check_names
 
     original, original_callbacks = ExperimentManager._preprocess_hyperparams, ExperimentManager.create_callbacks
     if hasattr(original, "__wrapped__"):
@@ -200,6 +202,7 @@ def _extend_experiment_manager() -> None:
     setattr(ExperimentManager, original.__name__, preprocess)
     setattr(ExperimentManager, original_callbacks.__name__, create_callbacks)
     setattr(exp_manager, EvalCallback.__name__, TimedEvalCallback)
+    setattr(utils, StoreDict.__name__, StoreDict)
 
 
 def register(key: str = KEY) -> None:
@@ -279,6 +282,27 @@ def _prepare_training(stack: ExitStack, arguments: Sequence[str]) -> list[str]:
     return arguments
 
 
+def _complete(stack: ExitStack, name: str, arguments: Sequence[str]) -> list[str]:
+    """
+    Check and complete a command line, and do what our own options ask for.
+
+    :param stack: holds what is changed for this command
+    :param name: the command
+    :param arguments: what the user wrote after it, without the options of every command
+    :return: the arguments for the command's script
+    """
+    if name == "train":
+        arguments = _prepare_training(stack, arguments)
+    arguments = with_defaults(name, arguments)
+    if name in ("train", *LOADING):
+        env_id = check_env(env_of(arguments))
+        if name == "enjoy":
+            check_window(arguments)
+        elif name != "train":
+            prepare_film(env_id)
+    return with_chosen_run(name, arguments) if name in LOADING else arguments
+
+
 def _run(name: str, common: Common) -> None:
     """
     Run a command.
@@ -286,33 +310,17 @@ def _run(name: str, common: Common) -> None:
     :param name: the command
     :param common: its options
     """
-    from rl_zoo3 import utils
-
-    from sb3_trpo_ext.zoo_display import check_window, prepare_film
-    from sb3_trpo_ext.zoo_hyperparams import StoreDict
-
-    command, arguments = COMMANDS[name], common.others
     register()
+    command, arguments = COMMANDS[name], common.others
     with ExitStack() as stack:
         # Where `python -m` looks; last, where it hides nothing
         stack.enter_context(replaced(sys, "path", [*sys.path, os.getcwd()]))
         import_packages(common.gym_packages)
-        # The class of options such as `--hyperparams`, which the scripts import by name
-        stack.enter_context(replaced(utils, "StoreDict", StoreDict))
-        is_help = not {"-h", "--help"}.isdisjoint(arguments)
-        if is_help:
-            stack.callback(print, "\n".join(["", *([TRAIN_HELP] if name == "train" else []), COMMON_HELP]))
-        elif name == "train":
-            arguments = _prepare_training(stack, arguments)
-        arguments = with_defaults(name, arguments)
-        if name in ("train", *LOADING) and not is_help:
-            check_env(env_of(arguments))
-        if name in LOADING and not is_help:
-            if name == "enjoy":
-                check_window(arguments)
-            else:
-                prepare_film(str(env_of(arguments)))
-            arguments = with_chosen_run(name, arguments)
+        if {"-h", "--help"}.isdisjoint(arguments):
+            arguments = _complete(stack, name, arguments)
+        else:
+            arguments = with_defaults(name, arguments)
+            stack.callback(print, f"\n{TRAIN_HELP if name == 'train' else ''}{COMMON_HELP}")
         # RL-Zoo's scripts read `sys.argv`; its first entry is the name in their usage message.
         stack.enter_context(replaced(sys, "argv", [f"sb3-trpo {name}", *arguments]))
         if command.function is not None:

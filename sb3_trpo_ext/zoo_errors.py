@@ -31,10 +31,23 @@ EXPECTED = (
     yaml.YAMLError,
     zipfile.BadZipFile,
 )
+#: The same of libraries that a search for hyperparameters alone needs, by module.
+EXPECTED_OF_SEARCH = {"optuna.exceptions": "OptunaError", "sqlalchemy.exc": "SQLAlchemyError"}
 #: Those whose text does not stand alone: that of a KeyError is the key.
 UNNAMED = (AttributeError, EOFError, LookupError, TypeError)
 #: Methods of RL-Zoo's experiment manager in which training begins; the second one is a trial of a search.
 TRAINING = ("learn", "objective")
+
+
+def expected() -> tuple[type[Exception], ...]:
+    """
+    The errors that end in one line.
+
+    :return: their classes
+    """
+    # A library that is not imported raises nothing
+    search = [getattr(sys.modules[module], name) for module, name in EXPECTED_OF_SEARCH.items() if module in sys.modules]
+    return (*EXPECTED, *search)
 
 
 def one_line(error: BaseException) -> str:
@@ -77,7 +90,7 @@ def with_short_errors(command: str, show_traceback: bool, run: Callable[[], None
             methods = {name: noted(getattr(ExperimentManager, name)) for name in TRAINING}
             stack.enter_context(replaced_all(ExperimentManager, methods))
             run()
-        except EXPECTED as error:
+        except expected() as error:
             if has_begun or show_traceback:
                 raise
             print(f"sb3-trpo {command}: error: {one_line(error)} (--verbose 2 shows the traceback)", file=sys.stderr)

@@ -20,6 +20,7 @@ COMMON_HELP = """options of every command:
 TRAIN_HELP = """options of sb3-trpo:
   --vec-env envpool     train in EnvPool's environments
   --resume FOLDER       go on with the run in that folder from its last checkpoint, with the options it was started with
+
 """
 
 
@@ -78,17 +79,19 @@ def closest(name: str, names: Iterable[str]) -> str:
     return f"did you mean {' or '.join(matches)}?" if matches else f"there are {', '.join(names[:20])}"
 
 
-def check_env(env_id: str | None) -> None:
+def check_env(env_id: str | None) -> str:
     """
     Refuse environments that do not exist.
 
     :param env_id: of the command line; ``None`` if there is none
+    :return: the same
     :raises ValueError: if it is missing, or not registered
     """
     if env_id is None:
         raise ValueError("--env is missing: give the id of an environment, such as --env Humanoid-v5")
     if env_id not in gym.registry:
         raise ValueError(f"--env: there is no environment {env_id!r}; {closest(env_id, gym.registry)}")
+    return env_id
 
 
 def env_of(arguments: Sequence[str]) -> str | None:

@@ -70,6 +70,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["-i", "nowhere.zip"], "The trained_agent must be a valid path to a .zip file"),
         (["-f", "a_file"], "a_file/trpo_ext"),
         (["--device", "gpu"], "Expected one of cpu, cuda"),
+        (["-optimize", "--storage", "nonsense", "--study-name", "a"], "Could not parse SQLAlchemy URL"),
+        (["--storage", "sqlite:///new.db", "--study-name", "a", "--trial-id", "3"], "KeyError: 'Record does not exist.'"),
     ],
 )
 def test_wrong_option_of_train(arguments: list[str], problem: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
