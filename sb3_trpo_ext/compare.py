@@ -189,6 +189,21 @@ def locked(folder: Path) -> Iterator[int | None]:
         yield file.fileno()
 
 
+@contextlib.contextmanager
+def interrupted_afterwards() -> Iterator[None]:
+    """Put Ctrl-C and SIGTERM off: a training that is not yet known as running would outlive us, and keep the folder locked."""
+    came: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: came.append(number)) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
 def run_jobs(jobs: Sequence[Job], n_parallel: int, n_timesteps: int, lock: int | None) -> list[str]:
     """
     Run trainings side by side, with a display of their progress.
@@ -210,7 +225,8 @@ def run_jobs(jobs: Sequence[Job], n_parallel: int, n_timesteps: int, lock: int |
                 while waiting and len(running) < n_parallel:
                     job = waiting.pop(0)
                     bar = progress.add_task(job.name, total=n_timesteps)
-                    running[job] = (start(job, lock), bar, time.perf_counter())
+                    with interrupted_afterwards():
+                        running[job] = (start(job, lock), bar, time.perf_counter())
                 time.sleep(POLL_SECONDS)
                 for job, (process, bar, started) in list(running.items()):
                     progress.update(bar, completed=min(job.n_steps_done(), n_timesteps))

@@ -368,6 +368,26 @@ def test_interruption_ends_all_trainings_and_can_be_continued(
     assert {"ppo seed 0", "trpo_ext seed 1", "ppo seed 1"} == set(started)
 
 
+def test_interruption_while_a_training_starts_ends_it(
+    tmp_path: Path, fake: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(trpo_ext_0="hang")
+    processes: list[subprocess.Popen[bytes]] = []
+    start = compare.start
+
+    def start_and_interrupt(job: compare.Job, lock: int | None) -> subprocess.Popen[bytes]:
+        processes.append(start(job, lock))
+        os.kill(os.getpid(), signal.SIGTERM)
+        # Where a handler in Python runs
+        time.sleep(0.01)
+        return processes[-1]
+
+    monkeypatch.setattr(compare, "start", start_and_interrupt)
+    assert run_compare(capsys, *arguments(tmp_path))[0] == 130
+    assert len(processes) == 1
+    assert not is_alive(processes[0].pid)
+
+
 def test_two_comparisons_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("fcntl")
     with compare.locked(tmp_path / "CartPole-v1"):
