@@ -2,8 +2,8 @@
 
 import csv
 import itertools
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 
-from sb3_trpo_ext import TrainingRecorder
+from sb3_trpo_ext import TrainingRecorder, recorder
 from sb3_trpo_ext.recorder import COLUMNS, EVALUATION, TimedEvalCallback, read_rows
 
 
@@ -180,20 +180,24 @@ def test_evaluations_are_no_part_of_the_rollout(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    seconds = 0.05
+    clock = 0.0
 
     def evaluate(*_: Any, **__: Any) -> tuple[list[float], list[int]]:
-        time.sleep(seconds)
+        nonlocal clock
+        clock += 100.0
         return [1.0], [10]
 
     class Dump(BaseCallback):
-        """Writes and clears the log in the midst of a rollout, as SB3's `LogEveryNTimesteps` does."""
+        """A step takes a second; some write and thereby clear the log, as those of `LogEveryNTimesteps` do."""
 
         def _on_step(self) -> bool:
+            nonlocal clock
+            clock += 1.0
             if self.num_timesteps % 20 == 0:
                 self.logger.dump(self.num_timesteps)
             return True
 
+    monkeypatch.setattr(recorder, "time", SimpleNamespace(perf_counter=lambda: clock))
     monkeypatch.setattr("stable_baselines3.common.callbacks.evaluate_policy", evaluate)
     evaluation = TimedEvalCallback(random_vec_env(1), eval_freq=eval_freq, n_eval_episodes=1, verbose=0)
     callbacks: list[BaseCallback] = [TrainingRecorder(tmp_path), evaluation, Dump()]
@@ -201,9 +205,9 @@ def test_evaluations_are_no_part_of_the_rollout(
     make_model().learn(128, callback=callbacks, log_interval=log_interval)  # type: ignore[arg-type]
     rows = rows_of(tmp_path)
     assert [int(row["time/total_timesteps"]) for row in rows] == [32, 64, 96, 128]
-    for row, n in zip(rows, n_evaluations, strict=True):
-        assert n * seconds <= float(row["time/evaluation"]) < (n + 0.5) * seconds
-        assert float(row["time/rollout"]) < seconds
+    assert [float(row["time/evaluation"]) for row in rows] == [100.0 * n for n in n_evaluations]
+    assert [float(row["time/rollout"]) for row in rows] == [32.0] * 4
+    assert float(rows[-1]["time/time_elapsed"]) == 128 + 100 * sum(n_evaluations)
 
 
 def test_without_timed_evaluations_there_is_no_column(tmp_path: Path) -> None:
