@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import shutil
@@ -17,11 +16,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from sb3_trpo_ext.comparison_settings import Settings, check_names, find_settings, with_equal_kl
 from sb3_trpo_ext.comparison_table import SeedRun, as_markdown, draw_curves, make_table
+from sb3_trpo_ext.recorder import EVALUATION
 from sb3_trpo_ext.report import write_json
 from sb3_trpo_ext.runs import RunError, read_run, reward_threshold
 from sb3_trpo_ext.zoo import KEY
@@ -188,6 +189,21 @@ def locked(folder: Path) -> Iterator[int | None]:
         yield file.fileno()
 
 
+@contextlib.contextmanager
+def interrupted_afterwards() -> Iterator[None]:
+    """Put Ctrl-C and SIGTERM off: a training that is not yet known as running would outlive us, and keep the folder locked."""
+    came: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: came.append(number)) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
 def run_jobs(jobs: Sequence[Job], n_parallel: int, n_timesteps: int, lock: int | None) -> list[str]:
     """
     Run trainings side by side, with a display of their progress.
@@ -209,7 +225,8 @@ def run_jobs(jobs: Sequence[Job], n_parallel: int, n_timesteps: int, lock: int |
                 while waiting and len(running) < n_parallel:
                     job = waiting.pop(0)
                     bar = progress.add_task(job.name, total=n_timesteps)
-                    running[job] = (start(job, lock), bar, time.perf_counter())
+                    with interrupted_afterwards():
+                        running[job] = (start(job, lock), bar, time.perf_counter())
                 time.sleep(POLL_SECONDS)
                 for job, (process, bar, started) in list(running.items()):
                     progress.update(bar, completed=min(job.n_steps_done(), n_timesteps))
@@ -237,12 +254,11 @@ def _last_line(job: Job) -> str:
     return lines[-1].strip() if lines else "it printed nothing"
 
 
-def read_result(job: Job, n_timesteps: int) -> SeedRun:
+def read_result(job: Job) -> SeedRun:
     """
     What a finished training has come to.
 
     :param job: the training
-    :param n_timesteps: its length
     :return: its evaluations and speed
     :raises RunError: if a file is missing or damaged
     """
@@ -252,11 +268,20 @@ def read_result(job: Job, n_timesteps: int) -> SeedRun:
     run = read_run(folder)
     if len(run.evaluations.steps) == 0:
         raise RunError(f"there are no evaluations in {folder}: remove it, and run the same command again")
-    if "time/time_elapsed" in run.updates and len(run.updates) > 0:
-        last = run.updates.iloc[-1]
-        return SeedRun(job.seed, run.evaluations, float(last["timesteps"] / last["time/time_elapsed"]))
-    done = json.loads((job.folder / DONE).read_text(encoding="utf-8"))
-    return SeedRun(job.seed, run.evaluations, n_timesteps / done["seconds"])
+    return SeedRun(job.seed, run.evaluations, speed_of(run.updates))
+
+
+def speed_of(updates: pandas.DataFrame) -> float:
+    """
+    Steps per second of a training, its evaluations left out.
+
+    :param updates: what each update has logged
+    :return: the speed; NaN where it is not known how long the evaluations took
+    """
+    if len(updates) == 0 or not {"time/time_elapsed", EVALUATION} <= set(updates):
+        return float("nan")
+    last = updates.iloc[-1]
+    return float(last["timesteps"] / (last["time/time_elapsed"] - updates[EVALUATION].sum()))
 
 
 def write_comparison(
@@ -272,7 +297,7 @@ def write_comparison(
     """
     finished = [job for job in jobs if job.is_done()]
     results: dict[str, Sequence[SeedRun]] = {
-        algo: [read_result(job, args.n_timesteps) for job in finished if job.algo == algo] for algo in args.algos
+        algo: [read_result(job) for job in finished if job.algo == algo] for algo in args.algos
     }
     threshold = reward_threshold(args.env) if args.threshold is None else args.threshold
     table = make_table(results, threshold)
@@ -282,7 +307,7 @@ def write_comparison(
     kind = "" if args.vec_env is None else f"Trained with `--vec-env {args.vec_env}`. "
     how = (
         f"{kind}Evaluations of {args.eval_episodes} episodes every {args.eval_freq:,} steps. Intervals are of a stratified "
-        f"bootstrap over seeds. steps/s with up to {args.jobs} trainings at a time, one thread each."
+        f"bootstrap over seeds. steps/s without evaluations, with up to {args.jobs} trainings at a time, one thread each."
     )
     text = f"# {title}\n\n{as_markdown(table)}\n\n{how}\n\n" + "\n".join(notes) + "\n"
     folder = Path(args.folder) / args.env
@@ -296,21 +321,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "sb3-trpo compare",
         description="Train several algorithms with several seeds and compare them. Run the same command again to go on.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    algos, default = [KEY, "trpo", "ppo"], " (default: %(default)s)"
     parser.add_argument("--env", required=True, help="environment id")
-    parser.add_argument("--algos", nargs="+", default=[KEY, "trpo", "ppo"], metavar="ALGO", help="keys of the algorithms")
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 on")
+    parser.add_argument(
+        "--algos", nargs="+", default=algos, metavar="ALGO", help=f"keys of the algorithms (default: {' '.join(algos)})"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help=f"number of seeds, from 0 on{default}")
     parser.add_argument("-n", "--n-timesteps", type=int, required=True, help="steps of each training")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, one core each")
+    parser.add_argument("--jobs", type=int, default=2, help=f"trainings at a time, one core each{default}")
     parser.add_argument(
         "--equal-kl", action="store_true", help="give sb3-contrib's trpo our trust region and damping, in its units"
     )
     parser.add_argument("--threshold", type=float, help="return for `steps to` (default: the registry's)")
     parser.add_argument("--eval-freq", type=int, help="steps between evaluations (default: a twentieth of the training)")
-    parser.add_argument("--eval-episodes", type=int, default=10, help="episodes of an evaluation")
-    parser.add_argument("-f", "--folder", default="comparisons", help="where the trainings and the table go")
-    parser.add_argument("--device", default="cpu", help="device of the policies")
+    parser.add_argument("--eval-episodes", type=int, default=10, help=f"episodes of an evaluation{default}")
+    parser.add_argument("-f", "--folder", default="comparisons", help=f"where the trainings and the table go{default}")
+    parser.add_argument("--device", default="cpu", help=f"device of the policies{default}")
     parser.add_argument(
         "--vec-env", choices=("dummy", "subproc", "envpool"), help="kind of environments to train in (default: RL-Zoo's)"
     )
@@ -323,29 +350,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     Run what is left of a comparison, and write its table.
 
     :param argv: the arguments, those of the process if None
+    :raises ValueError: for arguments that do not go together
     """
-    parser = _parser()
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
+    for option in ("seeds", "n_timesteps", "jobs", "eval_episodes"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {getattr(args, option)}")
+    if args.eval_freq is None:
+        args.eval_freq = max(args.n_timesteps // 20, 1)
+    if not 1 <= args.eval_freq <= args.n_timesteps:
+        raise ValueError(f"--eval-freq must be between 1 and --n-timesteps, got {args.eval_freq}")
+    check_names(args.algos, args.env)
+    settings = {algo: find_settings(algo, args.env) for algo in args.algos}
+    if args.equal_kl and "trpo" not in settings:
+        raise ValueError("--equal-kl converts the settings of sb3-contrib's trpo, which is not among --algos: leave it out")
+    if args.equal_kl:
+        settings["trpo"] = with_equal_kl(settings["trpo"], args.env)
+    jobs = make_jobs(args, settings)
+    left = [job for job in jobs if not job.is_done()]
     try:
-        for option in ("seeds", "n_timesteps", "jobs", "eval_episodes"):
-            if getattr(args, option) < 1:
-                raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {getattr(args, option)}")
-        if args.eval_freq is None:
-            args.eval_freq = max(args.n_timesteps // 20, 1)
-        if not 1 <= args.eval_freq <= args.n_timesteps:
-            raise ValueError(f"--eval-freq must be between 1 and --n-timesteps, got {args.eval_freq}")
-        for module in args.gym_packages:
-            importlib.import_module(module)
-        check_names(args.algos, args.env)
-        settings = {algo: find_settings(algo, args.env) for algo in args.algos}
-        if args.equal_kl and "trpo" not in settings:
-            raise ValueError(
-                "--equal-kl converts the settings of sb3-contrib's trpo, which is not among --algos: leave it out"
-            )
-        if args.equal_kl:
-            settings["trpo"] = with_equal_kl(settings["trpo"], args.env)
-        jobs = make_jobs(args, settings)
-        left = [job for job in jobs if not job.is_done()]
         with locked(Path(args.folder) / args.env) as lock:
             print(f"{len(jobs)} trainings, {len(jobs) - len(left)} of them finished before", flush=True)
             # A child outlives its parent: end it when we are asked to end
@@ -353,19 +376,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             crashed = run_jobs(left, args.jobs, args.n_timesteps, lock)
             write_comparison(args, jobs, settings, crashed)
     except KeyboardInterrupt:
-        _fail("interrupted; run the same command again to go on", 130)
-    except (ValueError, ImportError) as error:
-        _fail(f"error: {error}", 2)
+        print("sb3-trpo compare: interrupted; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
     if crashed:
         raise SystemExit(1)
-
-
-def _fail(problem: str, status: int) -> None:
-    """
-    End with one line about what is wrong.
-
-    :param problem: the line
-    :param status: exit status
-    """
-    print(f"sb3-trpo compare: {problem}", file=sys.stderr)
-    raise SystemExit(status)

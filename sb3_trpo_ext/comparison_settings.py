@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import re
 from pathlib import Path
@@ -20,6 +19,7 @@ from stable_baselines3.common.preprocessing import get_action_dim
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.zoo import KEY, linear_schedule, load_hyperparams
+from sb3_trpo_ext.zoo_options import check_env, closest
 
 RECORDER = "sb3_trpo_ext.TrainingRecorder"
 
@@ -29,18 +29,6 @@ class Settings(NamedTuple):
 
     entry: dict[str, Any]
     source: str
-
-
-def closest(name: str, names: list[str]) -> str:
-    """
-    A suggestion for a name that does not exist.
-
-    :param name: what came
-    :param names: what there is
-    :return: the end of an error message
-    """
-    matches = difflib.get_close_matches(name, names, n=3)
-    return f"did you mean {' or '.join(matches)}?" if matches else f"there are {', '.join(sorted(names)[:20])}"
 
 
 def check_names(algos: list[str], env_id: str) -> None:
@@ -53,11 +41,10 @@ def check_names(algos: list[str], env_id: str) -> None:
     """
     for algo in algos:
         if algo not in ALGOS:
-            raise ValueError(f"--algos: there is no algorithm {algo!r}; {closest(algo, list(ALGOS))}")
+            raise ValueError(f"--algos: there is no algorithm {algo!r}; {closest(algo, ALGOS)}")
     if len(set(algos)) < len(algos):
         raise ValueError(f"--algos must name each algorithm once, got {' '.join(algos)}")
-    if env_id not in gym.registry:
-        raise ValueError(f"--env: there is no environment {env_id!r}; {closest(env_id, list(gym.registry))}")
+    check_env(env_id)
 
 
 def nearest_version(env_id: str, entries: dict[str, Any]) -> str | None:

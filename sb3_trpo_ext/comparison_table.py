@@ -21,7 +21,7 @@ DASH = "-"
 
 
 class SeedRun(NamedTuple):
-    """A finished run of one seed: its evaluations, and the steps per second of its training."""
+    """A finished run of one seed: its evaluations, and the steps per second of its training, NaN if not known."""
 
     seed: int
     evaluations: Curve
@@ -116,7 +116,9 @@ def make_table(results: dict[str, Sequence[SeedRun]], threshold: float | None) -
                 reached = np.isfinite(steps)
                 row[f"steps to {threshold:g}"] = np.median(steps[reached]) if reached.any() else np.nan
                 row[f"seeds that reach {threshold:g}"] = int(reached.sum())
-            row["steps/s"] = np.median([run.speed for run in runs])
+            speeds = np.array([run.speed for run in runs])
+            known = np.isfinite(speeds)
+            row["steps/s"] = np.median(speeds[known]) if known.any() else np.nan
         rows.append(row)
     return pandas.DataFrame(rows)
 

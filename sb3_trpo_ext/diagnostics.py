@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,18 +18,21 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
 from sb3_trpo_ext.plots import WINDOW, moving_average
-from sb3_trpo_ext.runs import Run, RunError, read_run, reward_threshold
+from sb3_trpo_ext.runs import Run, read_run, reward_threshold
 
+#: Statuses of an update with which nothing is wrong.
+NOT_REJECTED = ("accepted", "zero_target_kl")
 #: Above this many points a line has its moving average drawn over it, of a fortieth of them.
 N_SMOOTH = 40
 #: Parts of an update's time, in the order in which they are stacked.
 PHASES = {
     "rollout": ("time/rollout",),
+    "evaluation": ("time/evaluation",),
     "policy": ("time/policy_update",),
     "critic": ("time/critic_update",),
     "update": ("time/update",),
 }
-PHASE_COLORS = {"rollout": "#9aa5b1", "policy": "#d9822b", "critic": "#3d7ebf", "update": "#7a5aa6"}
+PHASE_COLORS = {"rollout": "#9aa5b1", "evaluation": "#5b9e6f", "policy": "#d9822b", "critic": "#3d7ebf", "update": "#7a5aa6"}
 
 STYLES: dict[str, dict[str, Any]] = {
     "line": {"linewidth": 1.6},
@@ -181,16 +183,28 @@ def kl_panel(runs: Sequence[Run], colors: Sequence[str]) -> Panel:
             bound_x, bound = x[[0, -1]], np.full(2, run.settings["target_kl"])
         if len(bound) > 0:
             lines.append(Line("dashed", "target_kl", color, bound_x, bound, in_legend=True))
-        accepted_x, accepted = series(run, ("is_line_search_success",))
-        if "status" in run.updates:
-            accepted_x, accepted = (
-                run.updates["timesteps"].to_numpy(float),
-                run.updates["status"].eq("accepted").to_numpy(float),
-            )
-        rejected = accepted_x[accepted == 0]
+        rejected = rejected_steps(run)
         if len(rejected) > 0:
             lines.append(Line("crosses", "rejected", "#c0392b", rejected, np.zeros(len(rejected)), in_legend=True))
     return Panel("KL divergence of an update", lines, "zero")
+
+
+def rejected_steps(run: Run) -> np.ndarray:
+    """
+    When updates were rejected; one that was not made because ``target_kl`` had fallen to zero was not.
+
+    :param run: the run
+    :return: timesteps
+    """
+    names = None
+    # The first one is a number where the second one is there, and was the text before
+    for column in ("status", "status_name"):
+        if column in run.updates and not pandas.api.types.is_numeric_dtype(run.updates[column]):
+            names = run.updates[column] if names is None else run.updates[column].combine_first(names)
+    if names is None:
+        steps, accepted = series(run, ("is_line_search_success",))
+        return steps[accepted == 0]
+    return run.updates["timesteps"].to_numpy(float)[(names.notna() & ~names.isin(NOT_REJECTED)).to_numpy()]
 
 
 def phases(runs: Sequence[Run]) -> Bars:
@@ -376,18 +390,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     Draw the diagnostics of runs.
 
     :param argv: the arguments, those of the process if None
+    :raises ValueError: if a run cannot be read, or the output is no picture
     """
-    parser = _parser()
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     default = Path(args.runs[0] if len(args.runs) == 1 else ".") / "diagnostics.png"
     png = Path(args.output) if args.output else default
     if png.suffix.lower() != ".png":
-        _fail(f"--output must be a file that ends in .png, got {str(png)!r}")
-    try:
-        runs = [read_run(folder) for folder in args.runs]
-        draw_page(png, runs)
-    except (RunError, OSError) as error:
-        _fail(str(error))
+        raise ValueError(f"--output must be a file that ends in .png, got {str(png)!r}")
+    runs = [read_run(folder) for folder in args.runs]
+    draw_page(png, runs)
     print(f"  diagnostics      {png}")
     if args.no_html:
         return
@@ -399,13 +410,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     html = png.with_suffix(".html")
     write_page(html, runs)
     print(f"  interactive page {html}")
-
-
-def _fail(problem: str) -> None:
-    """
-    End with one line about what is wrong.
-
-    :param problem: the line
-    """
-    print(f"sb3-trpo plot: error: {problem}", file=sys.stderr)
-    raise SystemExit(2)

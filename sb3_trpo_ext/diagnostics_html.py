@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 from matplotlib.colors import to_rgb
 from plotly.subplots import make_subplots
 
-from sb3_trpo_ext.diagnostics import PHASE_COLORS, Line, make_panels, phases, run_colors
+from sb3_trpo_ext.diagnostics import PHASE_COLORS, Line, Panel, make_panels, phases, run_colors
 from sb3_trpo_ext.runs import Run
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -45,6 +46,26 @@ def traces(line: Line, name: str) -> list[go.Scatter]:
     return [go.Scatter(y=line.y, hovertemplate=hover, **common, **style)]
 
 
+def marks(panels: Sequence[Panel], colors: Sequence[str]) -> list[go.Scatter]:
+    """
+    What the marks of the panels mean, for the legend; they belong to no run, so a click hides the entry alone.
+
+    :param panels: all panels
+    :param colors: of the runs; with several of them a mark has none of these
+    :return: traces without data, one for each meaning
+    """
+    found: dict[str, go.Scatter] = {}
+    nowhere = np.full(1, np.nan)
+    for line in (line for panel in panels for line in panel.lines if line.in_legend):
+        if line.label in found:
+            continue
+        color = "#444444" if len(colors) > 1 and line.color in colors else line.color
+        empty = line._replace(color=color, x=nowhere, y=nowhere, upper=None if line.upper is None else nowhere)
+        mark = traces(empty, line.label)[-1]
+        found[line.label] = mark.update(showlegend=True, legendgroup=f"mark {line.label}")
+    return list(found.values())
+
+
 def make_figure(runs: Sequence[Run]) -> go.Figure:
     """
     The page: the returns above, everything else in three columns; all share the steps when zoomed.
@@ -67,8 +88,10 @@ def make_figure(runs: Sequence[Run]) -> go.Figure:
     labels = dict(zip(colors, (run.label for run in runs), strict=True))
     # One entry in the legend for each run; a click on it hides the run everywhere
     for run, color in zip(runs, colors, strict=True):
-        mark = {"x": [None], "y": [None], "mode": "lines", "line": {"color": color, "width": 3}}
-        figure.add_trace(go.Scatter(name=run.label, legendgroup=run.label, **mark), row=1, col=1)
+        entry = {"x": [None], "y": [None], "mode": "lines", "line": {"color": color, "width": 3}}
+        figure.add_trace(go.Scatter(name=run.label, legendgroup=run.label, **entry), row=1, col=1)
+    for mark in marks(panels, colors):
+        figure.add_trace(mark, row=1, col=1)
     for index, panel in enumerate(panels):
         row, column = (1, 1) if index == 0 else (2 + (index - 1) // 3, 1 + (index - 1) % 3)
         for line in panel.lines:
@@ -95,13 +118,17 @@ def make_figure(runs: Sequence[Run]) -> go.Figure:
         # Plotly draws the first one at the bottom
         is_named = len(bars.labels) > 1
         figure.update_yaxes(showticklabels=is_named, automargin=True, autorange="reversed", row=row, col=column)
+    height = 440 + 285 * (n_rows - 1)
+    # In pixels from the top: the title, and below it a legend of a few lines
+    title = {"text": runs[0].label if len(runs) == 1 else f"{len(runs)} runs", "y": 1 - 12 / height, "yanchor": "top"}
+    legend = {"orientation": "h", "y": 1 - 42 / height, "yanchor": "top", "x": 0.5, "xanchor": "center", "yref": "container"}
     figure.update_layout(
         template="plotly_white",
         barmode="stack",
-        height=400 + 285 * (n_rows - 1),
-        title={"text": runs[0].label if len(runs) == 1 else f"{len(runs)} runs"},
-        margin={"l": 60, "r": 30, "t": 110, "b": 50},
-        legend={"orientation": "h", "y": 0.99, "yanchor": "top", "x": 0.5, "xanchor": "center", "yref": "container"},
+        height=height,
+        title=title,
+        margin={"l": 60, "r": 30, "t": 150, "b": 50},
+        legend=legend,
         hovermode="closest",
     )
     return figure

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.logger import CSVOutputFormat
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
@@ -23,6 +23,28 @@ COLUMNS = (
     "rollout/ep_rew_mean",
     "rollout/ep_len_mean",
 )
+#: The logger's key for the seconds of evaluations.
+EVALUATION = "time/evaluation"
+
+
+class TimedEvalCallback(EvalCallback):
+    """SB3's ``EvalCallback``, which logs the seconds that its evaluations took of a rollout as ``time/evaluation``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._seconds = 0.0
+
+    def _on_rollout_start(self) -> None:
+        self._seconds = 0.0
+
+    def _on_step(self) -> bool:
+        started = time.perf_counter()
+        goes_on = super()._on_step()
+        if self.eval_freq > 0 and self.n_calls % self.eval_freq == 0:
+            self._seconds += time.perf_counter() - started
+        # In every step, since an evaluation writes the log and thereby clears it, and so do other callbacks
+        self.logger.record(EVALUATION, self._seconds, exclude="stdout")
+        return goes_on
 
 
 class TrainingRecorder(BaseCallback):
@@ -33,8 +55,9 @@ class TrainingRecorder(BaseCallback):
     its own, written as soon as it is over, whatever the logger does with it. A training that goes on (``num_timesteps`` is not
     zero when it starts) appends to the file; a new one starts a new file, as SB3's ``Monitor`` does.
 
-    ``time/rollout`` and ``time/update`` are the seconds that the rollout (with evaluations that other callbacks made) and the
-    update took.
+    ``time/rollout`` and ``time/update`` are the seconds that the rollout and the update took. The evaluations of
+    :class:`TimedEvalCallback`, which ``sb3-trpo train`` makes, are left out of the rollout and have their own
+    ``time/evaluation``; those of SB3's ``EvalCallback`` count as part of it.
 
     :param folder: where to write. None: the folder of the run with RL-Zoo, the logger's folder without it
     :param verbose: 1 to say where the file is
@@ -101,7 +124,11 @@ class TrainingRecorder(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         now = time.perf_counter()
-        self._row = {"time/total_timesteps": self.model.num_timesteps, "time/rollout": now - self._phase_started}
+        evaluation = self.logger.name_to_value.get(EVALUATION)
+        seconds = now - self._phase_started - (evaluation or 0.0)
+        self._row = {"time/total_timesteps": self.model.num_timesteps, "time/rollout": seconds}
+        if evaluation is not None:
+            self._row[EVALUATION] = evaluation
         episodes = [info for info in self.model.ep_info_buffer or () if "r" in info]
         if episodes:
             self._row["rollout/ep_rew_mean"] = float(np.mean([info["r"] for info in episodes]))

@@ -20,7 +20,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_trpo_ext.plots import evaluation_curve, plot_learning_curve, training_curve
+from sb3_trpo_ext.runs import latest_run
 from sb3_trpo_ext.zoo import KEY
+from sb3_trpo_ext.zoo_hyperparams import StoreDict
+from sb3_trpo_ext.zoo_options import check_env
 
 
 class DistanceRecorder(VecEnvWrapper):
@@ -116,7 +119,14 @@ class Run(NamedTuple):
 
 
 def load_run(
-    env_id: str, folder: str, algo: str = KEY, exp_id: int = 0, seed: int = 0, device: str = "auto", n_envs: int = 1
+    env_id: str,
+    folder: str,
+    algo: str = KEY,
+    exp_id: int = 0,
+    seed: int = 0,
+    device: str = "auto",
+    n_envs: int = 1,
+    env_kwargs: dict[str, Any] | None = None,
 ) -> Run:
     """
     Load an agent that RL-Zoo has trained, and make its environment as it was in training.
@@ -124,27 +134,31 @@ def load_run(
     :param env_id: the environment
     :param folder: the folder of all runs
     :param algo: key of the algorithm
-    :param exp_id: number of the run, 0 for the latest one, -1 for an agent that lies in the folder of the algorithm itself
+    :param exp_id: number of the run, 0 for the latest one with an agent, -1 for an agent that lies in the folder of the
+        algorithm itself
     :param seed: seed of the environment
     :param device: device of the policy
     :param n_envs: number of environments
+    :param env_kwargs: arguments of the environment that are other than in training
     :return: the agent and its environments, with the saved observation statistics, not updated any more and raw rewards
-    :raises FileNotFoundError: if there is no such run
+    :raises ValueError: if there is no such run, or no agent in it
     """
     name = EnvironmentName(env_id)
+    if exp_id == 0:
+        exp_id = latest_run(Path(folder) / algo, name, [f"{name}.zip"])
     try:
         _, model_path, run_path = get_model_path(exp_id, folder, algo, name)
-    except (AssertionError, ValueError) as error:
-        raise FileNotFoundError(f"{error} (is it in another folder, or of another `--algo` than {algo}?)") from error
+    except AssertionError as error:
+        raise ValueError(f"{error} (is it in another --folder, or of another --algo than {algo}?)") from error
 
     params_path = Path(run_path) / name
     hyperparams, stats_path = get_saved_hyperparams(str(params_path), norm_reward=False, test_mode=True)
-    env_kwargs = hyperparams.pop("env_kwargs", None) or {}
+    kwargs_in_training = hyperparams.pop("env_kwargs", None) or {}
     args_path = params_path / "args.yml"
     if args_path.is_file():
         # RL-Zoo writes the command line with Python types; it is as trustworthy as the pickles next to it.
         saved_args = yaml.load(args_path.read_text(encoding="utf-8"), Loader=yaml.UnsafeLoader)
-        env_kwargs = saved_args["env_kwargs"] or env_kwargs
+        kwargs_in_training = saved_args["env_kwargs"] or kwargs_in_training
 
     env = create_test_env(
         env_id,
@@ -153,7 +167,7 @@ def load_run(
         seed=seed,
         should_render=False,
         hyperparams=hyperparams,
-        env_kwargs=env_kwargs,
+        env_kwargs={**kwargs_in_training, **(env_kwargs or {})},
         vec_env_cls=ExperimentManager.default_vec_env_cls or DummyVecEnv,
     )
     return Run(ALGOS[algo].load(model_path, device=device), Path(model_path), env)
@@ -189,15 +203,27 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("sb3-trpo report", description="Evaluate a trained agent and draw its learning curve.")
+    default = " (default: %(default)s)"
     parser.add_argument("--env", required=True, help="environment id")
-    parser.add_argument("-f", "--folder", "--log-folder", dest="folder", default="logs", help="folder of all runs")
-    parser.add_argument("--algo", default=KEY, choices=list(ALGOS), metavar="ALGO", help="key of the algorithm")
-    parser.add_argument("--exp-id", type=int, default=0, help="number of the run (0: the latest, -1: no folder of its own)")
-    parser.add_argument("--n-eval-episodes", type=int, default=20, help="number of episodes")
-    parser.add_argument("--seed", type=int, default=1000, help="seed of the evaluation")
+    parser.add_argument("-f", "--folder", "--log-folder", dest="folder", default="logs", help=f"folder of all runs{default}")
+    parser.add_argument("--algo", default=KEY, choices=list(ALGOS), metavar="ALGO", help=f"key of the algorithm{default}")
+    parser.add_argument(
+        "--exp-id",
+        type=int,
+        default=0,
+        help="number of the run (default: the latest with an agent; -1: no folder of its own)",
+    )
+    parser.add_argument("--n-eval-episodes", type=int, default=20, help=f"number of episodes{default}")
+    parser.add_argument("--seed", type=int, default=1000, help=f"seed of the evaluation{default}")
     parser.add_argument("--stochastic", action="store_true", help="sample the actions")
-    parser.add_argument("--device", default="auto", help="device of the policy")
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.add_argument("--device", default="auto", help=f"device of the policy{default}")
+    parser.add_argument(
+        "--env-kwargs",
+        nargs="+",
+        action=StoreDict,
+        metavar="NAME:VALUE",
+        help="arguments of the environment (default: those of training)",
+    )
     return parser
 
 
@@ -206,15 +232,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     Evaluate the agent of a run; write ``evaluation.json`` and ``learning_curve.png`` into its folder and print what came out.
 
     :param argv: the arguments, those of the process if None
+    :raises ValueError: for arguments that are wrong
     """
-    parser = _parser()
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     if args.n_eval_episodes < 1:
-        parser.error(f"--n-eval-episodes must be at least 1, got {args.n_eval_episodes}")
-    try:
-        run = load_run(args.env, args.folder, args.algo, args.exp_id, args.seed, args.device)
-    except FileNotFoundError as error:
-        parser.error(str(error))
+        raise ValueError(f"--n-eval-episodes must be at least 1, got {args.n_eval_episodes}")
+    check_env(args.env)
+    run = load_run(args.env, args.folder, args.algo, args.exp_id, args.seed, args.device, env_kwargs=args.env_kwargs)
     set_random_seed(args.seed)
     episodes = run_episodes(run.model, run.env, args.n_eval_episodes, deterministic=not args.stochastic)
     run.env.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,6 +139,30 @@ def read_updates(folder: Path, settings: dict[str, Any]) -> pandas.DataFrame:
     # A training that went on from an earlier state repeats some timesteps: the later rows are those of the agent that is there
     later = table["timesteps"][::-1].cummin()[::-1].shift(-1)
     return table[~(table["timesteps"] >= later)].reset_index(drop=True)
+
+
+def latest_run(folder: Path, env_name: str, models: Sequence[str]) -> int:
+    """
+    The number of the latest run that has a model; a start that failed and a search for hyperparameters leave none.
+
+    :param folder: the runs of an algorithm, such as ``logs/trpo_ext``
+    :param env_name: the environment, as it is in the name of a run
+    :param models: names of files, with wildcards: the run has one of these
+    :return: 3 for ``Hopper-v5_3``
+    :raises RunError: if there is no such run
+    """
+    runs = {}
+    for path in folder.glob(f"{glob.escape(env_name)}_*"):
+        if match := re.fullmatch(rf"{re.escape(env_name)}_(\d+)", path.name):
+            runs[int(match[1])] = path
+    with_model = [number for number, path in runs.items() if any(True for name in models for _ in path.glob(name))]
+    if with_model:
+        return max(with_model)
+    if not runs:
+        raise RunError(f"there is no run of {env_name} in {folder}: is it in another --folder, or of another --algo?")
+    found = sorted({model.name for path in runs.values() for model in path.glob("*.zip")})
+    hint = f"there are only {', '.join(found[:5])}" if found else "no training has come to its end, nor to a checkpoint"
+    raise RunError(f"no run of {env_name} in {folder} has {' or '.join(models)}: {hint}")
 
 
 def reward_threshold(env_id: str | None) -> float | None:

@@ -10,19 +10,34 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_trpo_ext import TRPO, TrainingRecorder
+from sb3_trpo_ext import TRPO, TrainingRecorder, __version__
 from sb3_trpo_ext.distributed import is_launched
+from sb3_trpo_ext.patching import replaced
+from sb3_trpo_ext.recorder import TimedEvalCallback
+from sb3_trpo_ext.zoo_display import check_window, prepare_film
+from sb3_trpo_ext.zoo_errors import with_short_errors
+from sb3_trpo_ext.zoo_options import (
+    COMMON_HELP,
+    TRAIN_HELP,
+    Common,
+    check_env,
+    env_of,
+    import_packages,
+    split_common,
+    with_chosen_run,
+)
 
 KEY = "trpo_ext"
 
@@ -41,20 +56,34 @@ class Command(NamedTuple):
     algo_option: str | None = None
     # The folder of the runs, where RL-Zoo's own default is its collection of downloadable agents
     folder: str | None = None
+    # Those of the options of every command that its own parser reads as well
+    known: tuple[str, ...] = ()
 
 
 COMMANDS = {
-    "train": Command("train an agent, or tune hyperparameters with -optimize", "rl_zoo3.train", "train", "--algo"),
+    "train": Command(
+        "train an agent, or tune hyperparameters with -optimize",
+        "rl_zoo3.train",
+        "train",
+        "--algo",
+        known=("--verbose", "--gym-packages"),
+    ),
     "report": Command("evaluate a trained agent and draw its learning curve", "sb3_trpo_ext.report", "main"),
     "plot": Command("draw returns and updates of one run, or of several", "sb3_trpo_ext.diagnostics", "main"),
-    "compare": Command("train several algorithms on a task and compare them", "sb3_trpo_ext.compare", "main"),
-    "enjoy": Command("watch a trained agent", "rl_zoo3.enjoy", "enjoy", "--algo", "logs"),
+    "compare": Command(
+        "train several algorithms on a task and compare them", "sb3_trpo_ext.compare", "main", known=("--gym-packages",)
+    ),
+    "enjoy": Command(
+        "watch a trained agent", "rl_zoo3.enjoy", "enjoy", "--algo", "logs", known=("--verbose", "--gym-packages")
+    ),
     "record-video": Command("film a trained agent", "rl_zoo3.record_video", None, "--algo", "logs"),
     "record-training": Command("film every checkpoint of a run", "rl_zoo3.record_training", None, "--algo", "logs"),
     "plot-train": Command("plot the returns of training", "rl_zoo3.plots", "plot_train", "--algo"),
     "all-plots": Command("gather and plot the evaluations of runs", "rl_zoo3.plots", "all_plots", "--algos"),
     "plot-from-file": Command("plot what all-plots has gathered", "rl_zoo3.plots", "plot_from_file"),
 }
+#: Scripts of RL-Zoo that load an agent.
+LOADING = ("enjoy", "record-video", "record-training")
 
 USAGE = f"""usage: sb3-trpo COMMAND [OPTION ...]
 
@@ -65,7 +94,7 @@ RL-Zoo's scripts for the TRPO of sb3-trpo-ext. All of RL-Zoo's options work; --a
 commands:
 {chr(10).join(f"  {name:<16} {command.summary}" for name, command in COMMANDS.items())}
 
-`sb3-trpo COMMAND --help` lists the options of a command."""
+`sb3-trpo COMMAND --help` lists the options of a command, `sb3-trpo --version` tells the version."""
 
 
 def hyperparams_path() -> Path:
@@ -129,10 +158,17 @@ def place_recorders(callbacks: Any, folder: str | None) -> list[Any]:
 
 
 def _extend_experiment_manager() -> None:
-    """Let RL-Zoo's experiment manager understand schedules of our arguments, for our class alone, and place our recorder."""
-    from rl_zoo3 import ALGOS
+    """
+    Let RL-Zoo's experiment manager understand schedules of our arguments, for our class alone, and place our recorder.
+
+    It also refuses names of hyperparameters that do not exist. Two classes take the place of those that RL-Zoo instantiates:
+    one tells how long evaluations took; the other one reads ``name:value``, and the scripts import it when they start.
+    """
+    from rl_zoo3 import ALGOS, exp_manager, utils
     from rl_zoo3.exp_manager import ExperimentManager
-    from stable_baselines3.common.callbacks import CheckpointCallback, ProgressBarCallback
+    from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback, ProgressBarCallback
+
+    from sb3_trpo_ext.zoo_hyperparams import StoreDict, check_names
 
     original, original_callbacks = ExperimentManager._preprocess_hyperparams, ExperimentManager.create_callbacks
     if hasattr(original, "__wrapped__"):
@@ -149,7 +185,9 @@ def _extend_experiment_manager() -> None:
             # A search for hyperparameters has no folder for its trials
             folder = None if self.optimize_hyperparameters else self.save_path
             hyperparams["callback"] = place_recorders(hyperparams["callback"], folder)
-        return original(self, hyperparams)
+        result = original(self, hyperparams)
+        check_names(result[0], ALGOS[self.algo])
+        return result
 
     @functools.wraps(original_callbacks)
     def create_callbacks(self: ExperimentManager) -> None:
@@ -163,6 +201,8 @@ def _extend_experiment_manager() -> None:
 
     setattr(ExperimentManager, original.__name__, preprocess)
     setattr(ExperimentManager, original_callbacks.__name__, create_callbacks)
+    setattr(exp_manager, EvalCallback.__name__, TimedEvalCallback)
+    setattr(utils, StoreDict.__name__, StoreDict)
 
 
 def register(key: str = KEY) -> None:
@@ -208,41 +248,11 @@ def with_defaults(name: str, arguments: Sequence[str]) -> list[str]:
     return [*defaults, *arguments]
 
 
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """
-    Give an attribute another value for a while.
-
-    :param owner: a module or a class
-    :param name: the attribute
-    :param value: its value within the ``with`` block
-    """
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
-@contextmanager
-def replaced_all(owner: Any, values: Mapping[str, Any]) -> Iterator[None]:
-    """
-    Give several attributes other values for a while.
-
-    :param owner: a module or a class
-    :param values: by the names of the attributes
-    """
-    with ExitStack() as stack:
-        for name, value in values.items():
-            stack.enter_context(replaced(owner, name, value))
-        yield
-
-
-def _call_through_us(command: list[str], **kwargs: Any) -> int:
+def _call_through_us(common: Common, command: list[str], **kwargs: Any) -> int:
     """``subprocess.call`` for ``record_training``, whose ``python -m rl_zoo3.record_video`` would not know our key."""
     if command[:3] == ["python", "-m", "rl_zoo3.record_video"]:
-        command = [sys.executable, "-m", "sb3_trpo_ext.zoo", "record-video", *command[3:]]
+        command = [sys.executable, "-m", "sb3_trpo_ext.zoo", "record-video", *command[3:], "--verbose", str(common.verbose)]
+        command += ["--gym-packages", *common.gym_packages] if common.gym_packages else []
     with subprocess.Popen(command, **kwargs) as process:
         return process.wait()
 
@@ -272,36 +282,75 @@ def _prepare_training(stack: ExitStack, arguments: Sequence[str]) -> list[str]:
     return arguments
 
 
+def _complete(stack: ExitStack, name: str, arguments: Sequence[str]) -> list[str]:
+    """
+    Check and complete a command line, and do what our own options ask for.
+
+    :param stack: holds what is changed for this command
+    :param name: the command
+    :param arguments: what the user wrote after it, without the options of every command
+    :return: the arguments for the command's script
+    """
+    if name == "train":
+        arguments = _prepare_training(stack, arguments)
+    arguments = with_defaults(name, arguments)
+    if name in ("train", *LOADING):
+        env_id = check_env(env_of(arguments))
+        if name == "enjoy":
+            check_window(arguments)
+        elif name != "train":
+            prepare_film(env_id)
+    return with_chosen_run(name, arguments) if name in LOADING else arguments
+
+
+def _run(name: str, common: Common) -> None:
+    """
+    Run a command.
+
+    :param name: the command
+    :param common: its options
+    """
+    register()
+    command, arguments = COMMANDS[name], common.others
+    with ExitStack() as stack:
+        # Where `python -m` looks; last, where it hides nothing
+        stack.enter_context(replaced(sys, "path", [*sys.path, os.getcwd()]))
+        import_packages(common.gym_packages)
+        if {"-h", "--help"}.isdisjoint(arguments):
+            arguments = _complete(stack, name, arguments)
+        else:
+            arguments = with_defaults(name, arguments)
+            stack.callback(print, f"\n{TRAIN_HELP if name == 'train' else ''}{COMMON_HELP}")
+        # RL-Zoo's scripts read `sys.argv`; its first entry is the name in their usage message.
+        stack.enter_context(replaced(sys, "argv", [f"sb3-trpo {name}", *arguments]))
+        if command.function is not None:
+            getattr(importlib.import_module(command.module), command.function)()
+        else:
+            with replaced(subprocess, "call", functools.partial(_call_through_us, common)):
+                runpy.run_module(command.module, run_name="__main__")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """
     Run the command ``sb3-trpo``.
 
     :param argv: the arguments, those of the process if None
-    :return: the exit status: 0, or 2 for a command that does not exist
+    :return: the exit status: 0, or 2 for what the user can put right, such as a command that does not exist
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments.pop(0) if arguments else ""
     if name in ("-h", "--help"):
         print(USAGE)
         return 0
+    if name == "--version":
+        print(f"sb3-trpo-ext {__version__}")
+        return 0
     if name not in COMMANDS:
         problem = f"there is no command {name!r}" if name else "a command is missing"
         print(f"{USAGE}\n\nsb3-trpo: error: {problem}", file=sys.stderr)
         return 2
-
-    register()
-    command = COMMANDS[name]
-    with ExitStack() as stack:
-        if name == "train":
-            arguments = _prepare_training(stack, arguments)
-        # RL-Zoo's scripts read `sys.argv`; its first entry is the name in their usage message.
-        stack.enter_context(replaced(sys, "argv", [f"sb3-trpo {name}", *with_defaults(name, arguments)]))
-        if command.function is not None:
-            getattr(importlib.import_module(command.module), command.function)()
-        else:
-            with replaced(subprocess, "call", _call_through_us):
-                runpy.run_module(command.module, run_name="__main__")
-    return 0
+    common = split_common(arguments, COMMANDS[name].known)
+    return with_short_errors(name, common.verbose > 1, lambda: _run(name, common))
 
 
 if __name__ == "__main__":

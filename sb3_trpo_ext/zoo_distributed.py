@@ -22,7 +22,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext.distributed import attempt, broadcast, is_one_machine, join_process_group
 from sb3_trpo_ext.optim.parallel import rank, world_size
-from sb3_trpo_ext.zoo import KEY, replaced_all
+from sb3_trpo_ext.patching import replaced_all
+from sb3_trpo_ext.zoo import KEY
 from sb3_trpo_ext.zoo_resume import going_on_methods
 
 #: In the folder of a run: which launch made it.

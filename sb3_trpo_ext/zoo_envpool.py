@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext.envs import EnvPoolVecEnv
 from sb3_trpo_ext.envs.envpool import load_envpool
-from sb3_trpo_ext.zoo import replaced
+from sb3_trpo_ext.patching import replaced
 
 
 def split_vec_env(arguments: Sequence[str]) -> tuple[bool, list[str]]:

@@ -21,8 +21,8 @@ from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_trpo_ext.patching import replaced, replaced_all
 from sb3_trpo_ext.runs import read_settings
-from sb3_trpo_ext.zoo import replaced, replaced_all
 
 #: The options of ``train`` that make a run what it is; they are given again when it goes on.
 KEPT = (

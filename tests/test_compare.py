@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import yaml
 from rl_zoo3 import ALGOS
@@ -29,7 +31,8 @@ import numpy as np
 how, folder, algo, env, seed = sys.argv[1:6]
 run = pathlib.Path(folder) / algo / f"{env}_1"
 run.mkdir(parents=True)
-(run / "progress.csv").write_text("time/total_timesteps,time/time_elapsed,train/loss\\n100,2.0,1\\n")
+columns = "time/total_timesteps,time/time_elapsed,time/evaluation"
+(run / "progress.csv").write_text(f"{columns}\\n50,3.0,2.0\\n100,10.0,4.0\\n")
 np.savez(run / "evaluations.npz", timesteps=[50, 100], results=[[1.0, 3.0], [10.0 + int(seed), 10.0 + int(seed)]])
 if how == "hang":
     time.sleep(60)
@@ -40,9 +43,8 @@ if how == "crash":
 
 def run_compare(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
     """Run the command; returns its exit status and what it prints."""
-    status: Any = 0
     try:
-        zoo.main(["compare", *map(str, arguments)])
+        status: Any = zoo.main(["compare", *map(str, arguments)])
     except SystemExit as stop:
         status = stop.code
     output = capsys.readouterr()
@@ -203,6 +205,30 @@ def test_curves_of_different_length_meet_at_the_shortest() -> None:
     np.testing.assert_allclose(curves, [[0, 5, 10], [0, 50, 100]])
 
 
+def test_speed_leaves_evaluations_out_and_is_not_guessed() -> None:
+    table = pandas.DataFrame({"timesteps": [50, 100], "time/time_elapsed": [3.0, 10.0], "time/evaluation": [2.0, 4.0]})
+    assert compare.speed_of(table) == 25.0
+    assert np.isnan(compare.speed_of(table.drop(columns="time/evaluation")))
+    assert np.isnan(compare.speed_of(table[:0]))
+    unknown = [run._replace(speed=float("nan")) for run in runs_of(1.0, 2.0)]
+    rows = comparison_table.make_table({"a": unknown, "b": [*unknown[:1], *runs_of(1.0)]}, None)
+    assert rows["steps/s"].iloc[1] == 10.0
+    lines = comparison_table.as_markdown(rows).splitlines()
+    assert lines[2].endswith("| - |")
+    assert lines[3].endswith("| 10 |")
+
+
+def test_help_tells_each_default_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("compare", "report"):
+        with pytest.raises(SystemExit):
+            zoo.main([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "None" not in text
+        assert "[]" not in text
+        assert not re.search(r"\(default[^)]*\) \(default", text)
+        assert "(default: cpu)" in text or "(default: auto)" in text
+
+
 # === Running ===
 
 
@@ -217,6 +243,8 @@ def test_comparison_writes_table_and_curves(
     folder = tmp_path / "CartPole-v1"
     text = (folder / "comparison.md").read_text()
     assert "| trpo_ext | 2 | 10.5 ± 0.707 | 10.5 [10, 11] |" in text
+    # 100 steps in 10 seconds, 6 of them evaluations
+    assert text.count("| 25 |") == 2
     assert "* ppo: settings are RL-Zoo's CartPole-v1." in text
     assert text in output
     assert (folder / "comparison.csv").read_text().startswith("algorithm,seeds,final return")
@@ -340,6 +368,26 @@ def test_interruption_ends_all_trainings_and_can_be_continued(
     assert {"ppo seed 0", "trpo_ext seed 1", "ppo seed 1"} == set(started)
 
 
+def test_interruption_while_a_training_starts_ends_it(
+    tmp_path: Path, fake: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(trpo_ext_0="hang")
+    processes: list[subprocess.Popen[bytes]] = []
+    start = compare.start
+
+    def start_and_interrupt(job: compare.Job, lock: int | None) -> subprocess.Popen[bytes]:
+        processes.append(start(job, lock))
+        os.kill(os.getpid(), signal.SIGTERM)
+        # Where a handler in Python runs
+        time.sleep(0.01)
+        return processes[-1]
+
+    monkeypatch.setattr(compare, "start", start_and_interrupt)
+    assert run_compare(capsys, *arguments(tmp_path))[0] == 130
+    assert len(processes) == 1
+    assert not is_alive(processes[0].pid)
+
+
 def test_two_comparisons_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("fcntl")
     with compare.locked(tmp_path / "CartPole-v1"):
@@ -359,7 +407,7 @@ def test_two_comparisons_do_not_share_a_folder(tmp_path: Path, capsys: pytest.Ca
         (["-n", 0], "--n-timesteps must be at least 1, got 0"),
         (["--eval-freq", 1000], "--eval-freq must be between 1 and --n-timesteps, got 1000"),
         (["--equal-kl"], "--equal-kl converts the settings of sb3-contrib's trpo, which is not among --algos"),
-        (["--gym-packages", "no_such_module"], "No module named 'no_such_module'"),
+        (["--gym-packages", "no_such_module"], "--gym-packages no_such_module: No module named 'no_such_module'"),
     ],
 )
 def test_wrong_arguments_end_in_one_line(

@@ -56,9 +56,8 @@ def write_run(folder: Path, env_id: str = "CartPole-v1", n_updates: int = 5, tab
 
 def plot(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
     """Run the command; returns its exit status and what it prints."""
-    status: Any = 0
     try:
-        zoo.main(["plot", *map(str, arguments)])
+        status: Any = zoo.main(["plot", *map(str, arguments)])
     except SystemExit as stop:
         status = stop.code
     output = capsys.readouterr()
@@ -124,6 +123,39 @@ def test_every_quantity_has_its_panel(tmp_path: Path) -> None:
 
     bars = diagnostics.phases([run])
     assert bars.seconds == {"rollout": [2.0], "policy": [0.25], "critic": [0.5]}
+
+
+def test_evaluations_have_a_phase_of_their_own(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "CartPole-v1_1")
+    table = pandas.read_csv(folder / "progress.csv")
+    table["time/evaluation"] = [0.0, 5.0, 0.0, 0.0, 0.0]
+    table.to_csv(folder / "progress.csv", index=False)
+    bars = diagnostics.phases([runs.read_run(folder)])
+    assert bars.seconds == {"rollout": [2.0], "evaluation": [1.0], "policy": [0.25], "critic": [0.5]}
+    assert set(bars.seconds) <= set(diagnostics.PHASE_COLORS)
+
+
+TEXTS = ["accepted", "no_improvement", "zero_target_kl", "accepted", "kl_too_large"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "rejected"),
+    [
+        ({"status": TEXTS}, [200, 500]),
+        # A number, and what it means
+        ({"status": [0, 2, 9, 0, 1], "status_name": TEXTS}, [200, 500]),
+        # A run that was begun by an earlier version
+        ({"status": ["accepted", "no_improvement", "9", "0", "1"], "status_name": [None, None, *TEXTS[2:]]}, [200, 500]),
+        ({"status": [0, 2, 9, 0, 1], "is_line_search_success": [1, 0, 1, 1, 0]}, [200, 500]),
+        ({"is_line_search_success": [1, 0, 1, 1, 0]}, [200, 500]),
+        ({}, []),
+    ],
+)
+def test_rejected_updates_are_those_that_failed(columns: dict[str, list[Any]], rejected: list[int], tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "CartPole-v1_1")
+    table = pandas.read_csv(folder / "progress.csv").drop(columns="train/status")
+    table.assign(**{f"train/{name}": values for name, values in columns.items()}).to_csv(folder / "progress.csv", index=False)
+    assert list(diagnostics.rejected_steps(runs.read_run(folder))) == rejected
 
 
 def test_single_outliers_do_not_hide_all_other_values() -> None:
@@ -220,8 +252,15 @@ def test_page_holds_every_run_and_every_panel(tmp_path: Path) -> None:
     assert [trace.name for trace in figure.data if trace.showlegend is not False] == [
         "trpo/CartPole-v1_1",
         "trpo_ext/CartPole-v1_1",
+        # What the panels of the picture have a legend for
+        *("evaluation", "CartPole-v1: solved at 475", "target_kl", "rejected", "actual", "predicted"),
         *("rollout", "policy", "critic"),
     ]
+    single = make_figure(made[:1])
+    named = {trace.name: trace for trace in single.data if trace.showlegend}
+    assert {"episode", "10-90%", "mean of 1 episodes", "evaluation", "target_kl", "predicted"} <= set(named)
+    assert named["predicted"].line.dash == "dash"
+    assert named["evaluation"].mode == "markers"
     write_page(tmp_path / "page.html", made)
     text = (tmp_path / "page.html").read_text()
     assert text.count("CartPole-v1_1") >= 2
@@ -274,6 +313,6 @@ def test_output_must_be_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[
     folder = write_run(tmp_path / "CartPole-v1_1")
     assert plot(capsys, folder, "-o", "page.jpg") == (
         2,
-        "sb3-trpo plot: error: --output must be a file that ends in .png, got 'page.jpg'\n",
+        "sb3-trpo plot: error: --output must be a file that ends in .png, got 'page.jpg' (--verbose 2 shows the traceback)\n",
     )
     assert "sb3_trpo_ext.diagnostics" in sys.modules

@@ -560,7 +560,7 @@ def test_command_line_refuses_what_envpool_cannot_do(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
-        zoo.main([*TRAIN, *arguments])
+        zoo.main([*TRAIN, *arguments, "--verbose", "2"])
     assert not (tmp_path / "logs").exists()
 
 
@@ -577,5 +577,5 @@ def test_command_line_names_the_missing_package(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "envpool", None)
     with pytest.raises(ImportError, match=r"pip install sb3-trpo-ext\[envpool\]"):
-        zoo.main(TRAIN)
+        zoo.main([*TRAIN, "--verbose", "2"])
     assert not list(tmp_path.iterdir())

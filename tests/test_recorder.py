@@ -3,6 +3,7 @@
 import csv
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 
-from sb3_trpo_ext import TrainingRecorder
-from sb3_trpo_ext.recorder import COLUMNS, read_rows
+from sb3_trpo_ext import TrainingRecorder, recorder
+from sb3_trpo_ext.recorder import COLUMNS, EVALUATION, TimedEvalCallback, read_rows
 
 
 class Crash(BaseCallback):
@@ -167,6 +168,52 @@ def test_two_writers_of_one_file_are_refused(tmp_path: Path) -> None:
     model.set_logger(configure(str(tmp_path), ["csv"]))
     with pytest.raises(ValueError, match=r"logger writes .*progress\.csv already"):
         model.learn(32, callback=TrainingRecorder(tmp_path))
+
+
+@pytest.mark.parametrize("log_interval", [1, None])
+@pytest.mark.parametrize("is_recorder_first", [True, False])
+@pytest.mark.parametrize(("eval_freq", "n_evaluations"), [(12, [2, 3, 3, 2]), (48, [0, 1, 1, 0])])
+def test_evaluations_are_no_part_of_the_rollout(
+    eval_freq: int,
+    n_evaluations: list[int],
+    is_recorder_first: bool,
+    log_interval: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = 0.0
+
+    def evaluate(*_: Any, **__: Any) -> tuple[list[float], list[int]]:
+        nonlocal clock
+        clock += 100.0
+        return [1.0], [10]
+
+    class Dump(BaseCallback):
+        """A step takes a second; some write and thereby clear the log, as those of `LogEveryNTimesteps` do."""
+
+        def _on_step(self) -> bool:
+            nonlocal clock
+            clock += 1.0
+            if self.num_timesteps % 20 == 0:
+                self.logger.dump(self.num_timesteps)
+            return True
+
+    monkeypatch.setattr(recorder, "time", SimpleNamespace(perf_counter=lambda: clock))
+    monkeypatch.setattr("stable_baselines3.common.callbacks.evaluate_policy", evaluate)
+    evaluation = TimedEvalCallback(random_vec_env(1), eval_freq=eval_freq, n_eval_episodes=1, verbose=0)
+    callbacks: list[BaseCallback] = [TrainingRecorder(tmp_path), evaluation, Dump()]
+    callbacks = callbacks if is_recorder_first else callbacks[::-1]
+    make_model().learn(128, callback=callbacks, log_interval=log_interval)  # type: ignore[arg-type]
+    rows = rows_of(tmp_path)
+    assert [int(row["time/total_timesteps"]) for row in rows] == [32, 64, 96, 128]
+    assert [float(row["time/evaluation"]) for row in rows] == [100.0 * n for n in n_evaluations]
+    assert [float(row["time/rollout"]) for row in rows] == [32.0] * 4
+    assert float(rows[-1]["time/time_elapsed"]) == 128 + 100 * sum(n_evaluations)
+
+
+def test_without_timed_evaluations_there_is_no_column(tmp_path: Path) -> None:
+    make_model().learn(32, callback=TrainingRecorder(tmp_path))
+    assert EVALUATION not in rows_of(tmp_path)[0]
 
 
 @pytest.mark.parametrize("folder", [3, True, ["a"]])

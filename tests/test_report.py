@@ -201,14 +201,30 @@ def test_all_plots_gathers_our_runs(logs: Path, tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--env", "Ant-v5"], "No model found for trpo_ext on Ant-v5"),
+        (["--env", "Ant-v5"], "there is no run of Ant-v5 in "),
+        (["--env", "Ant-v55"], "--env: there is no environment 'Ant-v55'; did you mean Ant-v5"),
+        (["--env", "Swimmer-v5", "--exp-id", "7"], "Swimmer-v5_7 folder was not found (is it in another --folder"),
         (["--env", "Swimmer-v5", "--n-eval-episodes", "0"], "must be at least 1, got 0"),
     ],
 )
 def test_wrong_arguments_are_explained(
     arguments: list[str], problem: str, logs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        zoo.main(["report", *arguments, "-f", str(logs)])
-    assert stop.value.code == 2
-    assert problem in capsys.readouterr().err
+    assert zoo.main(["report", *arguments, "-f", str(logs)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sb3-trpo report: error: ")
+    assert error.count("\n") == 1
+    assert problem in error
+
+
+def test_arguments_of_the_environment_can_be_others(logs: Path) -> None:
+    arguments = ["report", "--env", "Swimmer-v5", "-f", str(logs), "--n-eval-episodes", "1", "--device", "cpu"]
+    returns = []
+    for weight in ("0.5", "100.0"):
+        assert zoo.main([*arguments, "--env-kwargs", f"ctrl_cost_weight:{weight}"]) == 0
+        summary = json.loads((logs / "trpo_ext" / "Swimmer-v5_1" / "evaluation.json").read_text())
+        returns.append(summary["return"]["mean"])
+    assert returns[1] < returns[0] - 100
+    # Those of training
+    assert zoo.main(arguments) == 0
+    assert json.loads((logs / "trpo_ext" / "Swimmer-v5_1" / "evaluation.json").read_text())["return"]["mean"] == returns[0]

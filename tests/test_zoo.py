@@ -23,7 +23,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
 
-from sb3_trpo_ext import TRPO, zoo, zoo_optuna
+from sb3_trpo_ext import TRPO, __version__, zoo, zoo_optuna
 
 zoo.register()
 
@@ -219,6 +219,22 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"  {name} " in output for name in zoo.COMMANDS)
 
 
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert zoo.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"sb3-trpo-ext {__version__}\n"
+
+
+@pytest.mark.parametrize("name", zoo.COMMANDS)
+def test_help_of_a_command_has_our_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        zoo.main([name, "--help"])
+    assert stop.value.code == 0
+    output = capsys.readouterr().out
+    assert "--gym-packages MODULE" in output
+    assert "--verbose 2 " in output
+    assert ("--resume FOLDER" in output) == ("--vec-env envpool" in output) == (name == "train")
+
+
 @pytest.mark.parametrize(("arguments", "problem"), [([], "a command is missing"), (["play"], "there is no command 'play'")])
 def test_wrong_command_is_explained(arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert zoo.main(arguments) == 2
@@ -260,10 +276,14 @@ def test_record_training_films_through_our_command(tmp_path: Path, monkeypatch: 
             return 0
 
     monkeypatch.chdir(tmp_path)
+    # Nothing is looked for that could draw
+    monkeypatch.setenv("MUJOCO_GL", "egl")
     monkeypatch.setattr(subprocess, "Popen", Process)
     monkeypatch.setattr(os, "system", lambda _: 0)
-    assert zoo.main(["record-training", "--env", "CartPole-v1"]) == 0
+    (tmp_path / "my_envs.py").touch()
+    assert zoo.main(["record-training", "--env", "CartPole-v1", "--gym-packages", "my_envs"]) == 0
     assert len(started) == 1
+    assert started[0][-2:] == ["--gym-packages", "my_envs"]
     assert started[0][:4] == [sys.executable, "-m", "sb3_trpo_ext.zoo", "record-video"]
     assert started[0][started[0].index("--algo") + 1] == "trpo_ext"
 

@@ -107,6 +107,14 @@ def wait_for(folder: Path, pattern: str, agent: subprocess.Popen[str]) -> list[P
 
 
 @pytest.mark.slow
+def test_wrong_option_ends_the_launch_with_a_status(tmp_path: Path) -> None:
+    process = launch(tmp_path, "--env", "CartPole-v1", "-params", "target_klx:1")
+    output = output_of(process, tmp_path)
+    assert process.returncode != 0
+    assert "sb3-trpo train: error: there is no hyperparameter 'target_klx'" in output
+
+
+@pytest.mark.slow
 def test_two_processes_solve_cartpole(tmp_path: Path) -> None:
     process = launch(tmp_path, "--env", "CartPole-v1", "--eval-freq", "50000")
     output = output_of(process, tmp_path)
