@@ -18,8 +18,9 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.preprocessing import get_action_dim
 
 from sb3_trpo_ext import TRPO
+from sb3_trpo_ext.arguments import closest
 from sb3_trpo_ext.zoo import KEY, linear_schedule, load_hyperparams
-from sb3_trpo_ext.zoo_options import check_env, closest
+from sb3_trpo_ext.zoo_options import check_env
 
 RECORDER = "sb3_trpo_ext.TrainingRecorder"
 

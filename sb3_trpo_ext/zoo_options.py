@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import gymnasium as gym
+
+from sb3_trpo_ext.arguments import closest
 
 #: For the end of every command's help.
 COMMON_HELP = """options of every command:
@@ -64,19 +65,6 @@ def import_packages(modules: Iterable[str]) -> None:
             importlib.import_module(module)
         except ImportError as error:
             raise ImportError(f"--gym-packages {module}: {error}") from error
-
-
-def closest(name: str, names: Iterable[str]) -> str:
-    """
-    A suggestion for a name that does not exist.
-
-    :param name: what came
-    :param names: what there is
-    :return: the end of an error message
-    """
-    names = sorted(names)
-    matches = difflib.get_close_matches(name, names, n=3)
-    return f"did you mean {' or '.join(matches)}?" if matches else f"there are {', '.join(names[:20])}"
 
 
 def check_env(env_id: str | None) -> str:
