@@ -27,7 +27,13 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from sb3_trpo_ext.optim.mlp import ELEMENTWISE_ACTIVATIONS
-from sb3_trpo_ext.policies import PLAIN_DISTRIBUTIONS, MlpStructure, actor_structure, has_stock_methods
+from sb3_trpo_ext.policies import (
+    PLAIN_DISTRIBUTIONS,
+    MlpStructure,
+    actor_structure,
+    has_own_forward,
+    has_stock_methods,
+)
 
 #: SB3's distributions, whose log-probability depends on the action and the networks alone. That of gSDE too: the noise matrix
 #: decides about the action, but given the state the action is a plain Gaussian.
@@ -92,7 +98,7 @@ def is_deferrable_policy(policy: ActorCriticPolicy, observations: PyTorchObs) ->
     if type(policy.action_dist) not in _DISTRIBUTIONS:
         return False
     if _has_any_global_hook() or any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in policy.modules()
+        module._forward_hooks or module._forward_pre_hooks or has_own_forward(module) for module in policy.modules()
     ):
         return False
     if policy.share_features_extractor:

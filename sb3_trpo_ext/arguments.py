@@ -141,10 +141,9 @@ def check_attributes(algorithm: type, given: Iterable[str], saved: Iterable[str]
     known = (parameters | set(saved)) - {"self", "args", "kwargs"}
     for name in given:
         if name not in known:
-            public = [each for each in known if not each.startswith("_")]
-            raise TypeError(
-                f"{algorithm.__name__}.load() got an unexpected keyword argument {name!r}: {closest(name, public)}"
-            )
+            arguments = set(inspect.signature(algorithm).parameters) - {"policy", "env", "args", "kwargs", "_init_setup_model"}
+            suggestion = closest(name, arguments)
+            raise TypeError(f"{algorithm.__name__}.load() got an unexpected keyword argument {name!r}: {suggestion}")
 
 
 def scheduled(name: str, value: float | Schedule, progress_remaining: float, minimum: float = -math.inf) -> float:

@@ -80,7 +80,8 @@ def fit_critic(
     """
     if fit.n_epochs == 0:
         return CriticResult(float("nan"), CriticStatus.NO_EPOCHS)
-    if not critic_params:
+    held = {id(param) for group in policy.optimizer.param_groups for param in group["params"]}
+    if held.isdisjoint(map(id, critic_params)):
         return CriticResult(float("nan"), CriticStatus.NOTHING_TO_TRAIN)
     if not all_true(bool(th.isfinite(batch.returns).all())):
         return CriticResult(float("nan"), CriticStatus.NON_FINITE_RETURNS)
@@ -94,6 +95,7 @@ def fit_critic(
         # Those of the actor, left by a pretraining, would be a step behind the back of the trust region
         policy.optimizer.zero_grad(set_to_none=True)
         gradient = flat_gradient_(critic_params)
+        gradients = [param.grad for param in critic_params]
         shares = minibatch_shares(batch.n_samples, fit.batch_size)
         losses: list[th.Tensor] = []
         minibatches = _minibatch_gradients(policy, list(critic_params), gradient, batch, fit, losses)
@@ -105,6 +107,10 @@ def fit_critic(
                 if fit.max_grad_norm is not None:
                     nn.utils.clip_grad_norm_(critic_params, fit.max_grad_norm)
                 step()
+                if critic_params[0].grad is not gradients[0]:
+                    # An optimizer, or a hook of one, has put something else in their place
+                    for param, part in zip(critic_params, gradients, strict=True):
+                        param.grad = part
         # Losses stay on the device: reading one would stop an accelerator at every step
         mean_loss = all_mean(th.stack(losses).mean())
         # An infinite second moment leaves the parameters finite: it freezes them for good

@@ -229,7 +229,7 @@ class CategoricalFamily(Family):
 
     def kl(self, old: Statistics, new: Statistics) -> th.Tensor:
         """
-        ``sum p_old (exp(d) - 1 - d)`` with ``d = log p_new - log p_old``, where an action of probability zero counts nothing.
+        ``sum p_new - p_old - p_old d`` with ``d = log p_new - log p_old``, where a masked action counts nothing.
 
         That is ``sum p_old (log p_old - log p_new)``, whose terms of both signs nearly cancel at the KLs of a trust region;
         here no term is negative.
@@ -240,10 +240,7 @@ class CategoricalFamily(Family):
         """
         total = old[0].new_zeros(old[0].shape[0])
         for old_log_prob, new_log_prob in zip(self._log_probs(old), self._log_probs(new), strict=True):
-            prob = old_log_prob.exp()
-            # A masked action has log-probability -inf on both sides, and 0 * (-inf + inf) would be NaN
-            difference = th.where(prob > 0, new_log_prob - old_log_prob, th.zeros_like(prob))
-            total = total + (prob * _exp_minus_line(difference)).sum(dim=1)
+            total = total + _kl_terms(old_log_prob, new_log_prob).sum(dim=1)
         return total
 
     def entropy(self, statistics: Statistics, noise: th.Tensor | None = None) -> th.Tensor:
@@ -316,8 +313,7 @@ class BernoulliFamily(Family):
         (z_old,), (z_new,) = old, new
         kl = th.zeros_like(z_old)
         for sign in (1, -1):
-            difference = F.logsigmoid(sign * z_new) - F.logsigmoid(sign * z_old)
-            kl = kl + th.sigmoid(sign * z_old) * _exp_minus_line(difference)
+            kl = kl + _kl_terms(F.logsigmoid(sign * z_old), F.logsigmoid(sign * z_new))
         return kl.sum(dim=1)
 
     def entropy(self, statistics: Statistics, noise: th.Tensor | None = None) -> th.Tensor:
@@ -354,6 +350,27 @@ class BernoulliFamily(Family):
         probs = th.sigmoid(statistics[0])
         uniform = th.rand(probs.shape, generator=generator, dtype=probs.dtype)
         return (sent_to(probs.device, uniform) < probs).to(probs.dtype) - probs
+
+
+def _kl_terms(old_log_prob: th.Tensor, new_log_prob: th.Tensor) -> th.Tensor:
+    """
+    ``p_new - p_old - p_old d`` with ``d = log p_new - log p_old``, for each outcome; they add up to KL(old || new).
+
+    At small d this is ``p_old (exp(d) - 1 - d)``, without the cancellation.
+
+    :param old_log_prob: of any shape; -inf is probability zero
+    :param new_log_prob: the same shape
+    :return: the same shape, never negative; infinite where an outcome is impossible that was possible
+    """
+    old_prob = old_log_prob.exp()
+    difference = new_log_prob - old_log_prob
+    zero = th.zeros_like(difference)
+    # NaN where an outcome is masked on both sides: not small
+    is_small = difference.abs() < 0.5
+    small = th.where(is_small, difference, zero)
+    # An old probability of zero leaves p_new, and 0 * inf would be NaN
+    large = th.where(old_prob > 0, difference, zero)
+    return th.where(is_small, old_prob * _exp_minus_line(small), new_log_prob.exp() - old_prob - old_prob * large)
 
 
 def _exp_minus_line(x: th.Tensor) -> th.Tensor:

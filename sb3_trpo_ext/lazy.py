@@ -8,27 +8,29 @@ from typing import Any
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 
 #: Arrays of a rollout buffer that are complete only when somebody asks.
 _LAZY_ARRAYS = ("values", "log_probs", "rewards")
-_EMPTY = th.empty(0)
 
 
 class LazyTensor(th.Tensor):
-    """The place of a tensor that is computed when anything of PyTorch or NumPy looks at it; from then on it is that tensor."""
+    """The place of a tensor that is computed when anything looks at it; from then on it is that tensor."""
 
-    #: Returns the tensor.
+    #: Returns the tensor, always the same one.
     source: Callable[[], th.Tensor]
 
-    @classmethod
-    def of(cls, source: Callable[[], th.Tensor]) -> "LazyTensor":
+    @staticmethod
+    def of(source: Callable[[], th.Tensor], shape: tuple[int, ...], device: th.device) -> "LazyTensor":
         """
         Make a place for a tensor.
 
-        :param source: returns the tensor, always the same one
+        :param source: returns the tensor, of type float32
+        :param shape: its shape
+        :param device: where it is
         :return: its place
         """
-        tensor = _EMPTY.as_subclass(cls)
+        tensor: LazyTensor = th.Tensor._make_wrapper_subclass(LazyTensor, shape, dtype=th.float32, device=device)
         tensor.source = source
         return tensor
 
@@ -47,6 +49,9 @@ class LazyTensor(th.Tensor):
         """
         return func(*_present(args), **_present(kwargs or {}))
 
+    # What Python does not see of PyTorch, such as `th.tensor(values)` and compiled functions
+    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]
+
 
 def _present(value: Any) -> Any:
     """
@@ -64,6 +69,49 @@ def _present(value: Any) -> Any:
     return value
 
 
+class _Step:
+    """
+    Values and log-probabilities of one step.
+
+    :param steps: computes them
+    :param number: of the step
+    """
+
+    __slots__ = ("_steps", "number", "pair")
+
+    def __init__(self, steps: "LazySteps", number: int):
+        self._steps = steps
+        self.number = number
+        #: Values and log-probabilities, once somebody has looked.
+        self.pair: tuple[th.Tensor, th.Tensor] | None = None
+
+    def look(self) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Compute the step, once.
+
+        :return: values of shape ``(n_envs, 1)`` and log-probabilities of shape ``(n_envs,)``
+        """
+        if self.pair is None:
+            self.pair = self._steps.evaluate(self.number)
+        return self.pair
+
+    def values(self) -> th.Tensor:
+        """
+        The values.
+
+        :return: shape ``(n_envs, 1)``
+        """
+        return self.look()[0]
+
+    def log_probs(self) -> th.Tensor:
+        """
+        The log-probabilities.
+
+        :return: shape ``(n_envs,)``
+        """
+        return self.look()[1]
+
+
 class LazySteps:
     """
     Values and log-probabilities of the steps of a rollout.
@@ -72,23 +120,49 @@ class LazySteps:
     """
 
     def __init__(self, evaluate: Callable[[int], tuple[th.Tensor, th.Tensor]]):
-        self._evaluate = evaluate
+        self.evaluate = evaluate
+        #: The present step, if somebody may look at it.
+        self._present: _Step | None = None
+        #: What the buffer gets of steps that somebody has looked at.
+        self._seen: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def at(self, step: int) -> tuple[LazyTensor, LazyTensor]:
+    def at(self, step: int, n_envs: int, device: th.device) -> tuple[LazyTensor, LazyTensor]:
         """
-        Values and log-probabilities of a step.
+        Values and log-probabilities of the present step.
 
         :param step: number of the step
+        :param n_envs: number of environments
+        :param device: where the tensors are
         :return: lazy tensors of shapes ``(n_envs, 1)`` and ``(n_envs,)``
         """
-        pair: list[th.Tensor] = []
+        self._present = both = _Step(self, step)
+        return LazyTensor.of(both.values, (n_envs, 1), device), LazyTensor.of(both.log_probs, (n_envs,), device)
 
-        def part(index: int) -> th.Tensor:
-            if not pair:
-                pair.extend(self._evaluate(step))
-            return pair[index]
+    def keep(self, must_look: bool = False) -> None:
+        """
+        End the present step: what somebody has made of its tensors in place goes into the buffer, as in SB3.
 
-        return LazyTensor.of(functools.partial(part, 0)), LazyTensor.of(functools.partial(part, 1))
+        :param must_look: for a step that the buffer will not have
+        """
+        step, self._present = self._present, None
+        if step is not None and must_look:
+            step.look()
+        elif step is not None and step.pair is not None:
+            values, log_probs = step.pair
+            self._seen[step.number] = values.flatten().cpu().numpy().copy(), log_probs.cpu().numpy().copy()
+
+    def write(self, begin: int, end: int, values: np.ndarray, log_probs: np.ndarray) -> None:
+        """
+        Write the steps that somebody has looked at into the buffer.
+
+        :param begin: the first step to write
+        :param end: the one after the last
+        :param values: of the buffer, shape ``(n_steps, n_envs)``
+        :param log_probs: the same shape
+        """
+        for step in range(begin, end) if self._seen else ():
+            if step in self._seen:
+                values[step], log_probs[step] = self._seen[step]
 
     def finish(self, values: np.ndarray, log_probs: np.ndarray, device: th.device) -> None:
         """
@@ -102,7 +176,23 @@ class LazySteps:
         def stored(step: int) -> tuple[th.Tensor, th.Tensor]:
             return th.tensor(values[step, :, None], device=device), th.tensor(log_probs[step], device=device)
 
-        self._evaluate = stored
+        self.evaluate = stored
+
+
+def may_look(callback: Any) -> bool:
+    """
+    Whether a callback may look at values and log-probabilities: those of SB3, RL-Zoo and this package do not.
+
+    :param callback: of a training
+    :return: true if it, or a callback in it, is a user's own
+    """
+    if isinstance(callback, ConvertCallback) and callback.callback is not None:
+        return True
+    if type(callback).__module__.partition(".")[0] not in ("stable_baselines3", "sb3_contrib", "rl_zoo3", "sb3_trpo_ext"):
+        return True
+    inner = [value for name, value in vars(callback).items() if name != "parent"]
+    inner += [part for value in inner if isinstance(value, list) for part in value]
+    return any(isinstance(value, BaseCallback) and may_look(value) for value in inner)
 
 
 @contextmanager

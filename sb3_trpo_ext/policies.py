@@ -194,6 +194,23 @@ def split_policy(policy: ActorCriticPolicy) -> PolicyParts:
     )
 
 
+def unfrozen_parts(policy: ActorCriticPolicy) -> PolicyParts:
+    """
+    The parts that a policy would have if nothing were frozen.
+
+    :param policy: any policy
+    :return: its parts
+    """
+    frozen = [param for param in policy.parameters() if not param.requires_grad]
+    for param in frozen:
+        param.requires_grad_(True)
+    try:
+        return split_policy(policy)
+    finally:
+        for param in frozen:
+            param.requires_grad_(False)
+
+
 def drop_graph_(distribution: Any) -> None:
     """
     Let a distribution keep its numbers, and forget where they are from.
@@ -218,14 +235,24 @@ def _reaches(output: th.Tensor, params: list[nn.Parameter]) -> list[bool]:
     """
     Which parameters a scalar depends on.
 
+    Read off its graph. Its gradient would tell as well, but hooks on the parameters would take it for one that is meant.
+
     :param output: scalar
     :param params: the parameters
     :return: one flag per parameter
     """
-    if not params or not output.requires_grad:
-        return [False] * len(params)
-    gradients = th.autograd.grad(output, params, allow_unused=True)
-    return [gradient is not None for gradient in gradients]
+    found: set[int] = set()
+    seen: set[Any] = set()
+    nodes: list[Any] = [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        nodes += [following for following, _ in node.next_functions]
+    return [id(param) in found for param in params]
 
 
 class MlpStructure(NamedTuple):
@@ -303,7 +330,7 @@ def critic_structure(policy: ActorCriticPolicy, critic_params: list[nn.Parameter
         not has_stock_methods(policy, "predict_values")
         or type(policy.vf_features_extractor) is not FlattenExtractor
         or type(policy.mlp_extractor) is not MlpExtractor
-        or _has_hooks(policy.vf_features_extractor)
+        or _has_hooks(policy.vf_features_extractor, policy.mlp_extractor)
         or any(has_gradient_hooks(param) for param in critic_params)
     ):
         return None
@@ -376,8 +403,18 @@ def _has_hooks(*modules: nn.Module) -> bool:
     """
     attached = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return bool(_has_any_global_hook()) or any(
-        "forward" in vars(module) or any(getattr(module, name) for name in attached) for module in modules
+        has_own_forward(module) or any(getattr(module, name) for name in attached) for module in modules
     )
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """
+    Whether somebody has put another function into the place of a module's ``forward``, or of one like ``forward_actor``.
+
+    :param module: any module
+    :return: true if so
+    """
+    return any(name.startswith("forward") for name in vars(module))
 
 
 def has_gradient_hooks(param: th.Tensor) -> bool:

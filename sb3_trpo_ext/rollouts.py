@@ -14,9 +14,7 @@ Where it is not certain that the contents would be the same, SB3's loop runs ins
 always wants it says ``collect_rollouts = OnPolicyAlgorithm.collect_rollouts``.
 """
 
-import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import numpy as np
@@ -29,11 +27,10 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
-from torch import nn
 
 from sb3_trpo_ext.actors import Actor, is_deferrable_policy, make_actor
-from sb3_trpo_ext.lazy import LazySteps, lazy_buffer
-from sb3_trpo_ext.optim.vectors import assign_, flatten
+from sb3_trpo_ext.lazy import LazySteps, lazy_buffer, may_look
+from sb3_trpo_ext.snapshot import Snapshot
 
 #: Numbers in the observations of one batch at the end of a rollout: 16 MiB of float32.
 _CHUNK_NUMBERS = 2**22
@@ -47,7 +44,7 @@ def collect_rollouts(
     callback: BaseCallback,
     rollout_buffer: RolloutBuffer,
     n_rollout_steps: int,
-) -> bool:
+) -> tuple[bool, Snapshot]:
     """
     Fill the buffer with experience of the current policy.
 
@@ -56,14 +53,19 @@ def collect_rollouts(
     :param callback: called at each step, and at the beginning and the end
     :param rollout_buffer: buffer to fill
     :param n_rollout_steps: number of steps to collect per environment
-    :return: False if the callback ended the training
+    :return: False if the callback ended the training; the policy that acted first
     :raises ValueError: if the environment returned a NaN that the policy cannot digest, or an observation of a wrong shape
     :raises RuntimeError: if a process of the environment has died
     """
     try:
         if is_deferrable(model, rollout_buffer):
-            return _LeanRollout(model, env, callback, rollout_buffer).collect(n_rollout_steps)
-        return OnPolicyAlgorithm.collect_rollouts(model, env, callback, rollout_buffer, n_rollout_steps)
+            rollout = _LeanRollout(model, env, callback, rollout_buffer)
+            with rollout.stack:
+                return rollout.collect(n_rollout_steps), rollout.snapshot
+        snapshot = Snapshot(model.policy)
+        with snapshot.watching():
+            is_full = OnPolicyAlgorithm.collect_rollouts(model, env, callback, rollout_buffer, n_rollout_steps)
+        return is_full, snapshot
     except (ValueError, RuntimeError) as error:
         _explain_observation(model, env, error)
         raise
@@ -111,15 +113,14 @@ class _LeanRollout:
     :param buffer: buffer to fill
     """
 
-    def __init__(
-        self,
-        model: OnPolicyAlgorithm,
-        env: VecEnv,
-        callback: BaseCallback,
-        buffer: RolloutBuffer,
-    ):
+    #: The policy that acts first.
+    snapshot: Snapshot
+
+    def __init__(self, model: OnPolicyAlgorithm, env: VecEnv, callback: BaseCallback, buffer: RolloutBuffer):
         self.model = model
         self.policy: ActorCriticPolicy = model.policy
+        #: Ends what watches the policy.
+        self.stack = ExitStack()
         self.env = env
         self.callback = callback
         self.buffer = buffer
@@ -127,6 +128,8 @@ class _LeanRollout:
         self._arrays: dict[str, Any] = vars(buffer)
         #: Steps up to this one have their values and log-probabilities.
         self._n_complete = 0
+        #: Whether values and log-probabilities are computed after each step.
+        self._is_eager = False
         #: Truncated episodes: step, environment and last observation.
         self._truncated: list[tuple[int, int, PyTorchObs]] = []
 
@@ -142,12 +145,18 @@ class _LeanRollout:
         buffer.reset()
         self._reset_noise()
         callback.on_rollout_start()
+        self._follow_policy()
+        self.snapshot = self._snapshot
+        self._steps = LazySteps(self._evaluate_step)
         with lazy_buffer(buffer, self._complete):
-            is_full = self._run(n_rollout_steps)
-        # A callback may have trained something
-        self.policy.set_training_mode(False)
-        self._complete()
-        self._lazy_steps.finish(buffer.values, buffer.log_probs, model.device)
+            try:
+                is_full = self._run(n_rollout_steps)
+            except BaseException:
+                # What somebody has kept of this rollout must not be computed with a later policy
+                with suppress(Exception):
+                    self._finish()
+                raise
+            self._finish()
         if not is_full:
             return False
         with th.no_grad():
@@ -159,6 +168,13 @@ class _LeanRollout:
         callback.on_rollout_end()
         return True
 
+    def _finish(self) -> None:
+        """Fill in what has been put off."""
+        # A callback may have trained something
+        self.policy.set_training_mode(False)
+        self._complete()
+        self._steps.finish(self._arrays["values"], self._arrays["log_probs"], self.model.device)
+
     def _run(self, n_rollout_steps: int) -> bool:
         """
         Run the environment.
@@ -168,9 +184,8 @@ class _LeanRollout:
         :raises ValueError: if the environment returned an observation of a wrong shape
         """
         model, env, callback = self.model, self.env, self.callback
-        self._look_at_policy()
-        self._lazy_steps = LazySteps(self._evaluate_step)
         space = model.observation_space
+        is_watched = may_look(callback)
         # What SB3 has in its local variables, under the same names
         scope: dict[str, Any] = {"self": model, "env": env, "callback": callback, "rollout_buffer": self.buffer}
         scope["n_rollout_steps"] = n_rollout_steps
@@ -189,13 +204,12 @@ class _LeanRollout:
             if problem := _misfit(new_obs, space, env.num_envs):
                 raise ValueError(f"The environment returned {problem} after {model.num_timesteps} timesteps. {_INTACT}")
 
-            values, log_probs = self._lazy_steps.at(n_steps)
+            if is_watched:
+                scope["values"], scope["log_probs"] = self._steps.at(n_steps, env.num_envs, model.device)
             scope.update(
                 n_steps=n_steps,
                 obs_tensor=obs_tensor,
                 actions=actions,
-                values=values,
-                log_probs=log_probs,
                 clipped_actions=clipped_actions,
                 new_obs=new_obs,
                 rewards=rewards,
@@ -205,8 +219,9 @@ class _LeanRollout:
             callback.update_locals(scope)
             if not callback.on_step():
                 # This step never gets into the buffer
-                values.source()
+                self._steps.keep(must_look=True)
                 return False
+            self._steps.keep()
 
             model._update_info_buffer(infos, dones)
             for index in np.flatnonzero(dones):
@@ -216,9 +231,15 @@ class _LeanRollout:
             self._store(n_steps, actions, rewards)
             model._last_obs = new_obs  # type: ignore[assignment]
             model._last_episode_starts = dones
-            if self._identity != self._identity_now():
+            if not self._snapshot.is_of(model.policy, in_detail=is_watched):
+                # As in SB3, an episode that is cut short now is worth what the policy says after the callback
+                present = [episode for episode in self._truncated if episode[0] == n_steps]
+                del self._truncated[len(self._truncated) - len(present) :]
                 self._complete()
-                self._look_at_policy()
+                self._truncated = present
+                self._follow_policy()
+                # One that may not be asked later is asked at once
+                self._is_eager = not is_deferrable(model, self.buffer)
             elif self._is_eager:
                 self._complete()
         return True
@@ -250,48 +271,16 @@ class _LeanRollout:
         buffer.pos = step + 1
         buffer.full = buffer.pos == buffer.buffer_size
 
-    def _look_at_policy(self) -> None:
-        """Prepare the actor, and remember the policy: a callback may change it in the middle of a rollout."""
-        is_first = self.buffer.pos == 0
+    def _follow_policy(self) -> None:
+        """Let the policy act as it is now."""
         self.policy = self.model.policy
         self.policy.set_training_mode(False)
-        # A policy that may not be asked later is asked at once; at the start of a rollout SB3's loop runs for such a one
-        self._is_eager = not is_first and not is_deferrable(self.model, self.buffer)
+        self._snapshot = Snapshot(self.policy)
+        self.stack.enter_context(self._snapshot.watching())
         self._action_bounds = _clipping_bounds(self.policy)
         self._actor: Actor = make_actor(self.policy)
         #: The first step that this actor makes.
         self._first_step = self.buffer.pos
-        self._params = list(self.policy.parameters())
-        self._old_params = flatten(self._params)
-        #: The networks as they are now: dictionaries of modules and of parameters, with their contents.
-        self._tree = _tree(self.policy)
-        self._branches = [branch.values() for branch, _ in self._tree]
-        self._identity = self._identity_now()
-
-    def _identity_now(self) -> list[int]:
-        """
-        What changes if a parameter or a module is written to or replaced, in a few microseconds.
-
-        :return: the policy, version and address of each parameter, and all parts of the networks
-        """
-        numbers = [number for param in self._params for number in (param._version, param.data_ptr())]
-        return [id(self.model.policy), *numbers, *map(id, itertools.chain.from_iterable(self._branches))]
-
-    @contextmanager
-    def _as_it_acted(self) -> Iterator[None]:
-        """Give the policy the parts and parameters with which it acted, for as long as it takes."""
-        if self._identity == self._identity_now():
-            yield
-            return
-        now = [(branch, dict(branch)) for branch, _ in self._tree]
-        _restore(self._tree)
-        new_params = flatten(self._params)
-        assign_(self._params, self._old_params)
-        try:
-            yield
-        finally:
-            assign_(self._params, new_params)
-            _restore(now)
 
     @th.no_grad()
     def _evaluate_step(self, step: int) -> tuple[th.Tensor, th.Tensor]:
@@ -302,7 +291,7 @@ class _LeanRollout:
         :return: tensors of shapes ``(n_envs, 1)`` and ``(n_envs,)``
         """
         if step >= self.buffer.pos:
-            with self._as_it_acted():
+            with self._snapshot.restored():
                 values, log_probs = self._actor.evaluate(
                     self._observations, step - self._first_step, step - self._first_step + 1
                 )
@@ -320,7 +309,7 @@ class _LeanRollout:
         space = self.model.observation_space
         n_numbers = sum(stored[0].size for _, stored, _ in _parts(arrays["observations"], space))
         chunk = max(1, _CHUNK_NUMBERS // n_numbers)
-        with self._as_it_acted():
+        with self._snapshot.restored():
             for begin in range(start, stop, chunk):
                 end = min(begin + chunk, stop)
                 flat = {
@@ -331,34 +320,13 @@ class _LeanRollout:
                 values, log_probs = self._actor.evaluate(observations, begin - self._first_step, end - self._first_step)
                 arrays["values"][begin:end] = values.reshape(end - begin, -1).cpu().numpy()
                 arrays["log_probs"][begin:end] = log_probs.reshape(end - begin, -1).cpu().numpy()
+                self._steps.write(begin, end, arrays["values"], arrays["log_probs"])
             n_observations = chunk * buffer.n_envs
             for first in range(0, len(self._truncated), n_observations):
                 steps, indices, terminal = zip(*self._truncated[first : first + n_observations], strict=True)
                 terminal_values = self.policy.predict_values(_concatenated(terminal)).flatten().cpu().numpy()
                 arrays["rewards"][list(steps), list(indices)] += self.model.gamma * terminal_values
         self._truncated.clear()
-
-
-def _tree(policy: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """
-    What networks are made of.
-
-    :param policy: any policy
-    :return: for each module the dictionaries of its parameters and of its modules, and what is in them now
-    """
-    branches = [branch for module in policy.modules() for branch in (module._parameters, module._modules) if branch]
-    return [(branch, dict(branch)) for branch in branches]
-
-
-def _restore(tree: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    """
-    Put networks together again.
-
-    :param tree: dictionaries of parameters and of modules, with what is to be in them
-    """
-    for branch, parts in tree:
-        branch.clear()
-        branch.update(parts)
 
 
 #: What is safe when a rollout fails: said in every message.

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch as th
@@ -362,7 +362,7 @@ class Surrogate:
         jacobian = _mlp_jacobian_of(fisher)
         return 0 if jacobian is None else KroneckerPreconditioner.cost(jacobian)
 
-    def preconditioner(self, fisher: LinearOperator, damping: float) -> KroneckerPreconditioner | None:
+    def preconditioner(self, fisher: LinearOperator, damping: float) -> Callable[[th.Tensor], th.Tensor] | None:
         """
         An approximate inverse of the damped Fisher matrix.
 
@@ -378,10 +378,15 @@ class Surrogate:
         if score is None:
             return None
         try:
-            return KroneckerPreconditioner(jacobian, self._output_fisher, score, damping)
+            preconditioner = KroneckerPreconditioner(jacobian, self._output_fisher, score, damping)
         except th.linalg.LinAlgError:  # type: ignore[attr-defined]
             # The square of an observation of 1e20 is infinite in single precision, and has no eigenvalues
             return None
+        if not isinstance(fisher, Projected):
+            return preconditioner
+        is_kept = fisher.is_kept
+        # Conjugate gradient stays among the vectors that the projection keeps, where this is positive definite
+        return lambda vector: preconditioner(vector * is_kept) * is_kept
 
     @property
     def _thinned_old(self) -> tuple[th.Tensor, ...]:
@@ -445,5 +450,7 @@ def _mlp_jacobian_of(fisher: LinearOperator) -> MlpJacobian | None:
     :param fisher: what :meth:`Surrogate.fisher` returned
     :return: its Jacobian, or ``None`` for any other actor
     """
+    if isinstance(fisher, Projected):
+        fisher = fisher.operator
     is_mlp = isinstance(fisher, GaussNewtonFisher) and isinstance(fisher.jacobian, MlpJacobian)
     return fisher.jacobian if is_mlp else None  # type: ignore[attr-defined]

@@ -55,9 +55,11 @@ from sb3_trpo_ext.policies import (
     SquashedMlpPolicy,
     SquashedMultiInputPolicy,
     drop_graph_,
+    unfrozen_parts,
 )
 from sb3_trpo_ext.records import record_update, warn_if_rejected
 from sb3_trpo_ext.rollouts import collect_rollouts
+from sb3_trpo_ext.snapshot import Snapshot
 from sb3_trpo_ext.surrogate import Surrogate
 from sb3_trpo_ext.watch import PolicyWatch
 
@@ -211,6 +213,8 @@ class TRPO(OnPolicyAlgorithm):
         self.clipped_likelihood = clipped_likelihood
         self.clip_advantage = clip_advantage
         self.kl_penalty: AdaptiveKLPenalty | None = None
+        #: The policy that acted in the last rollout.
+        self._acted: Snapshot | None = None
         #: Number of updates that moved the policy, out of `_n_updates`.
         self._n_accepted = 0
         #: Where the last line searches ended, as a share of the full step: where the next one starts.
@@ -238,6 +242,11 @@ class TRPO(OnPolicyAlgorithm):
         check_arguments(self)
         join_process_group()
         super()._setup_model()
+        if issubclass(self.policy.optimizer_class, th.optim.LBFGS):
+            raise ArgumentError(
+                "`policy_kwargs['optimizer_class']` is LBFGS, which makes a step from a function and not from a gradient: use "
+                "an optimizer such as Adam."
+            )
         # SB3's optimizer again, over all parameters: with a faster implementation of Adam where nobody has chosen one
         self.policy.optimizer = self.policy.optimizer_class(
             self.policy.parameters(),
@@ -254,6 +263,7 @@ class TRPO(OnPolicyAlgorithm):
             self.kl_penalty = AdaptiveKLPenalty(list(self.policy.parameters()), **self.trust_region_kwargs)
         self._watch = PolicyWatch()
         self._watch.parts(self.policy)
+        self._acted = None
 
     @property
     def _parts(self) -> PolicyParts:
@@ -288,8 +298,9 @@ class TRPO(OnPolicyAlgorithm):
             that stopped the policy
         :raises RuntimeError: if a process of the environment has died
         """
+        check_settings(self)
         self._check_trainable()
-        is_full = collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)
+        is_full, self._acted = collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)
         return is_full and not (isinstance(callback, RankCallback) and callback.is_over)
 
     def set_random_seed(self, seed: int | None = None) -> None:
@@ -322,26 +333,30 @@ class TRPO(OnPolicyAlgorithm):
         """What :meth:`train` does, with averages over processes weighted by their samples."""
         check_settings(self)
         self._check_trainable()
+        if (self.trust_region == "penalty") != (self.kl_penalty is not None):
+            raise ArgumentError(
+                f"`trust_region` has become {self.trust_region!r}, which is decided when a model is made: save it, and load "
+                f"it with trust_region={self.trust_region!r}."
+            )
         parts = self._parts
         # All schedules before anything moves: a bad value must not leave half an update
+        scheduled("learning_rate", self.lr_schedule, self._current_progress_remaining, 0.0)
         ent_coef, target_kl, cg_damping = (
             self._scheduled("ent_coef"),
             self._scheduled("target_kl", 0.0),
             self._scheduled("cg_damping", 0.0),
         )
-        fit = CriticFit(
-            self.n_critic_updates,
-            self.batch_size,
-            self.vf_loss,
-            None if self.clip_range_vf is None else self._scheduled("clip_range_vf"),
-            self.max_grad_norm or None,
-        )
+        clip_range_vf = None if self.clip_range_vf is None else self._scheduled("clip_range_vf", 0.0)
+        fit = CriticFit(self.n_critic_updates, self.batch_size, self.vf_loss, clip_range_vf, self.max_grad_norm or None)
         # As during the rollout: dropout or BatchNorm in training mode would make the ratio differ from 1 before any step
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
         batch = self._full_batch()
         started = time.perf_counter()
-        result, entropy, std = UpdateResult(UpdateStatus.NOTHING_TO_TRAIN, math.nan, math.nan), math.nan, math.nan
+        result, entropy, std = self._no_update(UpdateStatus.NOTHING_TO_TRAIN), math.nan, math.nan
+        # The likelihood of clipped actions is not in the buffer: it is that of the policy now, if that is the one that acted
+        has_changed = self._acted is not None and not self._acted.is_of(self.policy)
+        is_clipped = self.clipped_likelihood and not has_changed
         if parts.actor_params:
             with no_argument_checks, twice_differentiable_attention:
                 surrogate = Surrogate(
@@ -351,7 +366,7 @@ class TRPO(OnPolicyAlgorithm):
                     ent_coef=ent_coef,
                     fisher_stride=self.sub_sampling_factor,
                     noise_seed=self._n_updates * world_size() + rank(),
-                    bounds=action_bounds(self.policy) if self.clipped_likelihood else None,
+                    bounds=action_bounds(self.policy) if is_clipped else None,
                 )
                 result = self._update_policy(surrogate, target_kl, cg_damping)
                 entropy, std = surrogate.summary()
@@ -392,6 +407,15 @@ class TRPO(OnPolicyAlgorithm):
         """
         return scheduled(name, getattr(self, name), self._current_progress_remaining, minimum)
 
+    def _no_update(self, status: UpdateStatus) -> UpdateResult:
+        """
+        The result of an update that was not made.
+
+        :param status: why
+        :return: the result
+        """
+        return UpdateResult(status, math.nan, math.nan, beta=math.nan if self.kl_penalty is None else self.kl_penalty.beta)
+
     def _update_policy(self, surrogate: Surrogate, target_kl: float, cg_damping: float) -> UpdateResult:
         """
         Take one step within the trust region.
@@ -404,7 +428,7 @@ class TRPO(OnPolicyAlgorithm):
         self.logger.record("train/target_kl", target_kl)
         if target_kl == 0:
             # Where a schedule that decays to zero ends
-            return UpdateResult(UpdateStatus.ZERO_TARGET_KL, math.nan, math.nan)
+            return self._no_update(UpdateStatus.ZERO_TARGET_KL)
         update: PolicyUpdate
         if self.kl_penalty is not None:
             update = self.kl_penalty
@@ -459,7 +483,7 @@ class TRPO(OnPolicyAlgorithm):
 
         :return: their names
         """
-        return [*super()._excluded_save_params(), "_watch", "kl_penalty"]
+        return [*super()._excluded_save_params(), "_acted", "_watch", "kl_penalty"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         """
@@ -533,7 +557,10 @@ class TRPO(OnPolicyAlgorithm):
         check_attributes(cls, kwargs, saved)
         if is_contrib_model(saved):
             kwargs.update(joint_kl_arguments(path, custom_objects, given=kwargs))
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        # SB3 draws the noise of gSDE with a graph
+        drop_graph_(model.policy.action_dist)
+        return model
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
@@ -553,14 +580,14 @@ class TRPO(OnPolicyAlgorithm):
             params = dict(loaded)
         # Earlier versions had optimizers of the critic's parameters alone, and of the actor's
         all_params = list(self.policy.parameters())
-        parts = self._parts
-        state: Any = params.get("policy.optimizer")
-        if _n_params(state) == len(parts.critic_params) < len(all_params):
-            params["policy.optimizer"] = expanded_state(state, parts.critic_params, all_params)
         penalty = params.get("kl_penalty") or {}
-        state = penalty.get("optimizer")
-        if _n_params(state) == len(parts.actor_params) < len(all_params):
-            params["kl_penalty"] = {**penalty, "optimizer": expanded_state(state, parts.actor_params, all_params)}
+        states: list[Any] = [params.get("policy.optimizer"), penalty.get("optimizer")]
+        if any(0 <= _n_params(state) < len(all_params) for state in states):
+            parts = unfrozen_parts(self.policy)
+            if _n_params(states[0]) == len(parts.critic_params):
+                params["policy.optimizer"] = expanded_state(states[0], parts.critic_params, all_params)
+            if _n_params(states[1]) == len(parts.actor_params):
+                params["kl_penalty"] = {**penalty, "optimizer": expanded_state(states[1], parts.actor_params, all_params)}
         # The form of the trust region can be changed when loading: a penalty is not the policy's, and starts afresh
         if self.kl_penalty is None:
             params.pop("kl_penalty", None)

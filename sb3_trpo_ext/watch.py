@@ -17,6 +17,7 @@ class PolicyWatch:
 
     def __init__(self) -> None:
         self._contents: list[Any] = []
+        self._named: dict[str, nn.Parameter] = {}
         self._parts: PolicyParts | None = None
 
     def parts(self, policy: ActorCriticPolicy, optimizers: Iterable[th.optim.Optimizer] = ()) -> PolicyParts:
@@ -31,10 +32,10 @@ class PolicyWatch:
         is_same = len(now) == len(before) and all(new is old for new, old in zip(now, before, strict=True))
         if self._parts is None or not is_same:
             self._parts, self._contents = split_policy(policy), now
+            named_before, self._named = self._named, dict(policy.named_parameters())
             if before:
-                old_params = [part for part in before if isinstance(part, nn.Parameter)]
                 for optimizer in optimizers:
-                    follow_(optimizer, old_params, list(policy.parameters()))
+                    follow_(optimizer, named_before, self._named)
             _warn_of(policy, self._parts)
         return self._parts
 

@@ -125,6 +125,10 @@ def test_integers_of_numpy_are_integers(kind: Any, trust_region: str, tmp_path: 
         ("n_critic_updates", -1),
         ("vf_loss", "l1"),
         ("clip_range_vf", lambda _: "wide"),
+        ("clip_range_vf", lambda _: -1.0),
+        ("lr_schedule", lambda _: -1.0),
+        ("lr_schedule", lambda _: float("nan")),
+        ("trust_region", "penalty"),
         ("ent_coef", lambda _: float("nan")),
         ("cg_damping", lambda _: -1.0),
         ("target_kl", lambda _: -1.0),
@@ -137,7 +141,7 @@ def test_no_argument_fails_after_something_has_moved(name: str, value: Any) -> N
     model = collect(make_model())
     setattr(model, name, value)
     before = model.get_parameters()
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match={"lr_schedule": "learning_rate"}.get(name, name)):
         model.train()
     assert_identical(model.get_parameters(), before)
     assert model._n_updates == 0
@@ -150,6 +154,11 @@ def test_a_smaller_last_minibatch_is_warned_of(n_steps: int, batch_size: int, si
         make_model(n_steps=n_steps, batch_size=batch_size)
     found = [str(each.message) for each in caught if each.filename.endswith("agents.py")]
     assert [f"there will be a truncated mini-batch of size {size}" in message for message in found] == [True] * (size > 0)
+
+
+def test_an_optimizer_that_needs_a_function_is_refused() -> None:
+    with pytest.raises(ValueError, match="LBFGS"):
+        make_model(policy_kwargs={"optimizer_class": th.optim.LBFGS})
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.5, "0", True])
@@ -178,7 +187,7 @@ def test_unknown_attributes_are_refused_with_a_suggestion(tmp_path: Path) -> Non
         TypeError, match=r"TRPO.load\(\) got an unexpected keyword argument 'target_klx': did you mean target_kl"
     ):
         TRPO.load(tmp_path / "model", target_klx=1)
-    with pytest.raises(TypeError, match="'completely_unheard_of': there are "):
+    with pytest.raises(TypeError, match="'completely_unheard_of': there are batch_size, cg_damping, "):
         TRPO.load(tmp_path / "model", completely_unheard_of=1)
     known: dict[str, Any] = {
         "target_kl": 0.5,

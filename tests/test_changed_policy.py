@@ -238,15 +238,23 @@ def test_an_optimizer_follows_what_has_been_replaced_and_keeps_the_rest() -> Non
     optimizer.step()
     state = copy.deepcopy(optimizer.state[kept])
     # `ignored` has been there and was never held: its owner has left it out
-    follow_(optimizer, [old, kept, ignored], [new, kept, ignored])
+    follow_(optimizer, {"a": old, "b": kept, "c": ignored}, {"a": new, "b": kept, "c": ignored})
     (group,) = optimizer.param_groups
     assert [id(param) for param in group["params"]] == [id(new), id(kept)]
     assert group["lr"] == 0.5
     assert_identical(dict(optimizer.state[kept]), dict(state))
     assert set(map(id, optimizer.state)) == {id(kept)}
     before = copy.deepcopy(optimizer.state_dict())
-    follow_(optimizer, [new, kept, ignored], [new, kept, ignored])
+    follow_(optimizer, {"a": new, "b": kept, "c": ignored}, {"a": new, "b": kept, "c": ignored})
     assert_identical(optimizer.state_dict(), before)
+
+
+def test_a_new_parameter_joins_the_group_of_the_one_that_had_its_name() -> None:
+    actor, critic, new, further = (nn.Parameter(th.ones(2)) for _ in range(4))
+    optimizer = th.optim.AdamW([{"params": [actor], "weight_decay": 0.5}, {"params": [critic], "weight_decay": 0.0}])
+    follow_(optimizer, {"actor": actor, "critic": critic}, {"actor": actor, "critic": new, "further": further})
+    groups = [[id(param) for param in group["params"]] for group in optimizer.param_groups]
+    assert groups == [[id(actor), id(further)], [id(new)]]
 
 
 # --- The optimizer, and pretraining --------------------------------------------------------------------------------------
@@ -409,6 +417,99 @@ def test_a_step_along_what_a_hook_has_left_is_the_natural_gradient_of_that() -> 
         assert th.allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
+def test_a_hook_that_only_looks_leaves_the_preconditioner_in_place() -> None:
+    """On inputs that are badly scaled it decides how far conjugate gradient gets."""
+
+    def run(is_hooked: bool) -> tuple[dict[str, Any], th.Tensor]:
+        model = make_model(cg_damping=1e-3, n_steps=128, policy_kwargs={"net_arch": [16]})
+        with th.no_grad():
+            model.policy.get_parameter("mlp_extractor.policy_net.0.weight").mul_(th.tensor([100.0, 1.0, 0.01]))
+        if is_hooked:
+            for param in model.policy.parameters():
+                param.register_hook(lambda gradient: None)
+        collect(model)
+        th.manual_seed(5)
+        return train(model), th.cat([param.detach().flatten() for param in model._parts.actor_params])
+
+    (expected_log, expected), (log, found) = run(False), run(True)
+    assert log["train/cg_steps"] == expected_log["train/cg_steps"]
+    assert th.allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_telling_the_parts_from_each_other_runs_no_hook() -> None:
+    model = make_model()
+    calls = []
+    for param in model.policy.parameters():
+        param.register_hook(lambda gradient: calls.append(gradient))
+    model.policy.value_net.requires_grad_(False)
+    assert model._parts.critic_params
+    assert not calls
+
+
+# --- Optimizers of users' own ----------------------------------------------------------------------------------------------
+
+
+class Clearing(th.optim.SGD):
+    """Leaves no gradient behind."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        self.zero_grad(set_to_none=True)
+        return loss
+
+
+class Rebinding(th.optim.SGD):
+    """Puts tensors of its own into the place of the gradients."""
+
+    def step(self, closure: Any = None) -> Any:
+        for param in (param for group in self.param_groups for param in group["params"] if param.grad is not None):
+            param.grad = param.grad.clone()
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [Clearing, Rebinding])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Softplus])
+def test_optimizers_that_change_the_gradients_fit_the_critic(kind: type[th.optim.SGD], activation: type[nn.Module]) -> None:
+    fitted = []
+    for make_optimizer in (th.optim.SGD, kind):
+        model = collect(make_model(policy_kwargs={"net_arch": [8], "activation_fn": activation}))
+        model.policy.optimizer = make_optimizer(model.policy.parameters(), lr=0.05)
+        model.learning_rate = model.lr_schedule = lambda _: 0.05
+        th.manual_seed(5)
+        train(model)
+        fitted.append(copies(model._parts.critic_params))
+    for found, expected in zip(*fitted, strict=True):
+        assert th.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_optimizer_that_holds_nothing_of_the_critic_has_nothing_to_train() -> None:
+    model = make_model()
+    model.policy.optimizer = th.optim.Adam(model.policy.action_net.parameters(), lr=0.01)
+    before = copies(model._parts.critic_params)
+    model.learn(32)
+    assert log_of(model)["train/value_status_name"] == "nothing_to_train"
+    assert_identical(copies(model._parts.critic_params), before)
+
+
+def test_old_states_of_optimizers_load_into_a_model_that_is_frozen() -> None:
+    model = make_model().learn(32)
+    state: Any = model.policy.optimizer.state_dict()
+    critic = [
+        index for index, param in enumerate(model.policy.parameters()) if id(param) in map(id, model._parts.critic_params)
+    ]
+    (group,) = state["param_groups"]
+    old = {
+        "state": {new: state["state"][index] for new, index in enumerate(critic)},
+        "param_groups": [{**group, "params": list(range(len(critic)))}],
+    }
+    other = make_model(seed=1)
+    other.policy.mlp_extractor.value_net.requires_grad_(False)
+    parameters: dict[str, Any] = {**model.get_parameters(), "policy.optimizer": old}
+    other.set_parameters(parameters)
+    assert_identical(other.get_parameters(), model.get_parameters())
+    assert not any(param.requires_grad for param in other.policy.mlp_extractor.value_net.parameters())
+
+
 # --- Running statistics --------------------------------------------------------------------------------------------------
 
 
@@ -468,6 +569,11 @@ def test_a_policy_can_be_copied_at_any_time(name: str) -> None:
     model.learn(64, callback=callback)
     assert_identical(copy.deepcopy(model.policy).state_dict(), model.policy.state_dict())
     assert len(list(callback.copy.parameters())) == len(list(model.policy.parameters()))
+
+
+def test_a_loaded_policy_with_noise_of_its_own_can_be_copied(tmp_path: Path) -> None:
+    make_model(use_sde=True).save(tmp_path / "model")
+    copy.deepcopy(TRPO.load(tmp_path / "model", device="cpu").policy)
 
 
 def test_a_distribution_without_its_graph_has_the_same_numbers() -> None:

@@ -19,6 +19,7 @@ from stable_baselines3.common.distributions import (
     StateDependentNoiseDistribution,
 )
 from torch.distributions import Bernoulli, Categorical, Normal, kl_divergence
+from torch.nn import functional as F
 
 from sb3_trpo_ext import Family, distributions, register_family
 from sb3_trpo_ext.distributions import (
@@ -181,6 +182,39 @@ def test_kl_of_logits_keeps_its_digits_at_tiny_radii(kind: str, distance: float)
     # A log-probability of order 1 is known to 1e-7, which is 1e-3 of the smallest distance here
     assert abs(family.kl(old, new).mean() / exact - 1) < 1e-3
     assert (family.kl(old, new) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (-200, -5),
+        (-200, 0),
+        (-110, -6),
+        (-95, -5),
+        (-90, -1),
+        (-300, -200),
+        (-200, -100),
+        (-120, -20),
+        (0, 3),
+        (5, -4),
+        (0, -80),
+    ],
+)
+@pytest.mark.parametrize("kind", ["categorical", "bernoulli"])
+def test_kl_of_logits_far_apart(kind: str, old: float, new: float) -> None:
+    """Also where a probability of single precision is zero, which it becomes again."""
+    both = [th.tensor([[logit, 0.0] if kind == "categorical" else [logit]]) for logit in (float(old), float(new))]
+    family = CategoricalFamily([2]) if kind == "categorical" else BernoulliFamily()
+    leaf = both[1].clone().requires_grad_()
+    kl = family.kl((both[0],), (leaf,))
+    precise = both[1].double().requires_grad_()
+    exact = family.kl((both[0].double(),), (precise,))
+    logs = [(F.logsigmoid(sign * both[0].double()[:, :1]), F.logsigmoid(sign * both[1].double()[:, :1])) for sign in (1, -1)]
+    textbook = sum(before.exp() * (before - after) for before, after in logs)
+    assert abs(exact.item() - float(textbook)) < 1e-12 + 1e-9 * float(textbook)
+    assert abs(kl.item() - exact.item()) < 1e-9 + 1e-5 * exact.item()
+    (gradient,), (expected,) = th.autograd.grad(kl.sum(), leaf), th.autograd.grad(exact.sum(), precise)
+    assert th.allclose(gradient.double(), expected, rtol=1e-4, atol=1e-7)
 
 
 def test_kl_of_logits_has_no_step_where_the_series_ends() -> None:

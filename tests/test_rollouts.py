@@ -4,17 +4,26 @@ import copy
 import os
 import pickle
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
-from agents import RandomEnv, assert_identical, make_model, random_vec_env
+from agents import RandomEnv, assert_identical, log_of, make_model, random_vec_env
 from gymnasium import spaces
 from helpers import BOX_ACTIONS, DICT, IMAGE, VECTOR, BetaPolicy
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    CheckpointCallback,
+    ConvertCallback,
+    EvalCallback,
+    EveryNTimesteps,
+    StopTrainingOnMaxEpisodes,
+)
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -23,7 +32,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
 from torch import nn
 
-from sb3_trpo_ext import TRPO, actors, rollouts
+from sb3_trpo_ext import TRPO, TrainingRecorder, actors, lazy, rollouts
 from sb3_trpo_ext.policies import MlpPolicy
 
 EXACT = ("observations", "actions", "episode_starts")
@@ -356,6 +365,11 @@ def test_callback_that_writes_into_the_actions(name: str) -> None:
 # --- What callbacks look at during a rollout -----------------------------------------------------------------------------
 
 
+@th.jit.script
+def doubled(x: th.Tensor) -> th.Tensor:
+    return 2 * x
+
+
 class Looking(BaseCallback):
     """Looks at values, log-probabilities and the buffer in some steps, and keeps what it has not looked at."""
 
@@ -421,6 +435,18 @@ def test_lazy_tensors_are_tensors() -> None:
             assert th.equal(pickle.loads(pickle.dumps(log_probs)), log_probs)
             assert "tensor(" in repr(values) and isinstance(values.tolist(), list)
             assert [row.item() for row in values] == values.flatten().tolist()
+            # What Python sees nothing of
+            exact = values.clone()
+            for same in (
+                th.tensor(values),
+                th.as_tensor(values, dtype=th.float64).float(),
+                th.Tensor(values),
+                th.zeros(1).new_tensor(values),
+                values.as_subclass(th.Tensor),
+                doubled(values) / 2,
+                th.vmap(lambda row: row)(values),
+            ):
+                assert th.equal(same, exact)
             return True
 
     collect(CASES["box"].make(), False, Using())
@@ -500,6 +526,167 @@ def test_policy_that_a_callback_changes(name: str, perturb_at: int) -> None:
         buffers.append((model.rollout_buffer, model.get_parameters()))
     assert_identical(buffers[0][1], buffers[1][1])
     assert_same_contents(buffers[0][0], buffers[1][0])
+
+
+def clone_actions(policy: Any) -> None:
+    """Behavior cloning with the policy's optimizer, whose fused steps change no tensor's version."""
+    observations, actions = th.randn(16, 3), th.zeros(16, 2)
+    for _ in range(20):
+        policy.optimizer.zero_grad()
+        (-policy.evaluate_actions(observations, actions)[1].mean()).backward()
+        policy.optimizer.step()
+
+
+def fit_values(policy: Any) -> None:
+    for _ in range(20):
+        policy.optimizer.zero_grad()
+        (policy.predict_values(th.ones(4, 3)) - 5).square().mean().backward()
+        policy.optimizer.step()
+
+
+#: What a callback may do to a policy in the middle of a rollout.
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "behavior cloning": clone_actions,
+    "values": fit_values,
+    "data of log std": lambda policy: policy.log_std.data.fill_(-1.0),
+    "data of all": lambda policy: [param.data.mul_(0.5) for param in policy.parameters()],
+    "data replaced": lambda policy: setattr(policy.value_net.weight, "data", policy.value_net.weight.data + 1),
+    "numpy": lambda policy: policy.value_net.weight.detach().numpy().__imul__(3.0),
+    "in place": lambda policy: policy.action_net.weight.requires_grad_(False).add_(0.3).requires_grad_(True),
+    "state dict": lambda policy: policy.load_state_dict({k: v + 0.1 for k, v in policy.state_dict().items()}),
+    "longer": lambda policy: policy.mlp_extractor.value_net.append(nn.Tanh()),
+    "freezing": lambda policy: policy.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("looks", [0, 1, 5])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Softplus])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_policy_that_changes_in_the_middle_of_a_rollout(change: str, activation: type[nn.Module], looks: int) -> None:
+    """Whatever is done, steps before it have the numbers of the policy before."""
+
+    class Changing(Looking):
+        def _on_step(self) -> bool:
+            if self.n_calls in (10, 20):
+                CHANGES[change](self.model.policy)
+            return super()._on_step() if looks else True
+
+    models = []
+    for own_loop in (False, True):
+        kwargs = {"policy_kwargs": {"net_arch": [8], "activation_fn": activation}}
+        model = spread_out(make_model(random_vec_env(3), learning_rate=0.02, **kwargs))
+        collect(model, own_loop, Changing(looks))
+        models.append(model)
+    assert_same_contents(models[0].rollout_buffer, models[1].rollout_buffer)
+
+
+def test_buffers_of_modules_that_change_in_the_middle_of_a_rollout() -> None:
+    class Shifted(PureExtractor):
+        def __init__(self, space: spaces.Space) -> None:
+            super().__init__(space)
+            self.shift: th.Tensor
+            self.register_buffer("shift", th.zeros(3))
+
+        def forward(self, observations: th.Tensor) -> th.Tensor:
+            return super().forward(observations + self.shift)
+
+    class Shifting(BaseCallback):
+        def _on_step(self) -> bool:
+            extractor = self.model.policy.get_submodule("features_extractor")
+            assert isinstance(extractor, Shifted)
+            if self.n_calls == 10:
+                extractor.shift.add_(1)
+            if self.n_calls == 20:
+                extractor.shift = th.ones(3) * 2
+            return True
+
+    buffers = []
+    for own_loop in (False, True):
+        model = make_model(random_vec_env(3), **with_extractor(Shifted))
+        collect(model, own_loop, Shifting())
+        buffers.append(model.rollout_buffer)
+    assert_same_contents(buffers[0], buffers[1])
+
+
+def test_operations_in_place_reach_the_buffer_as_in_sb3() -> None:
+    class Editing(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls % 3 == 0:
+                self.locals["values"].add_(1)
+                self.locals["log_probs"][:] = -2.0
+            if self.n_calls % 3 == 1:
+                self.locals["values"] += 0.5
+            return True
+
+    buffers = []
+    for own_loop in (False, True):
+        model = CASES["box"].make()
+        collect(model, own_loop, Editing())
+        buffers.append(model.rollout_buffer)
+    assert_same_contents(buffers[0], buffers[1])
+
+
+def test_what_was_kept_of_a_rollout_that_failed(tmp_path: Path) -> None:
+    env = DummyVecEnv([lambda: FailingEnv("error")] * 2)
+    model, callback = make_model(env), Looking(every=1000)
+    with pytest.raises(KeyError, match="the simulator has diverged"):
+        model.learn(200, callback=callback)
+    n_kept = len(callback.kept) - model.n_steps
+    values = [kept[0] for kept in callback.kept[-n_kept:]]
+    stored = model.rollout_buffer.values[:n_kept].copy()
+    assert np.abs(stored).min() > 0
+    with th.no_grad():
+        for param in model.policy.parameters():
+            param.add_(1.0)
+    np.testing.assert_array_equal(th.cat(values).flatten().numpy(), stored.flatten())
+
+
+@pytest.mark.parametrize("change", ["behavior cloning", "data of log std"])
+def test_the_likelihood_of_clipped_actions_is_left_where_the_policy_is_not_the_one_that_acted(change: str) -> None:
+    """The old likelihood would be that of the new policy, and all ratios 1."""
+
+    class Changing(BaseCallback):
+        def __init__(self, at: int | None) -> None:
+            super().__init__()
+            self.at = at
+
+        def _on_step(self) -> bool:
+            if self.n_calls == self.at:
+                CHANGES[change](self.model.policy)
+            return True
+
+        def _on_rollout_end(self) -> None:
+            if self.at == -1:
+                CHANGES[change](self.model.policy)
+
+    for at in (None, 16, -1):
+        logs = []
+        for clipped_likelihood in (True, False):
+            model = make_model(clipped_likelihood=clipped_likelihood, learning_rate=0.02)
+            model.learn(32, callback=Changing(at))
+            logs.append(log_of(model))
+        before = [log["train/policy_objective_before"] for log in logs]
+        if at is None:
+            assert max(map(abs, before)) < 1e-5
+            assert logs[0]["train/grad_norm"] != logs[1]["train/grad_norm"]
+        else:
+            assert abs(before[0]) > 1e-3
+            assert before[0] == before[1]
+
+
+class Known(EvalCallback):
+    """Of a user, though it is one of SB3's."""
+
+
+def test_callbacks_of_sb3_rl_zoo_and_this_package_do_not_look() -> None:
+    evaluation = EvalCallback(random_vec_env(1), callback_on_new_best=StopTrainingOnMaxEpisodes(3))
+    known = CallbackList([CheckpointCallback(10, "."), evaluation, ConvertCallback(None), TrainingRecorder()])
+    assert not lazy.may_look(known)
+    assert not lazy.may_look(EveryNTimesteps(10, CheckpointCallback(10, ".")))
+    assert lazy.may_look(ConvertCallback(lambda *_: True))
+    assert lazy.may_look(Known(random_vec_env(1)))
+    assert lazy.may_look(CallbackList([EveryNTimesteps(10, Looking())]))
+    assert lazy.may_look(EvalCallback(random_vec_env(1), callback_after_eval=Looking()))
 
 
 # --- Where SB3's loop runs ---------------------------------------------------------------------------------------------

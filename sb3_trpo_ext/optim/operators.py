@@ -236,8 +236,8 @@ class Projected(LinearOperator):
     """
 
     def __init__(self, operator: LinearOperator, is_kept: th.Tensor):
-        self._operator = operator
-        self._is_kept = is_kept
+        self.operator = operator
+        self.is_kept = is_kept
 
     def __matmul__(self, vector: th.Tensor) -> th.Tensor:
         """
@@ -246,7 +246,7 @@ class Projected(LinearOperator):
         :param vector: shape ``(n_params,)``
         :return: shape ``(n_params,)``
         """
-        return (self._operator @ (vector * self._is_kept)) * self._is_kept
+        return (self.operator @ (vector * self.is_kept)) * self.is_kept
 
 
 class Averaged(LinearOperator):

@@ -1,33 +1,37 @@
 """Which parameters an optimizer of PyTorch holds."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch as th
 
 
-def follow_(optimizer: th.optim.Optimizer, before: Collection[th.Tensor], now: Sequence[th.Tensor]) -> None:
+def follow_(optimizer: th.optim.Optimizer, before: Mapping[str, th.Tensor], now: Mapping[str, th.Tensor]) -> None:
     """
     Let an optimizer follow parameters that have been replaced: new ones join, those that are gone leave.
 
-    The others keep their place in the groups and their state. What an optimizer has never held, though it was there before, it
-    does not get: its owner has left it out.
+    A new one joins the group of the parameter that had its name, or the first group. The others keep their place and their
+    state. What an optimizer has never held, though it was there before, it does not get: its owner has left it out.
 
     :param optimizer: any optimizer of PyTorch
-    :param before: the parameters of a network at the last call
-    :param now: its parameters, in the order in which a new optimizer would hold them
+    :param before: the parameters of a network at the last call, by name
+    :param now: its parameters, by name, in the order in which a new optimizer would hold them
     """
-    old, new = {id(param) for param in before}, {id(param) for param in now}
-    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    if not (old - new) & held and not (new - old) - held:
+    gone = {id(param) for param in before.values()} - {id(param) for param in now.values()}
+    known = {id(param) for param in before.values()}
+    group_of = {id(param): index for index, group in enumerate(optimizer.param_groups) for param in group["params"]}
+    joining: dict[int, int] = {}
+    for name, param in now.items():
+        if id(param) not in known and id(param) not in group_of:
+            joining[id(param)] = group_of.get(id(before[name]), 0) if name in before else 0
+    if not joining and gone.isdisjoint(group_of):
         return
-    joining = new - old - held
     for index, group in enumerate(optimizer.param_groups):
-        kept = {id(param) for param in group["params"] if id(param) not in old - new}
-        wanted = kept | joining if index == 0 else kept
-        others = [param for param in group["params"] if id(param) in kept - new]
-        group["params"] = [param for param in now if id(param) in wanted] + others
-    for param in [param for param in optimizer.state if id(param) in old - new]:
+        kept = {id(param): param for param in group["params"] if id(param) not in gone}
+        wanted = kept.keys() | {param for param, place in joining.items() if place == index}
+        ordered = {id(param): param for param in now.values() if id(param) in wanted}
+        group["params"] = [*ordered.values(), *(param for key, param in kept.items() if key not in ordered)]
+    for param in [param for param in optimizer.state if id(param) in gone]:
         del optimizer.state[param]
 
 
