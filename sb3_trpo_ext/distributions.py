@@ -364,25 +364,15 @@ def _kl_terms(old_log_prob: th.Tensor, new_log_prob: th.Tensor) -> th.Tensor:
     """
     old_prob = old_log_prob.exp()
     difference = new_log_prob - old_log_prob
-    zero = th.zeros_like(difference)
+    zero = difference.new_zeros(())
     # NaN where an outcome is masked on both sides: not small
     is_small = difference.abs() < 0.5
     small = th.where(is_small, difference, zero)
     # An old probability of zero leaves p_new, and 0 * inf would be NaN
     large = th.where(old_prob > 0, difference, zero)
-    return th.where(is_small, old_prob * _exp_minus_line(small), new_log_prob.exp() - old_prob - old_prob * large)
-
-
-def _exp_minus_line(x: th.Tensor) -> th.Tensor:
-    """
-    ``exp(x) - 1 - x``, without the cancellation of that form at small x.
-
-    :param x: of any shape
-    :return: the same shape, never negative
-    """
-    # Below 0.01 the series to the fifth order is exact to the last bit of single precision, and to 1e-11 of double
-    series = x.square() * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x / 120)))
-    return th.where(x.abs() < 0.01, series, th.expm1(x) - x)
+    # Rounding makes a term of nearly zero negative now and then
+    terms = old_prob * (th.expm1(small) - small).clamp(min=0)
+    return th.where(is_small, terms, new_log_prob.exp() - old_prob * (1 + large))
 
 
 def standard_normal(like: th.Tensor, generator: th.Generator) -> th.Tensor:
