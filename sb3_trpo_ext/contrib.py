@@ -18,7 +18,7 @@ def saved_attributes(path: str | pathlib.Path | io.BufferedIOBase) -> dict[str, 
     The attributes in a file of a saved model, as far as JSON has them.
 
     :param path: as for ``load``; a file object is left where it was
-    :return: by name; empty for what is no model at all, of which loading it will tell
+    :return: by name; empty if the file is not a model, which loading it will report
     """
     file = open_path(path, "r", suffix="zip")
     start = file.tell()
