@@ -19,6 +19,7 @@ class PolicyWatch:
         self._contents: list[Any] = []
         self._named: dict[str, nn.Parameter] = {}
         self._parts: PolicyParts | None = None
+        self._warned: set[str] = set()
 
     def parts(self, policy: ActorCriticPolicy, optimizers: Iterable[th.optim.Optimizer] = ()) -> PolicyParts:
         """
@@ -36,7 +37,10 @@ class PolicyWatch:
             if before:
                 for optimizer in optimizers:
                     follow_(optimizer, named_before, self._named)
-            _warn_of(policy, self._parts)
+            for message in _untrained(policy, self._parts):
+                if message not in self._warned:
+                    self._warned.add(message)
+                    warnings.warn(message, stacklevel=4)
         return self._parts
 
 
@@ -73,24 +77,24 @@ def frozen_statistics(policy: nn.Module, actor_modules: Sequence[nn.Module]) -> 
     ]
 
 
-def _warn_of(policy: ActorCriticPolicy, parts: PolicyParts) -> None:
+def _untrained(policy: ActorCriticPolicy, parts: PolicyParts) -> list[str]:
     """
-    Say what in the policy will not be trained, though one might think so.
+    What in the policy will not be trained, though one might think so.
 
     :param policy: the policy
     :param parts: of it
+    :return: a warning for each
     """
     name = type(policy).__name__
-    for what, params in (("action distribution", parts.actor_params), ("value function", parts.critic_params)):
-        if not params:
-            warnings.warn(
-                f"The {what} of {name} depends on no parameter of its own that requires a gradient: it will not be trained.",
-                stacklevel=5,
-            )
+    messages = [
+        f"The {what} of {name} depends on no parameter of its own that requires a gradient: it will not be trained."
+        for what, params in (("action distribution", parts.actor_params), ("value function", parts.critic_params))
+        if not params
+    ]
     if statistics := frozen_statistics(policy, parts.actor_modules):
-        warnings.warn(
+        messages.append(
             f"The actor of {name} has running statistics that never learn: {', '.join(statistics)}. A trust region is one "
             "around the policy that acted, so the actor always runs in evaluation mode. Use LayerNorm or GroupNorm, or "
-            "normalize the observations with VecNormalize.",
-            stacklevel=5,
+            "normalize the observations with VecNormalize."
         )
+    return messages
