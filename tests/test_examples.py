@@ -37,7 +37,7 @@ THRESHOLDS = {
     "entropy_bonus": 400,  # 500 and 500
     "kl_penalty": 475,  # 500 and 500
     "pendulum": -300,  # -160
-    "pretrain": 475,
+    "pretrain": 475,  # 500
     "squashed_policy": -400,  # -243
 }
 FIGURES = ("kl_penalty", "point_mass")
@@ -133,4 +133,5 @@ def test_example_learns(
     run(name, tmp_path, monkeypatch)
     returns = returns_in(capsys.readouterr().out)
     # Of the model that goes on, where another one was its start
-    assert min(returns[-1:] if name == "continue_contrib" else returns) > THRESHOLDS[name]
+    # These two begin with an agent that is not trained to the end
+    assert min(returns[-1:] if name in ("continue_contrib", "pretrain") else returns) > THRESHOLDS[name]

@@ -153,7 +153,7 @@ def test_two_processes_train_humanoid(tmp_path: Path) -> None:
     assert statistics.obs_rms.count == pytest.approx(32_768 + 2 * 64, abs=1e-2)
     updates = read_run(run).updates
     # `target_kl` falls to zero, where the last update finds it
-    assert list(updates["status"]) == ["accepted"] * 3 + ["zero_target_kl"]
+    assert list(updates["status_name"]) == ["accepted"] * 3 + ["zero_target_kl"]
     assert updates["rollout/ep_rew_mean"].iloc[-1] > updates["rollout/ep_rew_mean"].iloc[0]
 
 
