@@ -237,9 +237,11 @@ class _LeanRollout:
                 del self._truncated[len(self._truncated) - len(present) :]
                 self._complete()
                 self._truncated = present
+                before = self._snapshot
                 self._follow_policy()
-                # One that may not be asked later is asked at once
-                self._is_eager = not is_deferrable(model, self.buffer)
+                if not self._snapshot.has_parts_of(before):
+                    # One that may not be asked later is asked at once
+                    self._is_eager = not is_deferrable(model, self.buffer)
             elif self._is_eager:
                 self._complete()
         return True
@@ -276,6 +278,8 @@ class _LeanRollout:
         self.policy = self.model.policy
         self.policy.set_training_mode(False)
         self._snapshot = Snapshot(self.policy)
+        # In the place of the one before: a callback may change the policy in every step
+        self.stack.close()
         self.stack.enter_context(self._snapshot.watching())
         self._action_bounds = _clipping_bounds(self.policy)
         self._actor: Actor = make_actor(self.policy)

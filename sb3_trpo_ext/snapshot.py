@@ -39,6 +39,7 @@ class Snapshot:
         #: Dictionaries of parts, and what is in them.
         self._tree = [(branch, dict(branch)) for branch in branches]
         self._parts = [branch.values() for branch in branches]
+        self._ids = self._ids_now()
         #: The same memory as that of the tensors.
         self._arrays = [
             _array(tensor)
@@ -80,6 +81,15 @@ class Snapshot:
             self._has_stepped = not th.equal(flatten(self._tensors), self._numbers)
         return not self._has_stepped
 
+    def has_parts_of(self, other: "Snapshot") -> bool:
+        """
+        Whether two snapshots differ by numbers at most.
+
+        :param other: an earlier one
+        :return: false if it is of another policy, or of one with other parts
+        """
+        return self._policy is other._policy and self._ids == other._ids
+
     def _versions_now(self) -> list[int]:
         """
         What operations of PyTorch change.
@@ -94,7 +104,15 @@ class Snapshot:
 
         :return: the identities of all parts, and the first numbers of all tensors
         """
-        return [*map(id, itertools.chain.from_iterable(self._parts)), *(array[0] for array in self._arrays)]
+        return [*self._ids_now(), *(array[0] for array in self._arrays)]
+
+    def _ids_now(self) -> list[int]:
+        """
+        What changes with the parts.
+
+        :return: the identities of all
+        """
+        return list(map(id, itertools.chain.from_iterable(self._parts)))
 
     @contextmanager
     def restored(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """The lean rollout against SB3's own loop, where it must not be used, and what happens when an environment fails."""
 
 import copy
+import gc
 import os
 import pickle
 import signal
@@ -34,6 +35,7 @@ from torch import nn
 
 from sb3_trpo_ext import TRPO, TrainingRecorder, actors, lazy, rollouts
 from sb3_trpo_ext.policies import MlpPolicy
+from sb3_trpo_ext.snapshot import Snapshot
 
 EXACT = ("observations", "actions", "episode_starts")
 CLOSE = ("rewards", "values", "log_probs", "advantages", "returns")
@@ -578,6 +580,33 @@ def test_a_policy_that_changes_in_the_middle_of_a_rollout(change: str, activatio
         collect(model, own_loop, Changing(looks))
         models.append(model)
     assert_same_contents(models[0].rollout_buffer, models[1].rollout_buffer)
+
+
+def test_a_policy_that_changes_in_every_step_is_watched_once() -> None:
+    """As where a callback lowers the standard deviation; each watch would keep a copy of all parameters."""
+
+    class Lowering(BaseCallback):
+        def _on_step(self) -> bool:
+            with th.no_grad():
+                self.model.policy.get_parameter("log_std").sub_(0.01)
+            self.n_hooks = len(self.model.policy.optimizer._optimizer_step_post_hooks)
+            return True
+
+        def _on_rollout_end(self) -> None:
+            self.n_snapshots = sum(isinstance(each, Snapshot) for each in gc.get_objects())
+
+    before = sum(isinstance(each, Snapshot) for each in gc.get_objects())
+    buffers = []
+    for own_loop in (False, True):
+        model, callback = CASES["own extractor"].make(), Lowering()
+        collect(model, own_loop, callback)
+        buffers.append(model.rollout_buffer)
+        if not own_loop:
+            assert callback.n_hooks == 1
+            # Of the policy that acted first, and of the policy now
+            assert callback.n_snapshots <= before + 2
+        assert not model.policy.optimizer._optimizer_step_post_hooks
+    assert_same_contents(buffers[0], buffers[1])
 
 
 def test_buffers_of_modules_that_change_in_the_middle_of_a_rollout() -> None:
