@@ -107,9 +107,9 @@ def fit_critic(
                 if fit.max_grad_norm is not None:
                     nn.utils.clip_grad_norm_(critic_params, fit.max_grad_norm)
                 step()
-                if critic_params[0].grad is not gradients[0]:
-                    # An optimizer, or a hook of one, has put something else in their place
-                    for param, part in zip(critic_params, gradients, strict=True):
+                for param, part in zip(critic_params, gradients, strict=True):
+                    if param.grad is not part:
+                        # An optimizer, or a hook of one, has put something else in its place
                         param.grad = part
         # Losses stay on the device: reading one would stop an accelerator at every step
         mean_loss = all_mean(th.stack(losses).mean())

@@ -482,6 +482,17 @@ def test_optimizers_that_change_the_gradients_fit_the_critic(kind: type[th.optim
         assert th.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_an_optimizer_of_the_last_layer_that_clears_its_gradients() -> None:
+    fitted = []
+    for make_optimizer in (th.optim.SGD, Clearing):
+        model = collect(make_model())
+        model.policy.optimizer = make_optimizer(model.policy.value_net.parameters(), lr=0.05)
+        th.manual_seed(5)
+        train(model)
+        fitted.append(copies(model.policy.value_net.parameters()))
+    assert_identical(*fitted)
+
+
 def test_an_optimizer_that_holds_nothing_of_the_critic_has_nothing_to_train() -> None:
     model = make_model()
     model.policy.optimizer = th.optim.Adam(model.policy.action_net.parameters(), lr=0.01)
