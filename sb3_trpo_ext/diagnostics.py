@@ -17,11 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
+from sb3_trpo_ext.optim import UpdateStatus
 from sb3_trpo_ext.plots import WINDOW, moving_average
 from sb3_trpo_ext.runs import Run, read_run, reward_threshold
 
 #: Statuses of an update with which nothing is wrong.
-NOT_REJECTED = ("accepted", "zero_target_kl")
+NOT_REJECTED = tuple(map(str, (UpdateStatus.ACCEPTED, UpdateStatus.ZERO_TARGET_KL, UpdateStatus.NOTHING_TO_TRAIN)))
 #: Above this many points a line has its moving average drawn over it, of a fortieth of them.
 N_SMOOTH = 40
 #: Parts of an update's time, in the order in which they are stacked.
@@ -191,7 +192,7 @@ def kl_panel(runs: Sequence[Run], colors: Sequence[str]) -> Panel:
 
 def rejected_steps(run: Run) -> np.ndarray:
     """
-    When updates were rejected; one that was not made because ``target_kl`` had fallen to zero was not.
+    When updates were rejected; one that there was no reason to make, such as for a frozen actor, was not.
 
     :param run: the run
     :return: timesteps

@@ -144,6 +144,8 @@ TEXTS = ["accepted", "no_improvement", "zero_target_kl", "accepted", "kl_too_lar
         ({"status": TEXTS}, [200, 500]),
         # A number, and what it means
         ({"status": [0, 2, 9, 0, 1], "status_name": TEXTS}, [200, 500]),
+        # The actor is frozen, to fit the critic first
+        ({"status": [11, 2, 10, 0, 1], "status_name": ["nothing_to_train", *TEXTS[1:]]}, [200, 500]),
         # A run that was begun by an earlier version
         ({"status": ["accepted", "no_improvement", "9", "0", "1"], "status_name": [None, None, *TEXTS[2:]]}, [200, 500]),
         ({"status": [0, 2, 9, 0, 1], "is_line_search_success": [1, 0, 1, 1, 0]}, [200, 500]),
