@@ -223,12 +223,9 @@ def drop_graph_(distribution: Any) -> None:
     for name, value in list(vars(distribution).items()):
         if th.is_tensor(value) and value.grad_fn is not None:
             setattr(distribution, name, value.detach())
-        elif isinstance(value, list):
-            for part in value:
-                if isinstance(part, th.distributions.Distribution):
-                    drop_graph_(part)
-        elif isinstance(value, th.distributions.Distribution):
-            drop_graph_(value)
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, th.distributions.Distribution):
+                drop_graph_(part)
 
 
 def _reaches(output: th.Tensor, params: list[nn.Parameter]) -> list[bool]:

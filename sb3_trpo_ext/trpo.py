@@ -271,12 +271,18 @@ class TRPO(OnPolicyAlgorithm):
         penalty = [] if self.kl_penalty is None else [self.kl_penalty.optimizer]
         return self._watch.parts(self.policy, [self.policy.optimizer, *penalty])
 
-    def _check_trainable(self) -> None:
+    def _check_ready(self) -> None:
         """
-        Check, before a rollout or an update, that there is something to do.
+        Check, before a rollout or an update, what may have changed since the model was made.
 
-        :raises ValueError: if no parameter of the policy requires a gradient
+        :raises ValueError: for a bad argument, or if no parameter of the policy requires a gradient
         """
+        check_settings(self)
+        if (self.trust_region == "penalty") != (self.kl_penalty is not None):
+            raise ArgumentError(
+                f"`trust_region` has become {self.trust_region!r}, which is decided when a model is made: save it, and load "
+                f"it with trust_region={self.trust_region!r}."
+            )
         if not self._parts.actor_params and not self._parts.critic_params:
             raise ArgumentError(
                 f"No parameter of {type(self.policy).__name__} that actions or values depend on requires a gradient: there is "
@@ -298,8 +304,7 @@ class TRPO(OnPolicyAlgorithm):
             that stopped the policy
         :raises RuntimeError: if a process of the environment has died
         """
-        check_settings(self)
-        self._check_trainable()
+        self._check_ready()
         is_full, self._acted = collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)
         return is_full and not (isinstance(callback, RankCallback) and callback.is_over)
 
@@ -331,13 +336,7 @@ class TRPO(OnPolicyAlgorithm):
 
     def _train(self) -> None:
         """What :meth:`train` does, with averages over processes weighted by their samples."""
-        check_settings(self)
-        self._check_trainable()
-        if (self.trust_region == "penalty") != (self.kl_penalty is not None):
-            raise ArgumentError(
-                f"`trust_region` has become {self.trust_region!r}, which is decided when a model is made: save it, and load "
-                f"it with trust_region={self.trust_region!r}."
-            )
+        self._check_ready()
         parts = self._parts
         # All schedules before anything moves: a bad value must not leave half an update
         scheduled("learning_rate", self.lr_schedule, self._current_progress_remaining, 0.0)
@@ -355,8 +354,7 @@ class TRPO(OnPolicyAlgorithm):
         started = time.perf_counter()
         result, entropy, std = self._no_update(UpdateStatus.NOTHING_TO_TRAIN), math.nan, math.nan
         # The likelihood of clipped actions is not in the buffer: it is that of the policy now, if that is the one that acted
-        has_changed = self._acted is not None and not self._acted.is_of(self.policy)
-        is_clipped = self.clipped_likelihood and not has_changed
+        is_clipped = self.clipped_likelihood and (self._acted is None or self._acted.is_of(self.policy))
         if parts.actor_params:
             with no_argument_checks, twice_differentiable_attention:
                 surrogate = Surrogate(
