@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.optim import Damped, conjugate_gradient
 from sb3_trpo_ext.optim.vectors import flatten
-from sb3_trpo_ext.surrogate import Surrogate
+from sb3_trpo_ext.update.surrogate import Surrogate
 
 TOLERANCES = (0.5, 0.2, 0.1, 0.05, 0.03, 0.01, 1e-4)
 DAMPINGS = (0.1, 1.0, 5.0)

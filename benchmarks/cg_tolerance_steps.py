@@ -26,7 +26,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.optim import KLConstraint
 from sb3_trpo_ext.optim.vectors import assign_, flatten
-from sb3_trpo_ext.surrogate import Surrogate
+from sb3_trpo_ext.update.surrogate import Surrogate
 
 TOLERANCES = (0.3, 0.1, 0.03, 0.01, 1e-4)
 

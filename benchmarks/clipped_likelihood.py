@@ -21,13 +21,13 @@ import yaml
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.batch import Batch, rollout_batch
-from sb3_trpo_ext.clipping import action_bounds
-from sb3_trpo_ext.distributions import no_argument_checks
 from sb3_trpo_ext.envs import EnvPoolVecEnv
 from sb3_trpo_ext.optim import KLConstraint
 from sb3_trpo_ext.optim.vectors import assign_, flatten
-from sb3_trpo_ext.surrogate import Surrogate
+from sb3_trpo_ext.update.batch import Batch, rollout_batch
+from sb3_trpo_ext.update.clipping import action_bounds
+from sb3_trpo_ext.update.distributions import no_argument_checks
+from sb3_trpo_ext.update.surrogate import Surrogate
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -29,7 +29,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.envs import EnvPoolVecEnv
-from sb3_trpo_ext.report import run_episodes
+from sb3_trpo_ext.tools.report import run_episodes
 
 TASKS = ("Humanoid-v5", "Hopper-v5", "HalfCheetah-v5", "Walker2d-v5", "Ant-v5")
 N_ENVS = 8

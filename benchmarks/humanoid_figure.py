@@ -12,8 +12,8 @@ import numpy as np
 import pandas
 from matplotlib.figure import Figure
 
-from sb3_trpo_ext.plots import evaluation_curve, style_axes
-from sb3_trpo_ext.runs import read_settings
+from sb3_trpo_ext.tools.plots import style_axes
+from sb3_trpo_ext.zoo.runs import evaluation_curve, read_settings
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
 STEPS = (200_000, 400_000, 600_000, 1_000_000)

@@ -24,9 +24,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.batch import Batch, rollout_batch
-from sb3_trpo_ext.clipping import action_bounds
-from sb3_trpo_ext.surrogate import Surrogate
+from sb3_trpo_ext.update.batch import Batch, rollout_batch
+from sb3_trpo_ext.update.clipping import action_bounds
+from sb3_trpo_ext.update.surrogate import Surrogate
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RUN = ROOT / "results" / "trpo_ext" / "Humanoid-v5_11"

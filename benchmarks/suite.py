@@ -20,11 +20,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from stable_baselines3.common.utils import set_random_seed
 
-from sb3_trpo_ext.comparison_table import SeedRun, area_under, common_curves, interquartile_means
-from sb3_trpo_ext.plots import Curve, style_axes
-from sb3_trpo_ext.report import load_run, run_episodes
-from sb3_trpo_ext.runs import read_run
-from sb3_trpo_ext.zoo import register
+from sb3_trpo_ext.tools.comparison_table import SeedRun, area_under, common_curves, interquartile_means
+from sb3_trpo_ext.tools.plots import style_axes
+from sb3_trpo_ext.tools.report import load_run, run_episodes
+from sb3_trpo_ext.zoo.command import register
+from sb3_trpo_ext.zoo.runs import Curve, read_run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "results" / "suite"

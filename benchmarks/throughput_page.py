@@ -41,7 +41,7 @@ passes of the policy update take 0.1 s. EnvPool alone takes 1.4 s for as many st
 quarter of the wall clock would still not be env.step.
 
 In each step only the actor works. Values, log-probabilities and the bootstrap values of truncated episodes are computed
-in batches when the rollout is over, and the buffer holds what SB3's loop would put there (`sb3_trpo_ext/rollouts.py`
+in batches when the rollout is over, and the buffer holds what SB3's loop would put there (`sb3_trpo_ext/rollout/collect.py`
 says when that loop runs instead, and what callbacks see).
 """
 

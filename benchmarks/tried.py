@@ -15,7 +15,7 @@ import re
 import numpy as np
 import pandas
 
-from sb3_trpo_ext.runs import read_settings
+from sb3_trpo_ext.zoo.runs import read_settings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "results" / "tried"

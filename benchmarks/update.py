@@ -39,7 +39,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.contrib import joint_kl_factor
 from sb3_trpo_ext.optim.vectors import assign_, flatten
-from sb3_trpo_ext.surrogate import Surrogate
+from sb3_trpo_ext.update.surrogate import Surrogate
 
 
 class RandomImages(gym.Env[np.ndarray, int]):

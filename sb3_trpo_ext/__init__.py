@@ -2,7 +2,7 @@
 
 from gymnasium import register
 
-from sb3_trpo_ext.distributions import Family, register_family
+from sb3_trpo_ext.callbacks import TrainingRecorder
 from sb3_trpo_ext.policies import (
     CnnPolicy,
     MlpPolicy,
@@ -11,8 +11,8 @@ from sb3_trpo_ext.policies import (
     SquashedMlpPolicy,
     SquashedMultiInputPolicy,
 )
-from sb3_trpo_ext.recorder import TrainingRecorder
 from sb3_trpo_ext.trpo import TRPO
+from sb3_trpo_ext.update.distributions import Family, register_family
 
 __version__ = "0.1.0"
 

@@ -14,7 +14,7 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_trpo_ext.critic import VALUE_LOSSES
+from sb3_trpo_ext.update.critic import VALUE_LOSSES
 
 
 class ArgumentError(ValueError, AssertionError):

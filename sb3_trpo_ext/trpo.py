@@ -28,11 +28,9 @@ from sb3_trpo_ext.arguments import (
     check_settings,
     scheduled,
 )
-from sb3_trpo_ext.batch import Batch, rollout_batch
-from sb3_trpo_ext.clipping import action_bounds
 from sb3_trpo_ext.contrib import is_contrib_model, joint_kl_arguments, saved_attributes
-from sb3_trpo_ext.critic import CriticFit, fit_critic
-from sb3_trpo_ext.distributed import (
+from sb3_trpo_ext.optim import AdaptiveKLPenalty, KLConstraint, PolicyUpdate, UpdateResult, UpdateStatus
+from sb3_trpo_ext.parallel.launch import (
     RankCallback,
     check_identical,
     join_process_group,
@@ -42,26 +40,26 @@ from sb3_trpo_ext.distributed import (
     running_statistics,
     start_together,
 )
-from sb3_trpo_ext.distributions import TorchFamily, family_of, no_argument_checks, twice_differentiable_attention
-from sb3_trpo_ext.optim import AdaptiveKLPenalty, KLConstraint, PolicyUpdate, UpdateResult, UpdateStatus
-from sb3_trpo_ext.optim.optimizers import expanded_state
-from sb3_trpo_ext.optim.parallel import is_parallel, rank, weighted_by, world_size
+from sb3_trpo_ext.parallel.reductions import is_parallel, rank, weighted_by, world_size
 from sb3_trpo_ext.policies import (
     CnnPolicy,
     MlpPolicy,
     MultiInputPolicy,
-    PolicyParts,
     SquashedCnnPolicy,
     SquashedMlpPolicy,
     SquashedMultiInputPolicy,
-    drop_graph_,
-    unfrozen_parts,
 )
-from sb3_trpo_ext.records import record_update, warn_if_rejected
-from sb3_trpo_ext.rollouts import collect_rollouts
-from sb3_trpo_ext.snapshot import Snapshot
-from sb3_trpo_ext.surrogate import Surrogate
-from sb3_trpo_ext.watch import PolicyWatch
+from sb3_trpo_ext.rollout.collect import collect_rollouts
+from sb3_trpo_ext.rollout.snapshot import Snapshot
+from sb3_trpo_ext.update.batch import Batch, rollout_batch
+from sb3_trpo_ext.update.clipping import action_bounds
+from sb3_trpo_ext.update.critic import CriticFit, fit_critic
+from sb3_trpo_ext.update.distributions import TorchFamily, family_of, no_argument_checks, twice_differentiable_attention
+from sb3_trpo_ext.update.log import record_update, warn_if_rejected
+from sb3_trpo_ext.update.optimizers import expanded_state
+from sb3_trpo_ext.update.structure import PolicyParts, drop_graph_, unfrozen_parts
+from sb3_trpo_ext.update.surrogate import Surrogate
+from sb3_trpo_ext.update.watch import PolicyWatch
 
 SelfTRPO = TypeVar("SelfTRPO", bound="TRPO")
 
@@ -293,7 +291,7 @@ class TRPO(OnPolicyAlgorithm):
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         """
-        Collect experiences; see :mod:`sb3_trpo_ext.rollouts`.
+        Collect experiences; see :mod:`sb3_trpo_ext.rollout.collect`.
 
         :param env: The training environment
         :param callback: Callback that is called at each step

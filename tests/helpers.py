@@ -12,9 +12,9 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
-from sb3_trpo_ext.batch import Batch, take
 from sb3_trpo_ext.optim import LinearOperator
 from sb3_trpo_ext.policies import MlpPolicy
+from sb3_trpo_ext.update.batch import Batch, take
 
 VECTOR = spaces.Box(-2.0, 2.0, (3,))
 #: The smallest image that NatureCNN takes.

@@ -17,9 +17,6 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 from torch import nn
 
-from sb3_trpo_ext.batch import Batch, rollout_batch, take
-from sb3_trpo_ext.critic import CriticFit, CriticStatus, fit_critic
-from sb3_trpo_ext.distributed import SharedStatistics, check_identical, start_together
 from sb3_trpo_ext.optim import (
     AdaptiveKLPenalty,
     Averaged,
@@ -27,12 +24,15 @@ from sb3_trpo_ext.optim import (
     KLConstraint,
     KroneckerPreconditioner,
     MlpJacobian,
-    parallel,
 )
-from sb3_trpo_ext.optim.parallel import all_mean, weighted_by
 from sb3_trpo_ext.optim.vectors import flatten
-from sb3_trpo_ext.policies import split_policy
-from sb3_trpo_ext.surrogate import Surrogate
+from sb3_trpo_ext.parallel import reductions
+from sb3_trpo_ext.parallel.launch import SharedStatistics, check_identical, start_together
+from sb3_trpo_ext.parallel.reductions import all_mean, weighted_by
+from sb3_trpo_ext.update.batch import Batch, rollout_batch, take
+from sb3_trpo_ext.update.critic import CriticFit, CriticStatus, fit_critic
+from sb3_trpo_ext.update.structure import split_policy
+from sb3_trpo_ext.update.surrogate import Surrogate
 
 N_PROCESSES = 2
 N_SAMPLES = 24
@@ -247,8 +247,8 @@ def traffic() -> dict[str, Any]:
         built.append(True)
         build(*args)
 
-    module: Any = parallel
-    reduce, gather = parallel._reduced_, parallel.all_gathered
+    module: Any = reductions
+    reduce, gather = reductions._reduced_, reductions.all_gathered
 
     def count_reduce(tensor: th.Tensor, *args: Any) -> Any:
         sent.append(tensor.numel() * tensor.element_size())

@@ -12,13 +12,14 @@ from helpers import BOX_ACTIONS, DICT, IMAGE, VECTOR, make_batch, make_policy, r
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.batch import Batch
-from sb3_trpo_ext.critic import CriticFit, CriticStatus, fit_critic
-from sb3_trpo_ext.distributions import no_argument_checks
 from sb3_trpo_ext.optim.updates import KLConstraint, UpdateResult
 from sb3_trpo_ext.optim.vectors import flatten
-from sb3_trpo_ext.policies import CnnPolicy, SquashedMlpPolicy, split_policy
-from sb3_trpo_ext.surrogate import Surrogate
+from sb3_trpo_ext.policies import CnnPolicy, SquashedMlpPolicy
+from sb3_trpo_ext.update.batch import Batch
+from sb3_trpo_ext.update.critic import CriticFit, CriticStatus, fit_critic
+from sb3_trpo_ext.update.distributions import no_argument_checks
+from sb3_trpo_ext.update.structure import split_policy
+from sb3_trpo_ext.update.surrogate import Surrogate
 
 # Older versions of PyTorch have no interface for backends written in Python
 accelerator = pytest.importorskip("accelerator", exc_type=ImportError)
@@ -198,7 +199,7 @@ def test_an_mlp_makes_the_host_wait_once_per_step_of_the_environment(training: s
         model.learn(32)
     assert waits.pop("actors._on_host") == 32
     # Values, log-probabilities and what episodes cut short would have had, with PyTorch's checks of arguments
-    n_ends = sum(waits.pop(name) for name in ("actors.evaluate", "rollouts._complete", "rollouts.collect"))
+    n_ends = sum(waits.pop(name) for name in ("actors.evaluate", "collect._complete", "collect.collect"))
     assert n_ends <= 8
     assert waits.pop("conjugate_gradient.conjugate_gradient") <= 3
     assert waits.pop("updates.evaluate") == log_of(model)["train/line_search_trials"]

@@ -18,55 +18,41 @@ def module_name(path: Path) -> str:
 
 
 FILES = {module_name(path): path for path in sorted((ROOT / "sb3_trpo_ext").rglob("*.py"))}
-#: The tools around training: they may load what is heavy, and nothing else may load it or them.
-TOOLS = tuple(
-    f"sb3_trpo_ext.{name}"
-    for name in (
-        "compare",
-        "comparison_settings",
-        "comparison_table",
-        "diagnostics",
-        "diagnostics_html",
-        "patching",
-        "plots",
-        "report",
-        "runs",
-        "zoo",
-        "zoo_display",
-        "zoo_distributed",
-        "zoo_envpool",
-        "zoo_errors",
-        "zoo_hyperparams",
-        "zoo_options",
-        "zoo_optuna",
-        "zoo_plugin",
-        "zoo_resume",
-    )
-)
-HEAVY = (
+#: What only RL-Zoo, the tools and EnvPool need: `import sb3_trpo_ext` must not load it.
+EXTRAS = (
     "envpool",
     "huggingface_sb3",
     "matplotlib",
+    "mujoco",
     "optuna",
     "pandas",
     "plotly",
+    "rich",
     "rl_zoo3",
     "rliable",
     "sb3_contrib",
     "seaborn",
+    "tensorboard",
+    "tqdm",
+    "yaml",
 )
-#: What a module, or all that is in a package, must not import, nor anything within that.
-NEVER = {
-    # All but how a tensor is sent to a device
-    "sb3_trpo_ext.distributions": tuple(
-        module for module in FILES if module not in ("sb3_trpo_ext", "sb3_trpo_ext.optim", "sb3_trpo_ext.optim.devices")
-    ),
-    "sb3_trpo_ext.policies": ("sb3_trpo_ext.surrogate", "sb3_trpo_ext.trpo"),
-    "sb3_trpo_ext.surrogate": ("sb3_trpo_ext.trpo",),
-    "sb3_trpo_ext.critic": ("sb3_trpo_ext.trpo",),
-    "sb3_trpo_ext.plots": ("sb3_trpo_ext.trpo",),
-    "sb3_trpo_ext.envs": ("sb3_trpo_ext.trpo",),
-}
+PACKAGE = "sb3_trpo_ext"
+#: The layers from the bottom. A folder or a module imports of the package only itself and what is in the lines above.
+LAYERS = (
+    ("parallel",),
+    ("optim",),
+    ("update",),
+    ("rollout",),
+    ("policies", "arguments", "contrib"),
+    ("trpo",),
+    ("callbacks",),
+    ("",),  # the package itself: what users import
+    ("zoo",),
+    ("tools",),
+)
+#: What the environments import of the package: nothing. Nothing but RL-Zoo's extension imports them.
+ALONE = "envs"
+
 #: SB3 asks for one class with a constructor of thirty arguments, which alone are a hundred lines.
 MAX_CODE_LINES = {"sb3_trpo_ext.trpo": 400}
 
@@ -124,28 +110,58 @@ def count_code_lines(source: str) -> int:
 def test_reader_sees_what_is_there() -> None:
     """All rules hold where nothing is found."""
     assert {"sb3_trpo_ext", "sb3_trpo_ext.trpo", "sb3_trpo_ext.optim", "sb3_trpo_ext.optim.mlp"} <= set(FILES)
-    seen = imports_of("sb3_trpo_ext.surrogate")
+    seen = imports_of("sb3_trpo_ext.update.surrogate")
     assert {"torch", "sb3_trpo_ext.optim", "stable_baselines3.common.policies"} <= seen
-    assert "rl_zoo3" in imports_of("sb3_trpo_ext.zoo")
-    assert "rl_zoo3" not in imports_of("sb3_trpo_ext.zoo", only_on_import=True)
+    assert "rl_zoo3" in imports_of("sb3_trpo_ext.zoo.command")
+    assert "rl_zoo3" not in imports_of("sb3_trpo_ext.zoo.command", only_on_import=True)
     source = (
         '"""Doc."""\n\nimport a  # comment\n# comment\n\ndef f():\n    """Doc.\n\n    More."""\n    return (\n        1)\n'
     )
     assert count_code_lines(source) == 4
 
 
-@pytest.mark.parametrize("module", [module for module in FILES if is_within(module, ("sb3_trpo_ext.optim",))])
-def test_mathematics_imports_torch_and_the_standard_library_alone(module: str) -> None:
-    for name in imports_of(module):
-        assert is_within(name, ("torch", "sb3_trpo_ext.optim", *sys.stdlib_module_names)), name
+def layer_of(module: str) -> str:
+    """The first name below the package: a folder, a module, or nothing for the package itself."""
+    return module.removeprefix(PACKAGE).removeprefix(".").partition(".")[0]
+
+
+def test_every_file_is_in_a_layer() -> None:
+    assert {layer_of(module) for module in FILES} == {name for layer in LAYERS for name in layer} | {ALONE}
 
 
 @pytest.mark.parametrize("module", FILES)
-def test_module_imports_nothing_that_it_must_not(module: str) -> None:
-    forbidden = () if module in TOOLS else (*HEAVY, *TOOLS)
-    for rule, never in NEVER.items():
-        forbidden += never if is_within(module, (rule,)) else ()
-    assert not [name for name in imports_of(module) if is_within(name, forbidden)]
+def test_layer_imports_only_layers_below(module: str) -> None:
+    layer = layer_of(module)
+    allowed = {layer}
+    for names in LAYERS:
+        if layer in names:
+            break
+        allowed.update(names)
+    if layer == ALONE:
+        allowed = {ALONE}
+    elif layer == "zoo":
+        allowed.add(ALONE)
+    # A command names the tools that it starts by text, so that this holds without exceptions
+    assert {layer_of(name) for name in imports_of(module) if is_within(name, (PACKAGE,))} <= allowed
+
+
+@pytest.mark.parametrize("module", [module for module in FILES if is_within(module, ("sb3_trpo_ext.optim",))])
+def test_mathematics_imports_torch_and_the_standard_library_alone(module: str) -> None:
+    for name in imports_of(module):
+        assert is_within(name, ("torch", "sb3_trpo_ext.optim", "sb3_trpo_ext.parallel", *sys.stdlib_module_names)), name
+
+
+@pytest.mark.parametrize("module", ["sb3_trpo_ext.parallel.reductions", "sb3_trpo_ext.parallel.moments"])
+def test_reductions_import_torch_and_the_standard_library_alone(module: str) -> None:
+    for name in imports_of(module):
+        assert is_within(name, ("torch", "sb3_trpo_ext.parallel", *sys.stdlib_module_names)), name
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_only_rl_zoo_and_the_tools_import_the_extras(module: str) -> None:
+    forbidden = () if layer_of(module) in ("zoo", "tools") else EXTRAS
+    allowed = ("envpool",) if layer_of(module) == ALONE else ()
+    assert not [name for name in imports_of(module) if is_within(name, forbidden) and name not in allowed]
 
 
 def test_modules_do_not_import_each_other_in_a_circle() -> None:

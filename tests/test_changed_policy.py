@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.optim.optimizers import expanded_state, follow_
-from sb3_trpo_ext.policies import drop_graph_, mlp_structure, split_policy
+from sb3_trpo_ext.update.optimizers import expanded_state, follow_
+from sb3_trpo_ext.update.structure import drop_graph_, mlp_structure, split_policy
 
 MODELS: dict[str, Callable[[], TRPO]] = {
     "mlp": lambda: make_model(),

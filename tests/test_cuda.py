@@ -14,13 +14,14 @@ from helpers import make_batch, make_policy, relative_error
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.batch import Batch
-from sb3_trpo_ext.critic import CriticFit, CriticStatus, fit_critic
-from sb3_trpo_ext.distributions import no_argument_checks
 from sb3_trpo_ext.optim.updates import KLConstraint, UpdateResult
 from sb3_trpo_ext.optim.vectors import flatten
-from sb3_trpo_ext.policies import CnnPolicy, SquashedMlpPolicy, split_policy
-from sb3_trpo_ext.surrogate import Surrogate
+from sb3_trpo_ext.policies import CnnPolicy, SquashedMlpPolicy
+from sb3_trpo_ext.update.batch import Batch
+from sb3_trpo_ext.update.critic import CriticFit, CriticStatus, fit_critic
+from sb3_trpo_ext.update.distributions import no_argument_checks
+from sb3_trpo_ext.update.structure import split_policy
+from sb3_trpo_ext.update.surrogate import Surrogate
 
 pytestmark = pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
 

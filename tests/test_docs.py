@@ -14,8 +14,8 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.arguments import TRUST_REGION_OPTIONS
-from sb3_trpo_ext.critic import CriticStatus
 from sb3_trpo_ext.optim import Status, UpdateStatus
+from sb3_trpo_ext.update.critic import CriticStatus
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -105,8 +105,8 @@ def test_algorithm_names_a_function_for_every_equation() -> None:
     for section in with_equation:
         assert re.search(r"`sb3_trpo_ext\.[\w.]+`", section), section.splitlines()[0]
     for name in (
-        "surrogate.Surrogate.evaluate",
-        "surrogate.Surrogate.gradient",
+        "update.surrogate.Surrogate.evaluate",
+        "update.surrogate.Surrogate.gradient",
         "optim.operators.GaussNewtonFisher",
         "optim.mlp.MlpJacobian",
         "optim.kfac.KroneckerPreconditioner",
@@ -114,7 +114,7 @@ def test_algorithm_names_a_function_for_every_equation() -> None:
         "optim.line_search.line_search",
         "optim.updates.KLConstraint.update",
         "optim.updates.AdaptiveKLPenalty",
-        "critic.fit_critic",
+        "update.critic.fit_critic",
     ):
         assert f"`sb3_trpo_ext.{name}`" in PAGES["algorithm"], name
 

@@ -11,7 +11,7 @@ import pytest
 import torch as th
 from test_architecture import count_code_lines
 
-from sb3_trpo_ext import distributions
+from sb3_trpo_ext.update import distributions
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 #: Steps enough for an update or more, and a floor of what an agent gets that has learned nothing.

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import sb3_trpo_ext
-from sb3_trpo_ext import zoo
 from sb3_trpo_ext.envs import EnvPoolVecEnv
+from sb3_trpo_ext.zoo.command import hyperparams_path, main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +30,7 @@ def test_missing_envpool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_console_script_is_installed() -> None:
     (script,) = (entry for entry in metadata.entry_points(group="console_scripts") if entry.name == "sb3-trpo")
-    assert script.load() is zoo.main
+    assert script.load() is main
 
 
 def test_version_is_that_of_the_distribution() -> None:
@@ -38,7 +38,7 @@ def test_version_is_that_of_the_distribution() -> None:
 
 
 def test_settings_are_found() -> None:
-    assert zoo.hyperparams_path().is_file()
+    assert hyperparams_path().is_file()
 
 
 def test_wheel_ships_settings_and_types(tmp_path: Path) -> None:
@@ -48,5 +48,5 @@ def test_wheel_ships_settings_and_types(tmp_path: Path) -> None:
         names = set(archive.namelist())
         settings = archive.read("sb3_trpo_ext/hyperparams/trpo_ext.yml")
     assert settings == (ROOT / "hyperparams" / "trpo_ext.yml").read_bytes()
-    assert {"sb3_trpo_ext/__init__.py", "sb3_trpo_ext/py.typed", "sb3_trpo_ext/zoo.py"} <= names
+    assert {"sb3_trpo_ext/__init__.py", "sb3_trpo_ext/py.typed", "sb3_trpo_ext/zoo/command.py"} <= names
     assert not any(name.startswith(("tests/", "benchmarks/", "hyperparams/")) for name in names)

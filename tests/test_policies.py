@@ -17,7 +17,6 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.distributions import family_of
 from sb3_trpo_ext.policies import (
     CnnPolicy,
     MlpPolicy,
@@ -25,9 +24,9 @@ from sb3_trpo_ext.policies import (
     SquashedCnnPolicy,
     SquashedMlpPolicy,
     SquashedMultiInputPolicy,
-    mlp_structure,
-    split_policy,
 )
+from sb3_trpo_ext.update.distributions import family_of
+from sb3_trpo_ext.update.structure import mlp_structure, split_policy
 
 #: Actions whose bounds are neither symmetric nor the same for each dimension.
 SKEWED = spaces.Box(np.array([-3.0, 0.1], np.float32), np.array([1.0, 0.2], np.float32))

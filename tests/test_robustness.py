@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.optim import LinearOperator
-from sb3_trpo_ext.surrogate import Surrogate
+from sb3_trpo_ext.update.surrogate import Surrogate
 
 # NumPy and SB3 compute with the same bad numbers, for the log
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

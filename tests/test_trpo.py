@@ -33,9 +33,10 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
-from sb3_trpo_ext import TRPO, critic, trpo
-from sb3_trpo_ext.critic import CriticFit, CriticResult
+from sb3_trpo_ext import TRPO, trpo
 from sb3_trpo_ext.optim import KLConstraint, Problem, UpdateResult
+from sb3_trpo_ext.update import critic
+from sb3_trpo_ext.update.critic import CriticFit, CriticResult
 
 OBSERVATION_SPACES: dict[str, tuple[str, spaces.Space]] = {
     "vector": ("MlpPolicy", VECTOR),

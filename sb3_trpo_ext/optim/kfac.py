@@ -9,8 +9,8 @@ import torch as th
 from sb3_trpo_ext.optim.devices import sent_to
 from sb3_trpo_ext.optim.mlp import MlpJacobian
 from sb3_trpo_ext.optim.operators import Statistics
-from sb3_trpo_ext.optim.parallel import all_means
 from sb3_trpo_ext.optim.vectors import flatten, unflatten
+from sb3_trpo_ext.parallel.reductions import all_means
 
 #: What an eigendecomposition of an n x n matrix takes, in units of n^3 operations at the rate of matrix products. Measured on
 #: two cores: 4 ms at n = 349, where that rate was 190 GFLOP/s.

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch as th
 
-from sb3_trpo_ext.optim.parallel import all_mean
 from sb3_trpo_ext.optim.vectors import flatten, unflatten
+from sb3_trpo_ext.parallel.reductions import all_mean
 
 #: What a policy's distribution is made of on a batch (mean and log std, logits, ...): tensors whose first axis is the batch.
 Statistics = tuple[th.Tensor, ...]

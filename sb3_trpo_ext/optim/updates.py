@@ -12,9 +12,9 @@ from sb3_trpo_ext.optim.conjugate_gradient import CGResult, CGStatus, conjugate_
 from sb3_trpo_ext.optim.devices import sent_to
 from sb3_trpo_ext.optim.line_search import line_search
 from sb3_trpo_ext.optim.operators import Averaged, Damped, LinearOperator
-from sb3_trpo_ext.optim.parallel import all_mean, all_means, average_, minibatch_shares, minibatch_sizes
 from sb3_trpo_ext.optim.status import UpdateStatus
 from sb3_trpo_ext.optim.vectors import assign_, flatten, gradient_by_backward, unflatten
+from sb3_trpo_ext.parallel.reductions import all_mean, all_means, average_, minibatch_shares, minibatch_sizes
 
 #: Products without preconditioner after which to decide whether to build one.
 _PROBE = 2

@@ -10,7 +10,6 @@ import torch as th
 from helpers import as_matrix, make_batch, make_policy, relative_error
 from torch import nn
 
-from sb3_trpo_ext.distributions import CategoricalFamily, Family, GaussianFamily
 from sb3_trpo_ext.optim import (
     Damped,
     GaussNewtonFisher,
@@ -19,8 +18,9 @@ from sb3_trpo_ext.optim import (
     conjugate_gradient,
 )
 from sb3_trpo_ext.optim.vectors import flatten
-from sb3_trpo_ext.policies import split_policy
-from sb3_trpo_ext.surrogate import Surrogate
+from sb3_trpo_ext.update.distributions import CategoricalFamily, Family, GaussianFamily
+from sb3_trpo_ext.update.structure import split_policy
+from sb3_trpo_ext.update.surrogate import Surrogate
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -23,7 +23,6 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, Normal, kl_divergence
 
-from sb3_trpo_ext.distributions import BernoulliFamily, CategoricalFamily, Family, GaussianFamily, family_of
 from sb3_trpo_ext.optim import (
     AutogradJacobian,
     Averaged,
@@ -34,8 +33,10 @@ from sb3_trpo_ext.optim import (
     MlpJacobian,
 )
 from sb3_trpo_ext.optim.vectors import flatten
-from sb3_trpo_ext.policies import CnnPolicy, MultiInputPolicy, SquashedMlpPolicy, mlp_structure, split_policy
-from sb3_trpo_ext.surrogate import Surrogate
+from sb3_trpo_ext.policies import CnnPolicy, MultiInputPolicy, SquashedMlpPolicy
+from sb3_trpo_ext.update.distributions import BernoulliFamily, CategoricalFamily, Family, GaussianFamily, family_of
+from sb3_trpo_ext.update.structure import mlp_structure, split_policy
+from sb3_trpo_ext.update.surrogate import Surrogate
 
 pytestmark = pytest.mark.usefixtures("float64")
 

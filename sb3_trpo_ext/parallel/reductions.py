@@ -1,0 +1,239 @@
+"""Reductions over the processes of a data-parallel run: no-ops on one process.
+
+Every process must call them in the same order, and then gets the same bits. Averages are weighted by each process's
+number of samples inside :func:`weighted_by`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch as th
+import torch.distributed as dist
+
+#: Samples of each process, within `weighted_by`.
+_counts: list[int] | None = None
+
+
+def is_parallel() -> bool:
+    """
+    Whether there is more than one process to reduce over.
+
+    :return: true under an initialised process group of two or more
+    """
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """
+    Number of this process.
+
+    :return: from 0 to ``world_size() - 1``; 0 if it is alone
+    """
+    return dist.get_rank() if is_parallel() else 0
+
+
+def world_size() -> int:
+    """
+    Number of processes.
+
+    :return: 1 or more
+    """
+    return dist.get_world_size() if is_parallel() else 1
+
+
+@contextmanager
+def weighted_by(n_samples: int) -> Iterator[None]:
+    """
+    Weight the averages of a ``with`` block by each process's number of samples; outside, all processes have the same weight.
+
+    One exchange of one number for the whole block: how many samples an update has does not change while it lasts.
+
+    :param n_samples: of this process, at least 1
+    """
+    global _counts
+    before = _counts
+    if is_parallel():
+        _counts = [int(count) for count in all_gathered(th.tensor([n_samples])).tolist()]
+    try:
+        yield
+    finally:
+        _counts = before
+
+
+def all_mean(tensor: th.Tensor) -> th.Tensor:
+    """
+    Mean of a tensor over all processes, weighted by their numbers of samples within :func:`weighted_by`.
+
+    :param tensor: this process's value, without a graph
+    :return: the mean; ``tensor`` itself on one process
+    """
+    if not is_parallel():
+        return tensor
+    share = 1 / world_size() if _counts is None else _counts[rank()] / sum(_counts)
+    return _reduced_(tensor * share, dist.ReduceOp.SUM)
+
+
+def all_means(tensors: Sequence[th.Tensor]) -> Sequence[th.Tensor]:
+    """
+    Means of several tensors in one exchange: its latency counts once.
+
+    :param tensors: of one dtype, on one device
+    :return: the means as :func:`all_mean` has them; ``tensors`` itself on one process
+    """
+    if not is_parallel():
+        return tensors
+    means = all_mean(th.cat([tensor.detach().reshape(-1) for tensor in tensors])).split([tensor.numel() for tensor in tensors])
+    return [mean.view(tensor.shape) for mean, tensor in zip(means, tensors, strict=True)]
+
+
+def all_sum(tensor: th.Tensor) -> th.Tensor:
+    """
+    Sum of a tensor over all processes.
+
+    :param tensor: this process's value, without a graph
+    :return: the sum; ``tensor`` itself on one process
+    """
+    return _reduced_(tensor.clone(), dist.ReduceOp.SUM) if is_parallel() else tensor
+
+
+def all_max(tensor: th.Tensor) -> th.Tensor:
+    """
+    Largest value over all processes, entry by entry.
+
+    :param tensor: this process's values, without a graph
+    :return: the maximum; ``tensor`` itself on one process
+    """
+    return _reduced_(tensor.clone(), dist.ReduceOp.MAX) if is_parallel() else tensor
+
+
+def all_true(condition: bool) -> bool:
+    """
+    Whether something holds on all processes, so that they decide alike.
+
+    :param condition: on this process
+    :return: false if it is false on any
+    """
+    return bool(_reduced_(th.tensor(int(condition)), dist.ReduceOp.MIN)) if is_parallel() else condition
+
+
+def all_gathered(tensor: th.Tensor) -> th.Tensor:
+    """
+    What each process has, one after the other.
+
+    :param tensor: of the same shape on all processes
+    :return: all of them along the first axis; ``tensor`` itself on one process
+    """
+    if not is_parallel():
+        return tensor
+    mine = tensor.to(_device_for(tensor))
+    gathered = [th.empty_like(mine) for _ in range(world_size())]
+    try:
+        dist.all_gather(gathered, mine)
+    except RuntimeError as error:
+        raise lost_process() from error
+    return th.cat(gathered).to(tensor.device)
+
+
+def minibatch_sizes(n_samples: int, batch_size: int) -> list[int]:
+    """
+    Cut a batch so that every process gets the same number of minibatches, and none of them is empty.
+
+    Where all processes have the same number of samples, this is ``split(batch_size)``. Where they differ, ``batch_size`` is
+    the mean size per process, and a process with twice the samples has minibatches twice as large.
+
+    :param n_samples: of this process, the number given to :func:`weighted_by`
+    :param batch_size: samples in a minibatch per process
+    :return: the sizes, which add up to ``n_samples``
+    """
+    counts = [n_samples] if _counts is None else _counts
+    return _sizes(n_samples, batch_size, counts)
+
+
+def minibatch_shares(n_samples: int, batch_size: int) -> list[float]:
+    """
+    How much this process contributes to each joint minibatch of all processes.
+
+    :param n_samples: of this process, the number given to :func:`weighted_by`
+    :param batch_size: as for :func:`minibatch_sizes`
+    :return: for each minibatch, its size over that of the joint minibatch; 1 on one process
+    """
+    counts = [n_samples] * world_size() if _counts is None else _counts
+    everyone = zip(*(_sizes(count, batch_size, counts) for count in counts), strict=True)
+    return [sizes[rank()] / sum(sizes) for sizes in everyone]
+
+
+def _sizes(n_samples: int, batch_size: int, counts: Sequence[int]) -> list[int]:
+    """
+    Sizes of the minibatches of a process.
+
+    :param n_samples: of that process
+    :param batch_size: mean size per process
+    :param counts: samples of all processes
+    :return: the sizes
+    """
+    if min(counts) == max(counts):
+        return [batch_size] * (n_samples // batch_size) + [n_samples % batch_size] * (n_samples % batch_size > 0)
+    n_minibatches = min(-(-sum(counts) // (batch_size * len(counts))), min(counts))
+    small, n_large = divmod(n_samples, n_minibatches)
+    return [small + 1] * n_large + [small] * (n_minibatches - n_large)
+
+
+@th.no_grad()
+def average_(gradient: th.Tensor, share: float) -> None:
+    """
+    Make of the gradient of a minibatch that of the joint minibatch of all processes, in place and in one exchange.
+
+    :param gradient: of the mean over the minibatch of this process; left alone on one process
+    :param share: of this process, from :func:`minibatch_shares`
+    """
+    if is_parallel():
+        gradient.copy_(_reduced_(gradient.mul_(share), dist.ReduceOp.SUM))
+
+
+def lost_process() -> RuntimeError:
+    """
+    What to raise where an exchange has failed.
+
+    :return: the error, to be raised from the one that PyTorch gave
+    """
+    return RuntimeError(
+        f"Process {dist.get_rank()} of {dist.get_world_size()} has lost the connection to another one, which has died or was "
+        "silent for longer than the timeout of the process group; look for the first error in the output of the others. The "
+        "last checkpoint can be loaded; `torchrun --max-restarts` starts all processes again."
+    )
+
+
+def _device_for(tensor: th.Tensor) -> th.device:
+    """
+    Where a tensor must be for an exchange.
+
+    :param tensor: to be sent
+    :return: its own device, but for a group that has NCCL alone the present GPU
+    """
+    is_gpu_only = tensor.device.type == "cpu" and dist.get_backend() == "nccl"
+    return th.device("cuda", th.cuda.current_device()) if is_gpu_only else tensor.device
+
+
+def _reduced_(tensor: th.Tensor, operation: "dist.ReduceOp.RedOpType") -> th.Tensor:
+    """
+    Reduce over all processes; the tensor may be overwritten.
+
+    :param tensor: this process's value, a copy
+    :param operation: how
+    :return: the result, on the same device
+    :raises RuntimeError: if a process is gone
+    """
+    sent = tensor.to(_device_for(tensor))
+    try:
+        if world_size() == 2 and sent.device.type == "cpu" and operation == dist.ReduceOp.SUM:
+            # Gloo's ring passes small pieces one after the other. Between two processes each can send all it has, which are as
+            # many bytes: for the gradient of a critic, 0.6 MB, 0.9 ms instead of 2.5 on two cores
+            parts = [sent if rank() == source else th.empty_like(sent) for source in range(2)]
+            for source, part in enumerate(parts):
+                dist.broadcast(part, source)
+            sent = parts[0].add_(parts[1])
+        else:
+            dist.all_reduce(sent, operation)
+    except RuntimeError as error:
+        raise lost_process() from error
+    return sent.to(tensor.device)

@@ -1,0 +1,382 @@
+"""The command ``sb3-trpo compare``: trains several algorithms with several seeds on one task, and compares them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas
+import yaml
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from sb3_trpo_ext.callbacks import EVALUATION
+from sb3_trpo_ext.tools.comparison_settings import Settings, check_names, find_settings, with_equal_kl
+from sb3_trpo_ext.tools.comparison_table import SeedRun, as_markdown, draw_curves, make_table
+from sb3_trpo_ext.tools.report import write_json
+from sb3_trpo_ext.zoo.command import KEY
+from sb3_trpo_ext.zoo.runs import RunError, read_run, reward_threshold
+
+#: Written last, and only after a training that ended by itself: RL-Zoo saves a model when it is interrupted, too.
+DONE = "done.json"
+POLL_SECONDS = 0.2
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """One training: an algorithm with a seed."""
+
+    algo: str
+    seed: int
+    # All of its files are in here, and nothing else
+    folder: Path
+    command: list[str]
+    # What the result depends on
+    identity: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """How the job is called in messages."""
+        return f"{self.algo} seed {self.seed}"
+
+    @property
+    def log(self) -> Path:
+        """What the training prints."""
+        return self.folder / "output.txt"
+
+    def run_folder(self) -> Path | None:
+        """The folder that RL-Zoo has made, None before it has."""
+        return next(iter(sorted(self.folder.glob(f"{self.algo}/*_1"))), None)
+
+    def is_done(self) -> bool:
+        """
+        Whether the training has been finished with these settings.
+
+        :raises ValueError: if it has been finished with others
+        """
+        try:
+            done = json.loads((self.folder / DONE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return False
+        except ValueError:
+            # Half a file is of an interruption
+            return False
+        before = done["identity"]
+        if before != self.identity:
+            different = [key for key in self.identity if before.get(key) != self.identity[key]]
+            raise ValueError(
+                f"{self.folder} was trained with other settings ({', '.join(different)}): take another --folder, or remove it"
+            )
+        return True
+
+    def n_steps_done(self) -> int:
+        """How far the training is, as far as its record of updates tells."""
+        folder = self.run_folder()
+        try:
+            assert folder is not None
+            last = (folder / "progress.csv").read_bytes().splitlines()[-1]
+            return int(last.split(b",")[0])
+        except (AssertionError, OSError, ValueError, IndexError):
+            return 0
+
+
+def make_jobs(args: argparse.Namespace, settings: dict[str, Settings]) -> list[Job]:
+    """
+    All trainings of a comparison; the first seed of every algorithm comes first.
+
+    :param args: of the command line
+    :param settings: by algorithm
+    :return: the jobs
+    """
+    jobs = []
+    for seed in range(args.seeds):
+        for algo in args.algos:
+            folder = Path(args.folder) / args.env / algo / f"seed_{seed}"
+            options: dict[str, Any] = {"-n": args.n_timesteps, "--eval-freq": args.eval_freq, "--device": args.device}
+            options |= {"--eval-episodes": args.eval_episodes}
+            if args.vec_env is not None:
+                options["--vec-env"] = args.vec_env
+            command = [sys.executable, "-m", "sb3_trpo_ext.zoo", "train", "--algo", algo, "--env", args.env]
+            command += ["--seed", str(seed), "-f", str(folder), "--conf-file", str(folder / "settings.yml"), "--verbose", "0"]
+            command += [text for option, value in options.items() for text in (option, str(value))]
+            command += ["--gym-packages", *args.gym_packages] if args.gym_packages else []
+            # As JSON has it, which makes lists of tuples
+            identity = json.loads(json.dumps({**options, "settings": settings[algo].entry}, default=str))
+            jobs.append(Job(algo, seed, folder, command, identity))
+    return jobs
+
+
+def start(job: Job, lock: int | None) -> subprocess.Popen[bytes]:
+    """
+    Start a training from scratch, in a process group of its own, so that Ctrl-C reaches us alone.
+
+    :param job: the training
+    :param lock: file descriptor that it shall keep open
+    :return: its process
+    """
+    # What an interrupted training has left
+    shutil.rmtree(job.folder, ignore_errors=True)
+    job.folder.mkdir(parents=True)
+    (job.folder / "settings.yml").write_text(yaml.safe_dump({_env_of(job): job.identity["settings"]}), encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with job.log.open("wb") as log:
+        return subprocess.Popen(
+            job.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            pass_fds=() if lock is None else (lock,),
+        )
+
+
+def _env_of(job: Job) -> str:
+    return job.command[job.command.index("--env") + 1]
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """
+    End a training and everything that it has started.
+
+    :param process: of :func:`start`
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[int | None]:
+    """
+    Keep a second comparison out of a folder, also while trainings of a first one that was killed are still at work in it.
+
+    :param folder: the folder
+    :return: a file descriptor for the trainings, None where there are no such locks
+    :raises ValueError: if the folder is in use, or cannot be made
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--folder: cannot make {folder} ({error.strerror})") from error
+    try:
+        import fcntl
+    except ImportError:
+        yield None
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"--folder: another comparison is at work in {folder}: wait for it, or take another one"
+            ) from error
+        yield file.fileno()
+
+
+@contextlib.contextmanager
+def interrupted_afterwards() -> Iterator[None]:
+    """Put Ctrl-C and SIGTERM off: a training that is not yet known as running would outlive us, and keep the folder locked."""
+    came: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: came.append(number)) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+def run_jobs(jobs: Sequence[Job], n_parallel: int, n_timesteps: int, lock: int | None) -> list[str]:
+    """
+    Run trainings side by side, with a display of their progress.
+
+    :param jobs: the trainings that are left to do
+    :param n_parallel: how many at a time
+    :param n_timesteps: of each, for the display
+    :param lock: passed on to the trainings
+    :return: a line for each training that crashed
+    """
+    waiting = list(jobs)
+    running: dict[Job, tuple[subprocess.Popen[bytes], TaskID, float]] = {}
+    crashed: list[str] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
+        total = progress.add_task("trainings", total=len(jobs))
+        try:
+            while waiting or running:
+                while waiting and len(running) < n_parallel:
+                    job = waiting.pop(0)
+                    bar = progress.add_task(job.name, total=n_timesteps)
+                    with interrupted_afterwards():
+                        running[job] = (start(job, lock), bar, time.perf_counter())
+                time.sleep(POLL_SECONDS)
+                for job, (process, bar, started) in list(running.items()):
+                    progress.update(bar, completed=min(job.n_steps_done(), n_timesteps))
+                    if process.poll() is None:
+                        continue
+                    del running[job]
+                    progress.remove_task(bar)
+                    progress.advance(total)
+                    seconds = time.perf_counter() - started
+                    n_done = f"{len(jobs) - len(waiting) - len(running)} of {len(jobs)}"
+                    if process.returncode == 0 and job.run_folder() is not None:
+                        write_json(job.folder / DONE, {"seconds": seconds, "identity": job.identity})
+                        progress.console.print(f"finished {job.name} in {seconds:.0f} s ({n_done})", highlight=False)
+                    else:
+                        crashed.append(f"{job.name} crashed: {_last_line(job)} (see {job.log})")
+                        progress.console.print(crashed[-1], highlight=False, soft_wrap=True)
+        finally:
+            for process, _, _ in running.values():
+                stop(process)
+    return crashed
+
+
+def _last_line(job: Job) -> str:
+    lines = job.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else "it printed nothing"
+
+
+def read_result(job: Job) -> SeedRun:
+    """
+    What a finished training has come to.
+
+    :param job: the training
+    :return: its evaluations and speed
+    :raises RunError: if a file is missing or damaged
+    """
+    folder = job.run_folder()
+    if folder is None:
+        raise RunError(f"there is no run in {job.folder}: remove it, and run the same command again")
+    run = read_run(folder)
+    if len(run.evaluations.steps) == 0:
+        raise RunError(f"there are no evaluations in {folder}: remove it, and run the same command again")
+    return SeedRun(job.seed, run.evaluations, speed_of(run.updates))
+
+
+def speed_of(updates: pandas.DataFrame) -> float:
+    """
+    Steps per second of a training, its evaluations left out.
+
+    :param updates: what each update has logged
+    :return: the speed; NaN where it is not known how long the evaluations took
+    """
+    if len(updates) == 0 or not {"time/time_elapsed", EVALUATION} <= set(updates):
+        return float("nan")
+    last = updates.iloc[-1]
+    return float(last["timesteps"] / (last["time/time_elapsed"] - updates[EVALUATION].sum()))
+
+
+def write_comparison(
+    args: argparse.Namespace, jobs: Sequence[Job], settings: dict[str, Settings], crashed: Sequence[str]
+) -> None:
+    """
+    Write ``comparison.md``, ``comparison.csv`` and ``learning_curves.png``, and print the table.
+
+    :param args: of the command line
+    :param jobs: all trainings
+    :param settings: by algorithm
+    :param crashed: lines about those that crashed
+    """
+    finished = [job for job in jobs if job.is_done()]
+    results: dict[str, Sequence[SeedRun]] = {
+        algo: [read_result(job) for job in finished if job.algo == algo] for algo in args.algos
+    }
+    threshold = reward_threshold(args.env) if args.threshold is None else args.threshold
+    table = make_table(results, threshold)
+    title = f"{args.env}, {args.n_timesteps:,} steps"
+    notes = [f"* {algo}: settings are {settings[algo].source}." for algo in args.algos]
+    notes += [f"* {line}" for line in crashed]
+    kind = "" if args.vec_env is None else f"Trained with `--vec-env {args.vec_env}`. "
+    how = (
+        f"{kind}Evaluations of {args.eval_episodes} episodes every {args.eval_freq:,} steps. Intervals are of a stratified "
+        f"bootstrap over seeds. steps/s without evaluations, with up to {args.jobs} trainings at a time, one thread each."
+    )
+    text = f"# {title}\n\n{as_markdown(table)}\n\n{how}\n\n" + "\n".join(notes) + "\n"
+    folder = Path(args.folder) / args.env
+    (folder / "comparison.md").write_text(text, encoding="utf-8")
+    table.to_csv(folder / "comparison.csv", index=False)
+    draw_curves(folder / "learning_curves.png", title, results, threshold)
+    print(f"\n{text}\n  table            {folder / 'comparison.md'}\n  learning curves  {folder / 'learning_curves.png'}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "sb3-trpo compare",
+        description="Train several algorithms with several seeds and compare them. Run the same command again to go on.",
+    )
+    algos, default = [KEY, "trpo", "ppo"], " (default: %(default)s)"
+    parser.add_argument("--env", required=True, help="environment id")
+    parser.add_argument(
+        "--algos", nargs="+", default=algos, metavar="ALGO", help=f"keys of the algorithms (default: {' '.join(algos)})"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help=f"number of seeds, from 0 on{default}")
+    parser.add_argument("-n", "--n-timesteps", type=int, required=True, help="steps of each training")
+    parser.add_argument("--jobs", type=int, default=2, help=f"trainings at a time, one core each{default}")
+    parser.add_argument(
+        "--equal-kl", action="store_true", help="give sb3-contrib's trpo our trust region and damping, in its units"
+    )
+    parser.add_argument("--threshold", type=float, help="return for `steps to` (default: the registry's)")
+    parser.add_argument("--eval-freq", type=int, help="steps between evaluations (default: a twentieth of the training)")
+    parser.add_argument("--eval-episodes", type=int, default=10, help=f"episodes of an evaluation{default}")
+    parser.add_argument("-f", "--folder", default="comparisons", help=f"where the trainings and the table go{default}")
+    parser.add_argument("--device", default="cpu", help=f"device of the policies{default}")
+    parser.add_argument(
+        "--vec-env", choices=("dummy", "subproc", "envpool"), help="kind of environments to train in (default: RL-Zoo's)"
+    )
+    parser.add_argument("--gym-packages", nargs="+", default=[], help="modules that register environments")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """
+    Run what is left of a comparison, and write its table.
+
+    :param argv: the arguments, those of the process if None
+    :raises ValueError: for arguments that do not go together
+    """
+    args = _parser().parse_args(argv)
+    for option in ("seeds", "n_timesteps", "jobs", "eval_episodes"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {getattr(args, option)}")
+    if args.eval_freq is None:
+        args.eval_freq = max(args.n_timesteps // 20, 1)
+    if not 1 <= args.eval_freq <= args.n_timesteps:
+        raise ValueError(f"--eval-freq must be between 1 and --n-timesteps, got {args.eval_freq}")
+    check_names(args.algos, args.env)
+    settings = {algo: find_settings(algo, args.env) for algo in args.algos}
+    if args.equal_kl and "trpo" not in settings:
+        raise ValueError("--equal-kl converts the settings of sb3-contrib's trpo, which is not among --algos: leave it out")
+    if args.equal_kl:
+        settings["trpo"] = with_equal_kl(settings["trpo"], args.env)
+    jobs = make_jobs(args, settings)
+    left = [job for job in jobs if not job.is_done()]
+    try:
+        with locked(Path(args.folder) / args.env) as lock:
+            print(f"{len(jobs)} trainings, {len(jobs) - len(left)} of them finished before", flush=True)
+            # A child outlives its parent: end it when we are asked to end
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            crashed = run_jobs(left, args.jobs, args.n_timesteps, lock)
+            write_comparison(args, jobs, settings, crashed)
+    except KeyboardInterrupt:
+        print("sb3-trpo compare: interrupted; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+    if crashed:
+        raise SystemExit(1)

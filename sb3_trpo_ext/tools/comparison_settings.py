@@ -1,0 +1,129 @@
+"""Which settings an algorithm is compared with: ours, or RL-Zoo's for the nearest version of the task."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import rl_zoo3
+import yaml
+from gymnasium import spaces
+from rl_zoo3 import ALGOS
+from rl_zoo3.exp_manager import ExperimentManager
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.preprocessing import get_action_dim
+
+from sb3_trpo_ext import TRPO
+from sb3_trpo_ext.arguments import closest
+from sb3_trpo_ext.zoo.command import KEY, linear_schedule, load_hyperparams
+from sb3_trpo_ext.zoo.options import check_env
+
+RECORDER = "sb3_trpo_ext.TrainingRecorder"
+
+
+class Settings(NamedTuple):
+    """The arguments of an algorithm in RL-Zoo's format, and where they are from."""
+
+    entry: dict[str, Any]
+    source: str
+
+
+def check_names(algos: list[str], env_id: str) -> None:
+    """
+    Refuse algorithms and tasks that do not exist.
+
+    :param algos: keys of RL-Zoo
+    :param env_id: the task
+    :raises ValueError: with the names that do exist
+    """
+    for algo in algos:
+        if algo not in ALGOS:
+            raise ValueError(f"--algos: there is no algorithm {algo!r}; {closest(algo, ALGOS)}")
+    if len(set(algos)) < len(algos):
+        raise ValueError(f"--algos must name each algorithm once, got {' '.join(algos)}")
+    check_env(env_id)
+
+
+def nearest_version(env_id: str, entries: dict[str, Any]) -> str | None:
+    """
+    The entry of the same task whose version is nearest; the newer one of two.
+
+    :param env_id: the task, such as ``Hopper-v5``
+    :param entries: settings by environment id
+    :return: the id of the entry, None if there is none of this task
+    """
+    match = re.fullmatch(r"(.+)-v(\d+)", env_id)
+    if match is None:
+        return env_id if env_id in entries else None
+    versions = [int(found[1]) for key in entries if (found := re.fullmatch(re.escape(match[1]) + r"-v(\d+)", key))]
+    wanted = int(match[2])
+    if not versions:
+        return None
+    return f"{match[1]}-v{min(versions, key=lambda version: (abs(version - wanted), -version))}"
+
+
+def find_settings(algo: str, env_id: str) -> Settings:
+    """
+    The settings that come with an algorithm: this package's for ``trpo_ext``, RL-Zoo's for all others.
+
+    :param algo: key of RL-Zoo
+    :param env_id: the task
+    :return: the settings, with the recorder of updates if the algorithm has any
+    :raises ValueError: if there are no settings for the task
+    """
+    if algo == KEY:
+        owner, entries = "sb3-trpo-ext", load_hyperparams()
+    else:
+        owner = "RL-Zoo"
+        path = Path(rl_zoo3.__path__[0]) / "hyperparams" / f"{algo}.yml"
+        entries = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    name = nearest_version(env_id, entries)
+    if name is None:
+        name = "atari" if "atari" in entries and ExperimentManager.is_atari(env_id) else "default"
+    if name not in entries:
+        raise ValueError(f"--algos: {owner} has no settings of {algo} for {env_id}, nor defaults: leave it out")
+    entry = copy.deepcopy(entries[name])
+    if issubclass(ALGOS[algo], OnPolicyAlgorithm):
+        given = entry.get("callback") or []
+        given = given if isinstance(given, list) else [given]
+        entry["callback"] = given if RECORDER in given else [RECORDER, *given]
+    return Settings(entry, f"{owner}'s {name}")
+
+
+def n_action_dimensions(env_id: str) -> int:
+    """
+    By how much sb3-contrib's average of the KL over action dimensions is smaller than the joint KL.
+
+    :param env_id: the task
+    :return: the number of dimensions for Box and MultiBinary actions, 1 for all others
+    """
+    env = gym.make(env_id)
+    space = env.action_space
+    env.close()
+    return get_action_dim(space) if isinstance(space, (spaces.Box, spaces.MultiBinary)) else 1
+
+
+def with_equal_kl(settings: Settings, env_id: str) -> Settings:
+    """
+    Give sb3-contrib's TRPO the trust region and the damping of our entry, in its units.
+
+    :param settings: sb3-contrib's
+    :param env_id: the task
+    :return: the same with ``target_kl`` and ``cg_damping`` of our entry, divided by the number of action dimensions; the mean
+        of a linear schedule, which sb3-contrib does not have
+    """
+    ours = find_settings(KEY, env_id).entry
+    defaults = inspect.signature(TRPO.__init__).parameters
+    n_dims = n_action_dimensions(env_id)
+    converted = {}
+    for name in ("target_kl", "cg_damping"):
+        value = ours.get(name, defaults[name].default)
+        if isinstance(value, str):
+            value = linear_schedule(name, value)(0.5)
+        converted[name] = value / n_dims
+    figures = ", ".join(f"{name} {value:.3g} x {n_dims}" for name, value in converted.items())
+    return Settings({**settings.entry, **converted}, f"{settings.source}, in joint units: {figures}")

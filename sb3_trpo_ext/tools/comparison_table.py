@@ -1,0 +1,187 @@
+"""What a comparison comes to: statistics over seeds, as a table and as learning curves."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas
+from matplotlib.figure import Figure
+from rliable import library, metrics
+
+from sb3_trpo_ext.tools.diagnostics import run_colors
+from sb3_trpo_ext.tools.plots import style_axes
+from sb3_trpo_ext.zoo.runs import Curve
+
+N_BOOTSTRAP = 2000
+DASH = "-"
+
+
+class SeedRun(NamedTuple):
+    """A finished run of one seed: its evaluations, and the steps per second of its training, NaN if not known."""
+
+    seed: int
+    evaluations: Curve
+    speed: float
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Seed NumPy's global generator, from which rliable draws, and leave it as it was."""
+    state = np.random.get_state()  # noqa: NPY002
+    np.random.seed(0)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+
+
+def interquartile_means(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Interquartile mean over seeds with its 95% interval, by rliable's stratified bootstrap.
+
+    :param scores: shape ``(n_seeds, n_points)``
+    :return: the means, shape ``(n_points,)``, and the ends of the intervals, shape ``(2, n_points)``; NaN for a single seed
+    """
+
+    def means(values: np.ndarray) -> np.ndarray:
+        return np.array([metrics.aggregate_iqm(values[..., point]) for point in range(values.shape[-1])])
+
+    # rliable's runs, tasks and points
+    stacked = scores[:, None, :]
+    if len(scores) == 1:
+        return means(stacked), np.full((2, scores.shape[1]), np.nan)
+    with _seeded():
+        centre, interval = library.get_interval_estimates({"": stacked}, means, reps=N_BOOTSTRAP)
+    return centre[""], interval[""]
+
+
+def common_curves(runs: Sequence[SeedRun]) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The evaluations of several seeds at the same steps: those of the shortest run, between which the others are interpolated.
+
+    :param runs: at least one, with evaluations
+    :return: the steps, shape ``(n_points,)``, and mean returns, shape ``(n_seeds, n_points)``
+    """
+    steps = min((run.evaluations.steps for run in runs), key=lambda steps: steps[-1])
+    curves = [np.interp(steps, run.evaluations.steps, run.evaluations.returns.mean(axis=1)) for run in runs]
+    return steps, np.stack(curves)
+
+
+def steps_to(threshold: float, run: SeedRun) -> float:
+    """
+    When a run has first been evaluated at a return or better.
+
+    :param threshold: the return
+    :param run: the run
+    :return: environment steps; NaN if never
+    """
+    reached = np.flatnonzero(run.evaluations.returns.mean(axis=1) >= threshold)
+    return float(run.evaluations.steps[reached[0]]) if len(reached) else float("nan")
+
+
+def area_under(curve: Curve) -> float:
+    """
+    The area under a learning curve divided by its length: the mean return over all of training, from the first evaluation on.
+
+    :param curve: evaluations
+    :return: in units of the return
+    """
+    steps, returns = curve.steps, curve.returns.mean(axis=1)
+    return float(np.trapezoid(returns, steps) / (steps[-1] - steps[0])) if len(steps) > 1 else float(returns[0])
+
+
+def make_table(results: dict[str, Sequence[SeedRun]], threshold: float | None) -> pandas.DataFrame:
+    """
+    The figures of a comparison, one row for each algorithm.
+
+    :param results: finished runs by algorithm; one without any has a row of NaN
+    :param threshold: the return of the column "steps to", None for no such column
+    :return: the table
+    """
+    rows = []
+    for algo, runs in results.items():
+        row: dict[str, object] = {"algorithm": algo, "seeds": len(runs)}
+        if runs:
+            final = np.array([run.evaluations.returns[-1].mean() for run in runs])
+            iqm, interval = interquartile_means(final[:, None])
+            row |= {"final return": final.mean(), "std over seeds": final.std(ddof=1) if len(runs) > 1 else np.nan}
+            row |= {"IQM": iqm[0], "IQM low": interval[0, 0], "IQM high": interval[1, 0]}
+            row |= {"area under curve": np.mean([area_under(run.evaluations) for run in runs]), "worst seed": final.min()}
+            if threshold is not None:
+                steps = np.array([steps_to(threshold, run) for run in runs])
+                reached = np.isfinite(steps)
+                row[f"steps to {threshold:g}"] = np.median(steps[reached]) if reached.any() else np.nan
+                row[f"seeds that reach {threshold:g}"] = int(reached.sum())
+            speeds = np.array([run.speed for run in runs])
+            known = np.isfinite(speeds)
+            row["steps/s"] = np.median(speeds[known]) if known.any() else np.nan
+        rows.append(row)
+    return pandas.DataFrame(rows)
+
+
+def as_markdown(table: pandas.DataFrame) -> str:
+    """
+    The table for people: intervals in brackets, thousands separated.
+
+    :param table: of :func:`make_table`
+    :return: Markdown
+    """
+
+    def number(value: object) -> str:
+        if not isinstance(value, (int, float, np.number)) or not np.isfinite(float(value)):
+            return DASH
+        return f"{float(value):,.0f}" if abs(float(value)) >= 100 else f"{float(value):,.3g}"
+
+    def reached(row: pandas.Series, name: str) -> str:
+        count = number(row[name.replace("steps to", "seeds that reach")])
+        return f"{number(row[name])} ({count} of {row['seeds']} seeds)" if row["seeds"] else DASH
+
+    plain: dict[str, Callable[[pandas.Series], str]] = {
+        "algorithm": lambda row: str(row["algorithm"]),
+        "seeds": lambda row: str(row["seeds"]),
+        "final return": lambda row: f"{number(row.get('final return'))} ± {number(row.get('std over seeds'))}",
+        "IQM [95%]": lambda row: f"{number(row.get('IQM'))} [{number(row.get('IQM low'))}, {number(row.get('IQM high'))}]",
+        "area under the curve": lambda row: number(row.get("area under curve")),
+        "worst seed": lambda row: number(row.get("worst seed")),
+    }
+    for name in table.columns:
+        if name.startswith("steps to "):
+            plain[name] = functools.partial(reached, name=name)
+    plain["steps/s"] = lambda row: number(row.get("steps/s"))
+    lines = ["| " + " | ".join(plain) + " |", "|---" * len(plain) + "|"]
+    lines += ["| " + " | ".join(cell(row) for cell in plain.values()) + " |" for _, row in table.iterrows()]
+    return "\n".join(lines)
+
+
+def draw_curves(path: Path, title: str, results: dict[str, Sequence[SeedRun]], threshold: float | None) -> None:
+    """
+    Draw the learning curves: the interquartile mean over seeds with its 95% interval, and each seed as a thin line.
+
+    :param path: where to write the picture
+    :param title: its title
+    :param results: finished runs by algorithm
+    :param threshold: a line to draw, None for none
+    """
+    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for (algo, runs), color in zip(results.items(), run_colors(len(results)), strict=True):
+        if not runs:
+            continue
+        steps, curves = common_curves(runs)
+        centre, interval = interquartile_means(curves)
+        for curve in curves if len(curves) > 1 else []:
+            axes.plot(steps, curve, color=color, linewidth=0.6, alpha=0.4)
+        axes.fill_between(steps, *interval, color=color, alpha=0.2, linewidth=0)
+        label = f"{algo} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
+        axes.plot(steps, centre, color=color, linewidth=2, marker="o", markersize=3, label=label)
+    if threshold is not None:
+        axes.axhline(threshold, color="#444444", linewidth=1, linestyle="--", label=f"threshold {threshold:g}")
+    style_axes(axes, title)
+    axes.set_ylabel("return of an evaluation")
+    axes.legend(fontsize=9, framealpha=0.85)
+    figure.savefig(path)

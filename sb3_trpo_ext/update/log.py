@@ -1,0 +1,58 @@
+"""What an update leaves in the log, and what the user hears of one that went wrong."""
+
+import math
+import warnings
+
+from stable_baselines3.common.logger import Logger
+
+from sb3_trpo_ext.optim import UpdateResult
+from sb3_trpo_ext.update.critic import CriticResult
+
+
+def warn_if_rejected(result: UpdateResult, critic: CriticResult) -> None:
+    """
+    Warn of an update that failed for a reason outside the algorithm.
+
+    :param result: of the policy update
+    :param critic: of the critic's fit
+    """
+    if result.status.advice:
+        warnings.warn(
+            f"The policy update was rejected: {result.status!s}. The policy is unchanged; {result.status.advice}.",
+            stacklevel=4,
+        )
+    if critic.status.advice:
+        warnings.warn(
+            f"The value function was not fitted: {critic.status!s}. It is unchanged; {critic.status.advice}.", stacklevel=4
+        )
+
+
+def record_update(logger: Logger, result: UpdateResult, critic: CriticResult) -> None:
+    """
+    Log an update, under sb3-contrib's names where it has one.
+
+    :param logger: SB3's
+    :param result: of the policy update
+    :param critic: of the critic's fit
+    """
+    record = logger.record
+    record("train/policy_objective", result.objective_after)
+    record("train/policy_objective_before", result.objective_before)
+    record("train/improvement", result.objective_after - result.objective_before)
+    record("train/predicted_improvement", result.predicted_improvement)
+    record("train/kl_divergence_loss", result.kl)
+    record("train/step_size", result.step_size)
+    record("train/grad_norm", result.grad_norm)
+    record("train/is_line_search_success", int(result.is_accepted))
+    for key, status in (("train/status", result.status), ("train/value_status", critic.status)):
+        record(key, int(status))
+        # A number too, for code that averages all that is logged; printed and in a CSV file it is the name
+        record(f"{key}_name", status, exclude=("tensorboard", "json"))
+    if math.isnan(result.beta):
+        record("train/line_search_trials", result.n_trials)
+        record("train/cg_steps", result.cg_steps)
+        record("train/cg_residual", result.cg_residual)
+        record("train/curvature", result.curvature)
+    else:
+        record("train/beta", result.beta)
+    record("train/value_loss", critic.loss)

@@ -1,0 +1,100 @@
+"""A policy as it is now: users and callbacks freeze, unfreeze and replace parts of it, or all of it."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import nn
+
+from sb3_trpo_ext.update.optimizers import follow_
+from sb3_trpo_ext.update.structure import PolicyParts, split_policy
+
+
+class PolicyWatch:
+    """Tells a policy's actor from its critic, and does so again whenever the policy has changed."""
+
+    def __init__(self) -> None:
+        self._contents: list[Any] = []
+        self._named: dict[str, nn.Parameter] = {}
+        self._parts: PolicyParts | None = None
+        self._warned: set[str] = set()
+
+    def parts(self, policy: ActorCriticPolicy, optimizers: Iterable[th.optim.Optimizer] = ()) -> PolicyParts:
+        """
+        Actor and critic as they are now. After a change optimizers follow, and what will not be trained is warned of.
+
+        :param policy: the policy
+        :param optimizers: over its parameters
+        :return: its parts
+        """
+        now, before = contents(policy), self._contents
+        is_same = len(now) == len(before) and all(new is old for new, old in zip(now, before, strict=True))
+        if self._parts is None or not is_same:
+            self._parts, self._contents = split_policy(policy), now
+            named_before, self._named = self._named, dict(policy.named_parameters())
+            if before:
+                for optimizer in optimizers:
+                    follow_(optimizer, named_before, self._named)
+            for message in _untrained(policy, self._parts):
+                if message not in self._warned:
+                    self._warned.add(message)
+                    warnings.warn(message, stacklevel=4)
+        return self._parts
+
+
+def contents(policy: nn.Module) -> list[Any]:
+    """
+    What a policy consists of now: if this list changes, its parts may have.
+
+    :param policy: any policy
+    :return: the policy, its modules, their parameters, and which of these require a gradient; compare by identity
+    """
+    found: list[Any] = []
+    for module in policy.modules():
+        found.append(module)
+        for param in module._parameters.values():
+            found += [param, param is not None and param.requires_grad]
+    return found
+
+
+def frozen_statistics(policy: nn.Module, actor_modules: Sequence[nn.Module]) -> list[str]:
+    """
+    Modules of the actor with running statistics, which never learn: the actor always runs in evaluation mode.
+
+    :param policy: the policy
+    :param actor_modules: modules that the action distribution goes through
+    :return: a description of each, such as "BatchNorm1d mlp_extractor.policy_net.1"
+    """
+    names = {id(module): name for name, module in policy.named_modules()}
+    return [
+        f"{type(module).__name__} {names[id(module)]}"
+        for module in actor_modules
+        # The names that BatchNorm and InstanceNorm have for theirs, and many normalizing layers after them; and the vectors of
+        # a spectral norm's power iteration
+        if any(name.startswith("running_") or name.endswith("_u") for name, _ in module.named_buffers(recurse=False))
+    ]
+
+
+def _untrained(policy: ActorCriticPolicy, parts: PolicyParts) -> list[str]:
+    """
+    What in the policy will not be trained, though one might think so.
+
+    :param policy: the policy
+    :param parts: of it
+    :return: a warning for each
+    """
+    name = type(policy).__name__
+    messages = [
+        f"The {what} of {name} depends on no parameter of its own that requires a gradient: it will not be trained."
+        for what, params in (("action distribution", parts.actor_params), ("value function", parts.critic_params))
+        if not params
+    ]
+    if statistics := frozen_statistics(policy, parts.actor_modules):
+        messages.append(
+            f"The actor of {name} has running statistics that never learn: {', '.join(statistics)}. A trust region is one "
+            "around the policy that acted, so the actor always runs in evaluation mode. Use LayerNorm or GroupNorm, or "
+            "normalize the observations with VecNormalize."
+        )
+    return messages

@@ -1,0 +1,244 @@
+"""The files of a training run, read: episodes, evaluations and what each update has logged."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import pandas
+import yaml
+from stable_baselines3.common.monitor import get_monitor_files
+
+from sb3_trpo_ext.callbacks import FILE_NAME
+
+#: Tables of updates, the first one that exists is read: our recorder's or SB3's, and a shortened one without timesteps.
+TABLES = (FILE_NAME, "updates.csv")
+
+
+class Curve(NamedTuple):
+    """
+    Returns against environment steps, in the order of the steps.
+
+    ``steps`` has the shape ``(n,)``; ``returns`` has the shape ``(n,)`` for episodes of training and ``(n, n_episodes)`` for
+    evaluations.
+    """
+
+    steps: np.ndarray
+    returns: np.ndarray
+
+
+def training_curve(folder: str | Path) -> Curve:
+    """
+    Read the episodes of training from the monitor files of all parallel environments.
+
+    The environments of a ``VecEnv`` step together, so an episode that ends at the n-th step of its own environment ends when n
+    times the number of environments steps have been made in all. This is exact, also while long episodes of other environments
+    are unfinished, which a sum over finished episodes would leave out.
+
+    :param folder: the folder of the run
+    :return: the return of every finished episode; without any, an empty curve
+    """
+    files = get_monitor_files(str(folder))
+    # The first line is a header in JSON. An interrupted run may leave half a line at the end.
+    episodes = [pandas.read_csv(file, skiprows=1).dropna() for file in files]
+    steps = np.concatenate([np.zeros(0), *(frame["l"].cumsum() * len(files) for frame in episodes)])
+    returns = np.concatenate([np.zeros(0), *(frame["r"] for frame in episodes)])
+    order = np.argsort(steps, kind="stable")
+    return Curve(steps[order], returns[order])
+
+
+def evaluation_curve(folder: str | Path) -> Curve:
+    """
+    Read the evaluations that were made during training.
+
+    :param folder: the folder of the run
+    :return: the returns of every evaluation; without any, an empty curve
+    """
+    path = Path(folder) / "evaluations.npz"
+    if not path.is_file():
+        return Curve(np.zeros(0), np.zeros((0, 1)))
+    with np.load(path) as evaluations:
+        return Curve(evaluations["timesteps"], evaluations["results"])
+
+
+class RunError(ValueError):
+    """A run that cannot be read; the text says in one line which file, and why."""
+
+
+class Run(NamedTuple):
+    """
+    What a run has left in its folder.
+
+    ``updates`` has a row for each update and columns such as ``kl_divergence_loss``, ``time/rollout`` and ``timesteps``;
+    everything may be empty, but not all of it.
+    """
+
+    folder: Path
+    env_id: str | None
+    seed: int | None
+    episodes: Curve
+    evaluations: Curve
+    updates: pandas.DataFrame
+    settings: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """A short name for a legend."""
+        return f"{self.folder.parent.name}/{self.folder.name}" if self.folder.parent.name else self.folder.name
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads RL-Zoo's YAML, which has one Python type in it, without running what a stranger may have put there."""
+
+
+def _ordered_dict(loader: _Loader, node: yaml.Node) -> dict[str, Any]:
+    assert isinstance(node, yaml.SequenceNode)
+    arguments = loader.construct_sequence(node, deep=True)
+    return dict(arguments[0]) if arguments else {}
+
+
+_Loader.add_constructor("tag:yaml.org,2002:python/object/apply:collections.OrderedDict", _ordered_dict)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """
+    Read ``config.yml`` or ``args.yml`` of RL-Zoo.
+
+    :param path: the file
+    :return: its content; empty if the file is missing or holds what only Python can read
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_run(folder: str | Path) -> Run:
+    """
+    Read what there is of a run: monitor files, ``evaluations.npz``, ``progress.csv`` or ``updates.csv``.
+
+    :param folder: the folder of the run, such as ``logs/trpo_ext/Hopper-v5_1``
+    :return: the run
+    :raises RunError: if there is no such folder, if nothing is in it, or if one of its files cannot be read
+    """
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        raise RunError(f"there is no run in {folder}: it is no folder")
+    env_id = _env_id(folder)
+    config = {path.parent: path for path in sorted(folder.glob("*/config.yml"))}
+    nested = next(iter(config), folder / (env_id or ""))
+    settings = read_settings(nested / "config.yml")
+    seed = read_settings(nested / "args.yml").get("seed")
+    try:
+        episodes = training_curve(folder)
+    except (ValueError, KeyError) as error:
+        raise RunError(f"a monitor file in {folder} is empty or damaged: {_one_line(error)}") from error
+    try:
+        evaluations = evaluation_curve(folder)
+    # NumPy and zipfile have no common error for a damaged file
+    except Exception as error:
+        raise RunError(f"{folder / 'evaluations.npz'} is empty or damaged: {_one_line(error)}") from error
+    updates = read_updates(folder, settings)
+    if len(episodes.steps) + len(evaluations.steps) + len(updates) == 0:
+        raise RunError(f"there is no run in {folder}: no episode in monitor files, no evaluations.npz, no {FILE_NAME}")
+    return Run(folder, env_id, seed if isinstance(seed, int) else None, episodes, evaluations, updates, settings)
+
+
+def read_updates(folder: Path, settings: dict[str, Any]) -> pandas.DataFrame:
+    """
+    Read what each update has logged.
+
+    :param folder: the folder of the run
+    :param settings: the run's, for a table without timesteps
+    :return: a row for each update; no rows if there is no table
+    :raises RunError: if the table is empty or damaged
+    """
+    path = next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    if path is None:
+        return pandas.DataFrame({"timesteps": []})
+    try:
+        table = pandas.read_csv(path, on_bad_lines="error")
+    except (ValueError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is empty or damaged: {_one_line(error)}") from error
+    if not path.read_bytes().endswith(b"\n"):
+        # Half a line: the training was killed while it wrote
+        table = table.iloc[:-1]
+    table = table.rename(columns=lambda name: str(name).removeprefix("train/"))
+    if "time/total_timesteps" in table:
+        table["timesteps"] = table["time/total_timesteps"]
+    elif not {"status", "kl_divergence_loss", "value_loss", "loss"}.isdisjoint(table):
+        table["timesteps"] = np.arange(1, len(table) + 1) * settings.get("n_steps", 2048) * settings.get("n_envs", 1)
+    else:
+        raise RunError(f"{path} is empty or damaged: it has none of the columns of a training, only {list(table)[:5]}")
+    try:
+        table["timesteps"] = table["timesteps"].astype(float)
+    except ValueError as error:
+        raise RunError(f"{path} is empty or damaged: {_one_line(error)}") from error
+    # A training that went on from an earlier state repeats some timesteps: the later rows are those of the agent that is there
+    later = table["timesteps"][::-1].cummin()[::-1].shift(-1)
+    return table[~(table["timesteps"] >= later)].reset_index(drop=True)
+
+
+def latest_run(folder: Path, env_name: str, models: Sequence[str]) -> int:
+    """
+    The number of the latest run that has a model; a start that failed and a search for hyperparameters leave none.
+
+    :param folder: the runs of an algorithm, such as ``logs/trpo_ext``
+    :param env_name: the environment, as it is in the name of a run
+    :param models: names of files, with wildcards: the run has one of these
+    :return: 3 for ``Hopper-v5_3``
+    :raises RunError: if there is no such run
+    """
+    runs = {}
+    for path in folder.glob(f"{glob.escape(env_name)}_*"):
+        if match := re.fullmatch(rf"{re.escape(env_name)}_(\d+)", path.name):
+            runs[int(match[1])] = path
+    with_model = [number for number, path in runs.items() if any(True for name in models for _ in path.glob(name))]
+    if with_model:
+        return max(with_model)
+    if not runs:
+        raise RunError(f"there is no run of {env_name} in {folder}: is it in another --folder, or of another --algo?")
+    found = sorted({model.name for path in runs.values() for model in path.glob("*.zip")})
+    hint = f"there are only {', '.join(found[:5])}" if found else "no training has come to its end, nor to a checkpoint"
+    raise RunError(f"no run of {env_name} in {folder} has {' or '.join(models)}: {hint}")
+
+
+def reward_threshold(env_id: str | None) -> float | None:
+    """
+    The return from which on the registry calls a task solved.
+
+    :param env_id: the task
+    :return: the return, None if the task or its threshold is not known
+    """
+    spec = gym.registry.get(env_id) if env_id else None
+    return None if spec is None else spec.reward_threshold
+
+
+def _env_id(folder: Path) -> str | None:
+    """
+    The task of a run: from a monitor file, or from the name of the folder.
+
+    :param folder: the folder of the run
+    :return: the id, None if nothing tells
+    """
+    for file in get_monitor_files(str(folder)):
+        try:
+            with open(file, encoding="utf-8") as lines:
+                env_id = json.loads(lines.readline().lstrip("#")).get("env_id")
+        except (ValueError, AttributeError):
+            continue
+        if env_id not in (None, "None"):
+            return str(env_id)
+    match = re.fullmatch(r"(.+-v\d+)(_\d+)?(_[0-9a-f-]{36})?", folder.name)
+    return match[1] if match else None
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,447 @@
+"""The ways into RL-Zoo: our command, the plugin for the stock one, the settings and the search space."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import optuna
+import pytest
+import sb3_contrib
+import yaml
+from gymnasium import spaces
+from rl_zoo3 import ALGOS
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from stable_baselines3 import SAC
+from stable_baselines3.common.utils import LinearSchedule
+from torch import nn
+
+from sb3_trpo_ext import TRPO, __version__
+from sb3_trpo_ext.zoo import command as zoo
+from sb3_trpo_ext.zoo import search_space
+
+zoo.register()
+
+HYPERPARAMS = zoo.load_hyperparams()
+BOX2D = ("LunarLander-v3", "LunarLanderContinuous-v3", "BipedalWalker-v3")
+# Small enough for a test, and still several updates
+TINY = ["-params", "n_envs:2", "n_steps:64", "batch_size:64", "n_critic_updates:1"]
+
+
+def run(*command: str, cwd: Path) -> str:
+    """Run a command in a process of its own and return what it prints."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SDL_VIDEODRIVER": "dummy"}
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def saved_data(path: Path) -> dict[str, Any]:
+    """What a saved model says about itself."""
+    with zipfile.ZipFile(path) as archive:
+        return json.loads(archive.read("data"))
+
+
+def manager(env_id: str, folder: Path, algo: str = zoo.KEY, config: Path | None = None, **kwargs: Any) -> ExperimentManager:
+    """RL-Zoo's experiment manager, as its `train` makes it."""
+    return ExperimentManager(
+        argparse.Namespace(),
+        algo,
+        env_id,
+        str(folder),
+        eval_freq=-1,
+        device="cpu",
+        verbose=0,
+        config=str(config or zoo.hyperparams_path()),
+        **kwargs,
+    )
+
+
+# === The settings ===
+
+
+def test_humanoid_comes_first() -> None:
+    assert next(iter(HYPERPARAMS)) == "Humanoid-v5"
+    assert "default" in HYPERPARAMS
+
+
+@pytest.mark.parametrize("env_id", HYPERPARAMS)
+def test_entry_constructs_our_model(env_id: str, tmp_path: Path) -> None:
+    entry = HYPERPARAMS[env_id]
+    if env_id == "atari":
+        pytest.importorskip("ale_py")
+        pytest.importorskip("cv2")
+    if env_id in BOX2D:
+        pytest.importorskip("Box2D")
+    gym_id = {"atari": "PongNoFrameskip-v4", "default": "MountainCar-v0"}.get(env_id, env_id)
+    config = tmp_path / "one_entry.yml"
+    # An entry of its own, so that "atari" and "default" are what RL-Zoo falls back to.
+    config.write_text(yaml.safe_dump({env_id: entry}), encoding="utf-8")
+
+    results = manager(gym_id, tmp_path, config=config).setup_experiment()
+
+    assert results is not None
+    model = results[0]
+    assert type(model) is TRPO
+    assert model.n_envs == entry.get("n_envs", 1)
+    assert (model.get_vec_normalize_env() is not None) == bool(entry.get("normalize", False))
+    assert model.env is not None
+    model.env.close()
+
+
+#: The values of an entry that are ours, and what they are in theirs, converted.
+OUR_OWN: dict[str, dict[str, tuple[Any, float]]] = {
+    "Swimmer-v5": {"gae_lambda": (0.98, 0.95)},
+    "Hopper-v5": {"target_kl": ("lin_0.06", 0.03), "gamma": (0.995, 0.99)},
+}
+
+
+@pytest.mark.parametrize(
+    ("env_id", "zoo_id"),
+    [
+        ("Swimmer-v5", "Swimmer-v4"),
+        ("Hopper-v5", "Hopper-v4"),
+        ("CartPole-v1", "CartPole-v1"),
+        ("Acrobot-v1", "Acrobot-v1"),
+        ("MountainCar-v0", "MountainCar-v0"),
+        ("MountainCarContinuous-v0", "MountainCarContinuous-v0"),
+        ("BipedalWalker-v3", "BipedalWalker-v3"),
+    ],
+)
+def test_entry_from_rl_zoo_is_the_same_in_joint_kl_units(env_id: str, zoo_id: str) -> None:
+    if env_id in BOX2D:
+        pytest.importorskip("Box2D")
+    path = Path(sys.modules["rl_zoo3"].__path__[0]) / "hyperparams" / "trpo.yml"
+    theirs = {"target_kl": 0.01, "cg_damping": 0.1, **yaml.safe_load(path.read_text(encoding="utf-8"))[zoo_id]}
+    action_space = gym.make(env_id).action_space
+    n_actions = action_space.shape[0] if isinstance(action_space, spaces.Box) else 1
+
+    entry = dict(HYPERPARAMS[env_id])
+    assert entry.pop("callback") == "sb3_trpo_ext.TrainingRecorder"
+    expected = {**theirs, "target_kl": n_actions * theirs["target_kl"], "cg_damping": n_actions * theirs["cg_damping"]}
+    for name, (value, in_theirs) in OUR_OWN.get(env_id, {}).items():
+        assert expected.pop(name) == pytest.approx(in_theirs)
+        assert entry.pop(name) == value
+    assert entry == pytest.approx(expected)
+
+
+def test_defaults_shared_with_sb3_contrib_are_the_same() -> None:
+    # Entries "from RL-Zoo" leave out what is a default of sb3-contrib.
+    ours, theirs = (cls("MlpPolicy", "CartPole-v1") for cls in (TRPO, sb3_contrib.TRPO))
+    for name in ("gamma", "gae_lambda", "batch_size", "n_steps", "n_critic_updates", "learning_rate", "cg_max_steps"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
+# === Registration and schedules ===
+
+
+def test_register_leaves_trpo_to_sb3_contrib() -> None:
+    assert ALGOS["trpo_ext"] is TRPO
+    assert ALGOS["trpo"] is sb3_contrib.TRPO
+    assert HYPERPARAMS_SAMPLER["trpo_ext"] is search_space.sample_trpo_params
+    assert HYPERPARAMS_CONVERTER["trpo_ext"] is search_space.convert_trpo_params
+    assert HYPERPARAMS_SAMPLER["trpo"] is not search_space.sample_trpo_params
+
+
+def test_register_twice_extends_rl_zoo_once() -> None:
+    before = ExperimentManager._preprocess_hyperparams
+    zoo.register()
+    assert ExperimentManager._preprocess_hyperparams is before
+
+
+@pytest.mark.parametrize("name", zoo.SCHEDULED)
+def test_schedule_string_reaches_our_model(name: str, tmp_path: Path) -> None:
+    results = manager("CartPole-v1", tmp_path, hyperparams={name: "lin_0.4"}).setup_experiment()
+    assert results is not None
+    model, saved = results
+    # The file keeps what the user wrote.
+    assert saved[name] == "lin_0.4"
+    assert isinstance(model, TRPO)
+    schedule = getattr(model, name)
+    assert [schedule(progress) for progress in (1.0, 0.5, 0.0, -0.01)] == pytest.approx([0.4, 0.2, 0.0, 0.0])
+
+
+def test_other_algorithms_keep_their_strings(tmp_path: Path) -> None:
+    config = tmp_path / "sac.yml"
+    entry = {"n_timesteps": 10, "policy": "MlpPolicy", "buffer_size": 10, "ent_coef": "auto_0.1"}
+    config.write_text(yaml.safe_dump({"Pendulum-v1": entry}), encoding="utf-8")
+    results = manager("Pendulum-v1", tmp_path, algo="sac", config=config).setup_experiment()
+    assert results is not None
+    model = results[0]
+    assert isinstance(model, SAC)
+    assert model.ent_coef == "auto_0.1"
+
+
+def test_linear_schedule_is_a_class_of_sb3() -> None:
+    assert isinstance(zoo.linear_schedule("target_kl", "lin_0.1"), LinearSchedule)
+
+
+@pytest.mark.parametrize("text", ["0.1", "lin", "lin_", "lin_a", "cos_0.1"])
+def test_linear_schedule_names_the_argument_and_the_value(text: str) -> None:
+    with pytest.raises(ValueError, match=rf"`target_kl` must be .*got '{text}'"):
+        zoo.linear_schedule("target_kl", text)
+
+
+# === The command line ===
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "added"),
+    [
+        ("train", ["--env", "A"], ["--algo", "trpo_ext", "--conf-file", str(zoo.hyperparams_path())]),
+        ("train", ["--algo", "trpo_ext"], ["--conf-file", str(zoo.hyperparams_path())]),
+        ("train", ["--algo=trpo"], []),
+        ("train", ["--algo", "trpo_ext", "-conf", "a.yml"], []),
+        ("train", ["--conf-file=a.yml"], ["--algo", "trpo_ext"]),
+        ("enjoy", ["--env", "A"], ["--algo", "trpo_ext", "--folder", "logs"]),
+        ("enjoy", ["-f", "runs"], ["--algo", "trpo_ext"]),
+        ("enjoy", ["--algo", "ppo"], []),
+        ("plot-train", ["-e", "A", "-f", "logs"], ["--algo", "trpo_ext"]),
+        ("plot-train", ["-a", "ppo"], []),
+        ("all-plots", ["-e", "A", "-f", "logs"], ["--algos", "trpo_ext"]),
+        ("all-plots", ["-a", "trpo_ext", "trpo"], []),
+        ("plot-from-file", ["-i", "A"], []),
+        ("report", ["--env", "A"], []),
+    ],
+)
+def test_defaults_come_before_what_the_user_wrote(name: str, given: list[str], added: list[str]) -> None:
+    assert zoo.with_defaults(name, given) == [*added, *given]
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert zoo.main(["--help"]) == 0
+    output = capsys.readouterr().out
+    assert all(f"  {name} " in output for name in zoo.COMMANDS)
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert zoo.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"sb3-trpo-ext {__version__}\n"
+
+
+@pytest.mark.parametrize("name", zoo.COMMANDS)
+def test_help_of_a_command_has_our_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        zoo.main([name, "--help"])
+    assert stop.value.code == 0
+    output = capsys.readouterr().out
+    assert "--gym-packages MODULE" in output
+    assert "--verbose 2 " in output
+    assert ("--resume FOLDER" in output) == ("--vec-env envpool" in output) == (name == "train")
+
+
+@pytest.mark.parametrize(("arguments", "problem"), [([], "a command is missing"), (["play"], "there is no command 'play'")])
+def test_wrong_command_is_explained(arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert zoo.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("usage: sb3-trpo")
+    assert problem in error
+
+
+@pytest.mark.parametrize("name", ["train", "report", "enjoy", "record-video", "record-training"])
+def test_every_command_knows_our_key(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = sys.argv
+    with pytest.raises(SystemExit) as stop:
+        zoo.main([name, "--help"])
+    assert stop.value.code == 0
+    output = capsys.readouterr().out
+    assert output.startswith(f"usage: sb3-trpo {name}")
+    assert "trpo_ext" in output
+    assert sys.argv is arguments
+
+
+def test_record_training_films_through_our_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RL-Zoo's script starts `rl_zoo3.record_video` in a process of its own, which does not know our key."""
+    run_path = tmp_path / "logs" / "trpo_ext" / "CartPole-v1_1"
+    run_path.mkdir(parents=True)
+    (run_path / "CartPole-v1.zip").touch()
+    started = []
+
+    class Process:
+        def __init__(self, command: list[str]) -> None:
+            started.append(command)
+
+        def __enter__(self) -> "Process":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.chdir(tmp_path)
+    # Nothing is looked for that could draw
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(os, "system", lambda _: 0)
+    (tmp_path / "my_envs.py").touch()
+    assert zoo.main(["record-training", "--env", "CartPole-v1", "--gym-packages", "my_envs"]) == 0
+    assert len(started) == 1
+    assert started[0][-2:] == ["--gym-packages", "my_envs"]
+    assert started[0][:4] == [sys.executable, "-m", "sb3_trpo_ext.zoo", "record-video"]
+    assert started[0][started[0].index("--algo") + 1] == "trpo_ext"
+
+
+# === Both ways in, from training to watching ===
+
+
+def test_our_command_trains_and_enjoys(tmp_path: Path) -> None:
+    sb3_trpo = [sys.executable, "-m", "sb3_trpo_ext.zoo"]
+    run(
+        *sb3_trpo,
+        *("train", "--env", "CartPole-v1", "-n", "256", "--seed", "0", "--eval-freq", "-1", "--device", "cpu"),
+        *(*TINY, "target_kl:'lin_0.02'"),
+        cwd=tmp_path,
+    )
+    folder = tmp_path / "logs" / "trpo_ext" / "CartPole-v1_1"
+    data = saved_data(folder / "CartPole-v1.zip")
+    assert "trust_region" in data
+    assert "LinearSchedule" in data["target_kl"][":type:"]
+    config = yaml.load((folder / "CartPole-v1" / "config.yml").read_text(), Loader=yaml.UnsafeLoader)
+    assert config["target_kl"] == "lin_0.02"
+    assert config["cg_damping"] == HYPERPARAMS["CartPole-v1"]["cg_damping"]
+
+    output = run(*sb3_trpo, *("enjoy", "--env", "CartPole-v1", "--no-render", "-n", "600", "--device", "cpu"), cwd=tmp_path)
+    assert "Mean reward" in output
+
+
+def test_stock_command_trains_and_enjoys_our_class(tmp_path: Path) -> None:
+    rl_zoo3 = [sys.executable, "-m", "rl_zoo3.cli"]
+    plugin = ["--algo", "trpo", "--gym-packages", "sb3_trpo_ext.zoo.plugin", "--env", "Pendulum-v1"]
+    settings = ["-conf", "sb3_trpo_ext.zoo.plugin", "--eval-freq", "-1", "-n", "256", "--device", "cpu"]
+    run(*rl_zoo3, "train", *plugin, *settings, *TINY, "normalize:True", cwd=tmp_path)
+    folder = tmp_path / "logs" / "trpo" / "Pendulum-v1_1"
+    assert "trust_region" in saved_data(folder / "Pendulum-v1.zip")
+
+    output = run(*rl_zoo3, "enjoy", *plugin, *("-f", "logs", "--no-render", "-n", "200", "--device", "cpu"), cwd=tmp_path)
+    assert "Mean reward" in output
+
+
+def test_training_continues_from_a_saved_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train = ["train", "--env", "CartPole-v1", "-n", "256", "--eval-freq", "-1", "--device", "cpu", "--seed", "1"]
+    zoo.main([*train, *TINY])
+    agent = tmp_path / "logs" / "trpo_ext" / "CartPole-v1_1" / "CartPole-v1.zip"
+    zoo.main([*train, "-i", str(agent), *TINY, "target_kl:'lin_0.02'"])
+    continued = tmp_path / "logs" / "trpo_ext" / "CartPole-v1_2" / "CartPole-v1.zip"
+    assert "LinearSchedule" in saved_data(continued)["target_kl"][":type:"]
+
+
+@pytest.mark.slow
+def test_record_video_writes_a_film(tmp_path: Path) -> None:
+    pytest.importorskip("moviepy")
+    sb3_trpo = [sys.executable, "-m", "sb3_trpo_ext.zoo"]
+    run(*sb3_trpo, *("train", "--env", "CartPole-v1", "-n", "128", "--eval-freq", "-1"), *TINY, cwd=tmp_path)
+    run(*sb3_trpo, *("record-video", "--env", "CartPole-v1", "-n", "50", "--no-render"), cwd=tmp_path)
+    films = list((tmp_path / "logs" / "trpo_ext" / "CartPole-v1_1" / "videos").glob("*.mp4"))
+    assert len(films) == 1
+    assert films[0].stat().st_size > 0
+
+
+# === The search space ===
+
+
+def test_optimize_and_load_the_best_trial(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    study_options = ["--storage", storage, "--study-name", "test"]
+    train = [sys.executable, "-m", "sb3_trpo_ext.zoo", "train", "--env", "CartPole-v1", "--device", "cpu", "-n", "1200"]
+    search = [
+        "-optimize",
+        "--n-trials",
+        "2",
+        "--n-evaluations",
+        "2",
+        "--eval-episodes",
+        "1",
+        "--no-optim-plots",
+        "--seed",
+        "3",
+    ]
+    output = run(*train, *search, *study_options, cwd=tmp_path)
+    assert "Number of finished trials:  2" in output
+    assert "target_kl" in output
+
+    study = optuna.load_study(study_name="test", storage=storage)
+    assert {trial.state for trial in study.trials} <= {optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED}
+    loader = manager("CartPole-v1", tmp_path, storage=storage, study_name="test", trial_id=1)
+    results = loader.setup_experiment()
+    assert results is not None
+    model = results[0]
+    params = study.trials[1].params
+    assert isinstance(model, TRPO)
+    assert model.n_steps == 2 ** params["n_steps_pow"]
+    assert model.gae_lambda == 1 - params["one_minus_gae_lambda"]
+    assert model.cg_damping == params["cg_damping"]
+
+
+@pytest.mark.parametrize("n_envs", [1, 2, 6, 16, 4096, 100_000])
+@pytest.mark.parametrize("n_actions", [0, 3])
+def test_sampled_and_reloaded_arguments_are_the_same(n_envs: int, n_actions: int) -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(20):
+        trial = study.ask()
+        sampled = search_space.sample_trpo_params(trial, n_actions, n_envs)
+        assert search_space.convert_trpo_params(trial.params) == sampled
+        assert sampled["n_steps"] * n_envs >= sampled["batch_size"]
+        assert sampled["n_steps"] * n_envs <= 16384 or sampled["n_steps"] == 2
+        assert 0.005 <= sampled["target_kl"] <= 0.5
+        assert 0.001 <= sampled["cg_damping"] <= 10
+        assert ("log_std_init" in sampled["policy_kwargs"]) == (n_actions > 0)
+        assert sampled["policy_kwargs"]["activation_fn"] in (nn.Tanh, nn.ReLU)
+        assert trial.user_attrs["gamma"] == sampled["gamma"]
+
+
+def test_sampled_arguments_construct_our_model() -> None:
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+    sampled = search_space.sample_trpo_params(trial, n_actions=1, n_envs=1)
+    model = TRPO("MlpPolicy", "Pendulum-v1", device="cpu", **sampled)
+    log_std = model.policy.log_std.detach().numpy()
+    np.testing.assert_allclose(log_std, sampled["policy_kwargs"]["log_std_init"], rtol=1e-6)
+
+
+# === The record of a training ===
+
+
+@pytest.mark.parametrize("given", ["sb3_trpo_ext.TrainingRecorder", ["a.B", "sb3_trpo_ext.callbacks.TrainingRecorder"]])
+def test_recorder_gets_the_folder_of_the_run(given: Any) -> None:
+    placed = zoo.place_recorders(given, "runs/A_1")
+    assert list(placed[-1].values()) == [{"folder": "runs/A_1"}]
+    assert placed[:-1] == (["a.B"] if isinstance(given, list) else [])
+    # A search for hyperparameters has no folder
+    assert zoo.place_recorders(given, None) == placed[:-1]
+
+
+@pytest.mark.parametrize("algo", ["trpo_ext", "ppo"])
+def test_run_is_recorded_beside_its_other_files(algo: str, tmp_path: Path) -> None:
+    config = tmp_path / "settings.yml"
+    entry = {
+        "n_timesteps": 64,
+        "policy": "MlpPolicy",
+        "n_steps": 32,
+        "batch_size": 32,
+        "callback": HYPERPARAMS["Hopper-v5"]["callback"],
+    }
+    config.write_text(yaml.safe_dump({"CartPole-v1": entry}), encoding="utf-8")
+    experiment = manager("CartPole-v1", tmp_path, algo=algo, config=config, show_progress=True, log_interval=-1)
+    results = experiment.setup_experiment()
+    assert results is not None
+    # RL-Zoo closes the first callback alone when training is interrupted: that must be the progress bar
+    assert [type(callback).__name__ for callback in experiment.callbacks] == ["ProgressBarCallback", "TrainingRecorder"]
+    experiment.learn(results[0])
+    lines = (Path(experiment.save_path) / "progress.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["time/total_timesteps", "32", "64"]
+
+
+def test_search_for_hyperparameters_records_nothing(tmp_path: Path) -> None:
+    experiment = manager("CartPole-v1", tmp_path, optimize_hyperparameters=True)
+    assert experiment.setup_experiment() is None
+    assert experiment.specified_callbacks == []
+    assert experiment.callbacks == []

@@ -1,0 +1,215 @@
+"""`sb3-trpo train --resume`: a run goes on as if nothing had been between."""
+
+import pickle
+import shutil
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import yaml
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.monitor import load_results
+
+from sb3_trpo_ext import TRPO
+from sb3_trpo_ext.zoo.command import main
+from sb3_trpo_ext.zoo.resume import last_checkpoint, restore_evaluations, split_resume
+from sb3_trpo_ext.zoo.runs import read_run
+
+
+def write_checkpoint(folder: Path, steps: int, statistics: bytes | None) -> None:
+    (folder / f"rl_model_{steps}_steps.zip").touch()
+    if statistics is not None:
+        (folder / f"rl_model_vecnormalize_{steps}_steps.pkl").write_bytes(statistics)
+
+
+def test_last_complete_checkpoint_is_found(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path, "A-v0", True) is None
+    whole = pickle.dumps(list(range(1000)))
+    write_checkpoint(tmp_path, 900, whole)
+    write_checkpoint(tmp_path, 1000, whole)
+    # Killed while it wrote the statistics, and before
+    write_checkpoint(tmp_path, 2000, whole[:500])
+    write_checkpoint(tmp_path, 3000, None)
+    (tmp_path / "rl_model_best_steps.zip").touch()
+    found = last_checkpoint(tmp_path, "A-v0", True)
+    assert found is not None
+    assert (found.num_timesteps, found.model.name) == (1000, "rl_model_1000_steps.zip")
+    without = last_checkpoint(tmp_path, "A-v0", False)
+    assert without is not None
+    assert (without.num_timesteps, without.statistics) == (3000, None)
+
+
+def test_evaluations_go_on_where_they_were(tmp_path: Path) -> None:
+    callback = EvalCallback(gym.make("CartPole-v1"), log_path=str(tmp_path))
+    restore_evaluations(callback, 100)
+    assert callback.best_mean_reward == -np.inf
+    results = np.array([[1.0, 3.0], [9.0, 9.0], [4.0, 4.0]])
+    np.savez(tmp_path / "evaluations", timesteps=[50, 100, 150], results=results, ep_lengths=results.astype(int))
+    restore_evaluations(callback, 100)
+    assert callback.evaluations_timesteps == [50, 100]
+    assert callback.evaluations_results == [[1.0, 3.0], [9.0, 9.0]]
+    assert callback.evaluations_length == [[1, 3], [9, 9]]
+    assert callback.best_mean_reward == 9
+
+
+SETTINGS = ("n_envs:2", "n_steps:128", "batch_size:64", "n_critic_updates:1", "normalize:True", "target_kl:'lin_0.02'")
+
+
+def train(folder: Path, n_timesteps: int, *options: str) -> Path:
+    """A short training with checkpoints, in the environments of SB3 or of EnvPool."""
+    arguments = ["--env", "Pendulum-v1", "-n", str(n_timesteps), "--seed", "3", "--save-freq", "256", "--eval-freq", "256"]
+    arguments += ["--eval-episodes", "1", "--verbose", "0", "--device", "cpu", "-f", str(folder), *options]
+    quoted = [setting.replace("'", '"') for setting in SETTINGS]
+    assert main(["train", *arguments, "--hyperparams", *quoted]) == 0
+    return folder / "trpo_ext" / "Pendulum-v1_1"
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was to make 1,024 steps and was killed: after a checkpoint at 512, and before RL-Zoo could save the agent."""
+    run = train(tmp_path_factory.mktemp("resume"), 1024)
+    (run / "Pendulum-v1.zip").unlink()
+    for file in [*run.glob("rl_model_*768_steps*"), *run.glob("rl_model_*1024_steps*")]:
+        file.unlink()
+    return run
+
+
+@pytest.fixture
+def run(killed: Path, tmp_path: Path) -> Path:
+    """That run, to go on with."""
+    copy = tmp_path / "trpo_ext" / killed.name
+    shutil.copytree(killed, copy)
+    args = copy / "Pendulum-v1" / "args.yml"
+    args.write_text(args.read_text().replace(str(killed.parents[1]), str(tmp_path)))
+    return copy
+
+
+def test_checkpoints_have_the_statistics(run: Path) -> None:
+    # 2 environments, each with its first observation: what VecNormalize had seen when the agent was saved
+    with (run / "rl_model_vecnormalize_512_steps.pkl").open("rb") as file:
+        assert pickle.load(file).obs_rms.count == pytest.approx(512 + 2, abs=1e-2)
+
+
+def test_killed_run_goes_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = (run / "Pendulum-v1" / "config.yml").read_text()
+    n_episodes = len(load_results(str(run)))
+    capsys.readouterr()
+    assert main(["train", "--resume", str(run)]) == 0
+    assert f"Going on from {run / 'rl_model_512_steps.zip'} after 512 steps" in capsys.readouterr().out
+
+    assert [path.name for path in run.parent.iterdir()] == [run.name]
+    model = TRPO.load(run / "Pendulum-v1.zip", device="cpu")
+    assert model.num_timesteps == 1024
+    # A checkpoint comes before the update of its last step: the rollout up to 512 steps is lost
+    assert model._n_updates == 3
+    read = read_run(run)
+    assert read.updates["timesteps"].tolist() == [256, 768, 1024]
+    assert read.evaluations.steps.tolist() == [256, 512, 768, 1024]
+    assert read.seed == 3
+    # The schedule, too, goes on
+    assert read.updates["kl_divergence_loss"].iloc[1] == pytest.approx(0.02 * (1 - 768 / 1024), rel=0.1)
+    # The episodes of before are still there
+    assert len(load_results(str(run))) > n_episodes
+    assert (run / "Pendulum-v1" / "config.yml").read_text() == config
+    with (run / "Pendulum-v1" / "vecnormalize.pkl").open("rb") as file:
+        assert pickle.load(file).obs_rms.count == pytest.approx(1024 + 2 * 2, abs=1e-2)
+
+
+def test_settings_are_those_of_the_run(run: Path) -> None:
+    folder, arguments = split_resume(["--resume", str(run), "--seed", "4"])
+    assert folder == run
+    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    settings = yaml.safe_load(Path(given["--conf-file"]).read_text())["Pendulum-v1"]
+    assert (settings["n_steps"], settings["target_kl"], settings["normalize"]) == (128, "lin_0.02", True)
+    assert (given["--n-timesteps"], given["--save-freq"], given["--eval-freq"]) == ("1024", "256", "256")
+    # What the user says comes last, where it wins
+    assert given["--seed"] == "4"
+    assert arguments[-2:] == ["--seed", "4"]
+
+
+def test_options_with_keys_and_lists_are_given_again(run: Path) -> None:
+    args = run / "Pendulum-v1" / "args.yml"
+    saved = {"algo": "trpo_ext", "env": "Pendulum-v1", "env_kwargs": {"g": 9.0, "name": "a b"}, "gym_packages": ["one", "two"]}
+    args.write_text(yaml.safe_dump({**saved, "vec_env": "envpool", "tensorboard_log": "", "uuid": True, "eval_freq": -1}))
+    _, arguments = split_resume(["--resume", str(run)])
+    assert arguments[2:] == [
+        *("--algo", "trpo_ext", "--env", "Pendulum-v1", "--env-kwargs", "g:9.0", "name:'a b'"),
+        *("--eval-freq", "-1", "--gym-packages", "one", "two", "--vec-env", "envpool"),
+    ]
+
+
+def test_ended_run_goes_on_with_more_steps(tmp_path: Path) -> None:
+    run = train(tmp_path, 512)
+    assert main(["train", "--resume", str(run), "-n", "1024"]) == 0
+    assert TRPO.load(run / "Pendulum-v1.zip", device="cpu").num_timesteps == 1024
+    assert read_run(run).updates["timesteps"].tolist() == [256, 512, 768, 1024]
+
+
+def test_ended_run_says_that_nothing_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(tmp_path, 256)
+    before = TRPO.load(run / "Pendulum-v1.zip", device="cpu")
+    assert main(["train", "--resume", str(run)]) == 0
+    assert "It has made the 256 steps already: `-n` asks for more." in capsys.readouterr().out
+    after = TRPO.load(run / "Pendulum-v1.zip", device="cpu")
+    assert after.num_timesteps == 256
+    for name, value in before.policy.state_dict().items():
+        assert value.equal(after.policy.state_dict()[name])
+
+
+def test_later_state_wins(run: Path) -> None:
+    """RL-Zoo saves the agent at an interruption, which may come before the next checkpoint or after it."""
+    shutil.copyfile(run / "rl_model_256_steps.zip", run / "Pendulum-v1.zip")
+    found = last_checkpoint(run, "Pendulum-v1", True)
+    assert found is not None
+    assert found.model.name == "rl_model_512_steps.zip"
+    (run / "rl_model_512_steps.zip").replace(run / "Pendulum-v1.zip")
+    found = last_checkpoint(run, "Pendulum-v1", True)
+    assert found is not None
+    assert (found.model.name, found.num_timesteps) == ("Pendulum-v1.zip", 512)
+    assert found.statistics == run / "Pendulum-v1" / "vecnormalize.pkl"
+    # Cut off while it was written
+    whole = (run / "Pendulum-v1.zip").read_bytes()
+    (run / "Pendulum-v1.zip").write_bytes(whole[: len(whole) // 2])
+    found = last_checkpoint(run, "Pendulum-v1", True)
+    assert found is not None
+    assert found.num_timesteps == 256
+
+
+def test_run_in_envpool_goes_on_there(tmp_path: Path) -> None:
+    pytest.importorskip("envpool")
+    run = train(tmp_path, 512, "--vec-env", "envpool")
+    n_episodes = len(load_results(str(run)))
+    assert n_episodes > 0
+    assert main(["train", "--resume", str(run), "-n", "1024"]) == 0
+    assert len(load_results(str(run))) == 2 * n_episodes
+    assert TRPO.load(run / "Pendulum-v1.zip", device="cpu").num_timesteps == 1024
+    assert "envpool" in (run / "Pendulum-v1" / "args.yml").read_text()
+
+
+def test_ppo_goes_on_as_well(tmp_path: Path) -> None:
+    arguments = ["--algo", "ppo", "--env", "CartPole-v1", "--save-freq", "256", "--eval-freq", "-1", "--verbose", "0"]
+    small = ["n_envs:2", "n_steps:64", "batch_size:64", "n_epochs:1"]
+    main(["train", *arguments, "-n", "256", "--device", "cpu", "-f", str(tmp_path), "--hyperparams", *small])
+    run = tmp_path / "ppo" / "CartPole-v1_1"
+    assert main(["train", "--resume", str(run), "-n", "512"]) == 0
+    assert PPO.load(run / "CartPole-v1.zip", device="cpu").num_timesteps == 512
+
+
+@pytest.mark.parametrize("folder", [".", "missing"])
+def test_folder_without_a_run_is_refused(folder: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`--resume`: there is no run of `sb3-trpo train` in .*: give a folder"):
+        split_resume(["--resume", str(tmp_path / folder)])
+
+
+def test_run_without_checkpoint_is_refused(run: Path) -> None:
+    for file in run.glob("rl_model_*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"`--resume`: there is no checkpoint in .*`--save-freq`"):
+        split_resume(["--resume", str(run)])
+
+
+def test_without_the_option_nothing_is_changed() -> None:
+    arguments = ["--env", "A", "-n", "3"]
+    assert split_resume(arguments) == (None, arguments)
