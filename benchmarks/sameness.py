@@ -8,8 +8,8 @@ compare two trees on one machine:
     PYTHONPATH=/path/to/new/tree python benchmarks/sameness.py > new.json
     diff old.json new.json
 
-For every training there is a hash of the parameters, the names of what is logged, and a hash of the logged values that are
-not times.
+For every training there is a hash of the parameters and one of each logged value that is not a time. The norms of the
+parameters tell how large a difference is.
 """
 
 import hashlib
@@ -115,13 +115,14 @@ def train(policy: str, env: VecEnv, n_steps: int = 128, **kwargs: Any) -> dict[s
     model.set_logger(Logger(None, [values]))
     model.learn(N_UPDATES * n_steps * env.num_envs, log_interval=1)
     state = model.policy.state_dict()
-    logged = [
-        f"{key}={value!r}" for record in values.records for key, value in sorted(record.items()) if not key.startswith("time/")
-    ]
+    keys = sorted({key for record in values.records for key in record})
     return {
         "parameters": digest(*(state[name].numpy().tobytes() for name in sorted(state))),
-        "values": digest("\n".join(logged).encode()),
-        "keys": sorted({key for record in values.records for key in record}),
+        "values": {
+            key: "" if key.startswith("time/") else digest(*(repr(record.get(key)).encode() for record in values.records))
+            for key in keys
+        },
+        "norms": [float(state[name].norm()) for name in sorted(state)],
     }
 
 

@@ -1,11 +1,9 @@
 """Checks of TRPO's arguments, so that a mistake is named before anything runs."""
 
-import difflib
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable
-from numbers import Integral
+from collections.abc import Iterable
 from typing import Any
 
 import gymnasium as gym
@@ -14,17 +12,17 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_trpo_ext._checks import (
+    ArgumentError,
+    check_bool,
+    check_choice,
+    check_integer,
+    check_number,
+    check_seed,
+    closest,
+    is_number,
+)
 from sb3_trpo_ext.update.critic import VALUE_LOSSES
-
-
-class ArgumentError(ValueError, AssertionError):
-    """
-    A bad argument, with its name, what came and what to do.
-
-    A ``ValueError``; also an ``AssertionError``, which is what Stable-Baselines3's own algorithms raise for some of these, so
-    that code which catches theirs catches ours.
-    """
-
 
 #: The two forms of the trust region, with the options that `trust_region_kwargs` may hold.
 TRUST_REGION_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -33,110 +31,8 @@ TRUST_REGION_OPTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _is_number(value: Any) -> bool:
-    """
-    Whether a value is a finite real number.
-
-    :param value: anything
-    :return: true for finite ints, floats and NumPy scalars, false for bools
-    """
-    try:
-        return not isinstance(value, (bool, str)) and math.isfinite(float(value))
-    except (TypeError, ValueError):
-        return False
-
-
-def check_number(name: str, value: Any, requirement: str, is_valid: Callable[[float], bool]) -> None:
-    """
-    Check one number.
-
-    :param name: of the argument
-    :param value: what came
-    :param requirement: for the message, such as "positive"
-    :param is_valid: whether a finite number is acceptable
-    :raises ArgumentError: if it is no finite number, or not acceptable
-    """
-    if not _is_number(value) or not is_valid(float(value)):
-        raise ArgumentError(f"`{name}` must be {requirement}, got {value!r}.")
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """
-    Check a word that must be one of a few.
-
-    :param name: of the argument
-    :param value: what came
-    :param choices: what is acceptable
-    :raises ArgumentError: if it is something else
-    """
-    if value not in choices:
-        raise ArgumentError(f"`{name}` must be one of {sorted(choices)}, got {value!r}.")
-
-
-def check_bool(name: str, value: Any) -> None:
-    """
-    Check a switch.
-
-    :param name: of the argument
-    :param value: what came
-    :raises ArgumentError: if it is neither True nor False
-    """
-    if not isinstance(value, (bool, np.bool_)):
-        raise ArgumentError(f"`{name}` must be True or False, got {value!r}.")
-
-
-def check_integer(name: str, value: Any, minimum: int) -> int:
-    """
-    Check one whole number.
-
-    :param name: of the argument
-    :param value: what came
-    :param minimum: the smallest acceptable value
-    :return: the same as Python's own integer: PyTorch does not take NumPy's everywhere
-    :raises ArgumentError: if it is no whole number, or too small
-    """
-    # Not 64.0 either: PyTorch would refuse it as a batch size in the middle of the training
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise ArgumentError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
-    return int(value)
-
-
-def check_seed(seed: Any) -> int | None:
-    """
-    Check a seed.
-
-    :param seed: what came
-    :return: the same as Python's own integer, or ``None``
-    :raises ArgumentError: if it is neither ``None`` nor a whole number that NumPy takes as a seed
-    """
-    is_integer = isinstance(seed, Integral) and not isinstance(seed, bool)
-    if seed is not None and not (is_integer and 0 <= seed < 2**32):
-        raise ArgumentError(f"`seed` must be an integer from 0 to 2**32 - 1 or None (seeds nothing), got {seed!r}.")
-    return None if seed is None else int(seed)
-
-
-def closest(name: str, names: Iterable[str]) -> str:
-    """
-    A suggestion for a name that does not exist.
-
-    :param name: what came
-    :param names: what there is
-    :return: the end of an error message
-    """
-    known = sorted(names)
-    matches = difflib.get_close_matches(name, known, n=3)
-    return f"did you mean {' or '.join(matches)}?" if matches else f"there are {', '.join(known[:20])}"
-
-
 def check_attributes(algorithm: type, given: Iterable[str], saved: Iterable[str]) -> None:
-    """
-    Check the names of attributes that are to be changed when a model is loaded.
-
-    :param algorithm: class of the model
-    :param given: what came
-    :param saved: the attributes in the file
-    :raises TypeError: for a name that neither a constructor nor the file has, as the constructor does
-    """
+    """Check the names of attributes that are to be changed when a model is loaded."""
     parameters = {name for each in algorithm.__mro__ for name in inspect.signature(each.__init__).parameters}  # type: ignore[misc]
     known = (parameters | set(saved)) - {"self", "args", "kwargs"}
     for name in given:
@@ -147,18 +43,9 @@ def check_attributes(algorithm: type, given: Iterable[str], saved: Iterable[str]
 
 
 def scheduled(name: str, value: float | Schedule, progress_remaining: float, minimum: float = -math.inf) -> float:
-    """
-    Value of a hyperparameter that may be a schedule.
-
-    :param name: of the argument
-    :param value: a number, or a function of the progress remaining
-    :param progress_remaining: from 1 (start) to 0 (end)
-    :param minimum: the smallest acceptable value
-    :return: the number
-    :raises ArgumentError: if the number is not finite, or too small
-    """
+    """Value of a hyperparameter that may be a schedule."""
     number = value(progress_remaining) if callable(value) else value
-    if not _is_number(number) or float(number) < minimum:
+    if not is_number(number) or float(number) < minimum:
         source = (
             f"its schedule returned {number!r} at progress_remaining={progress_remaining:g}"
             if callable(value)
@@ -170,13 +57,7 @@ def scheduled(name: str, value: float | Schedule, progress_remaining: float, min
 
 
 def check_trust_region(trust_region: Any, options: Any) -> None:
-    """
-    Check the form of the trust region and its options.
-
-    :param trust_region: what came for ``trust_region``
-    :param options: what came for ``trust_region_kwargs``
-    :raises ArgumentError: for an unknown form, an unknown option, or a bad value of a known one
-    """
+    """Check the form of the trust region and its options."""
     check_choice("trust_region", trust_region, tuple(TRUST_REGION_OPTIONS))
     if not isinstance(options, dict):
         raise ArgumentError(f"`trust_region_kwargs` must be a dict, got {options!r}.")
@@ -194,12 +75,7 @@ def check_trust_region(trust_region: Any, options: Any) -> None:
 
 
 def check_optimizer_states(params: dict[str, Any]) -> None:
-    """
-    Check the states of optimizers before any of them, or the policy, is loaded.
-
-    :param params: state dicts by the names of what they are for
-    :raises RuntimeError: for one without the keys of an optimizer, as PyTorch does for a module
-    """
+    """Check the states of optimizers before any of them, or the policy, is loaded."""
     penalty = params.get("kl_penalty") or {}
     for name, state in (("policy.optimizer", params.get("policy.optimizer")), ("kl_penalty", penalty.get("optimizer"))):
         missing = {"state", "param_groups"}.difference(state) if state is not None else ()
@@ -211,12 +87,7 @@ def check_optimizer_states(params: dict[str, Any]) -> None:
 
 
 def check_action_space(action_space: spaces.Space) -> None:
-    """
-    Check that there is a distribution for an action space, and that actions arrive as they were sampled.
-
-    :param action_space: of the environment
-    :raises ArgumentError: if not
-    """
+    """Check that there is a distribution for an action space, and that actions arrive as they were sampled."""
     supported = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
     if not isinstance(action_space, supported):
         names = ", ".join(space.__name__ for space in supported)
@@ -243,12 +114,7 @@ def check_action_space(action_space: spaces.Space) -> None:
 
 
 def check_observation_space(space: spaces.Space) -> None:
-    """
-    Check that a policy sees an observation as the environment means it.
-
-    :param space: of the environment
-    :raises ArgumentError: if not
-    """
+    """Check that a policy sees an observation as the environment means it."""
     if isinstance(space, spaces.Dict):
         for part in space.spaces.values():
             check_observation_space(part)
@@ -259,13 +125,7 @@ def check_observation_space(space: spaces.Space) -> None:
 
 
 def _check_start(what: str, space: spaces.Space) -> None:
-    """
-    Check that the whole numbers of a space begin with 0: SB3 counts them from there, whatever the space says.
-
-    :param what: whose space it is
-    :param space: the space
-    :raises ArgumentError: if they do not
-    """
+    """Check that the whole numbers of a space begin with 0: SB3 counts them from there, whatever the space says."""
     if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)) and np.any(space.start != 0):
         where = "TransformAction" if what == "action" else "TransformObservation"
         raise ArgumentError(
@@ -275,12 +135,7 @@ def _check_start(what: str, space: spaces.Space) -> None:
 
 
 def check_env(env: Any) -> None:
-    """
-    Check that what came for an environment is one that SB3 can use.
-
-    :param env: what came, not an id
-    :raises ArgumentError: if it is known not to be
-    """
+    """Check that what came for an environment is one that SB3 can use."""
     if env is None or isinstance(env, VecEnv):
         return
     name = type(env).__name__
@@ -301,12 +156,7 @@ def check_env(env: Any) -> None:
 
 
 def check_settings(model: Any) -> None:
-    """
-    Check arguments that an update takes as they are, and make Python's integers of NumPy's.
-
-    :param model: a TRPO
-    :raises ArgumentError: with the name of the argument, what came and what is accepted
-    """
+    """Check arguments that an update takes as they are, and make Python's integers of NumPy's."""
     for name in ("n_steps", "batch_size", "cg_max_steps", "line_search_max_iter", "sub_sampling_factor"):
         setattr(model, name, check_integer(name, getattr(model, name), 1))
     model.n_critic_updates = check_integer("n_critic_updates", model.n_critic_updates, 0)
@@ -329,12 +179,7 @@ def check_settings(model: Any) -> None:
 
 
 def check_arguments(model: Any) -> None:
-    """
-    Check all that can be checked before anything runs.
-
-    :param model: a TRPO whose policy has not been made yet
-    :raises ArgumentError: with the name of the argument, what came and what is accepted
-    """
+    """Check all that can be checked before anything runs."""
     check_settings(model)
     model.seed = check_seed(model.seed)
     model._stats_window_size = check_integer("stats_window_size", model._stats_window_size, 1)

@@ -14,12 +14,7 @@ from stable_baselines3.common.save_util import load_from_zip_file, open_path
 
 
 def saved_attributes(path: str | pathlib.Path | io.BufferedIOBase) -> dict[str, Any]:
-    """
-    The attributes in a file of a saved model, as far as JSON has them.
-
-    :param path: as for ``load``; a file object is left where it was
-    :return: by name; empty if the file is not a model, which loading it will report
-    """
+    """The attributes in a file of a saved model, as far as JSON has them."""
     file = open_path(path, "r", suffix="zip")
     start = file.tell()
     try:
@@ -34,12 +29,7 @@ def saved_attributes(path: str | pathlib.Path | io.BufferedIOBase) -> dict[str, 
 
 
 def is_contrib_model(attributes: Collection[str]) -> bool:
-    """
-    Whether a saved model is sb3-contrib's TRPO rather than ours.
-
-    :param attributes: names of the attributes in its file
-    :return: true for sb3-contrib's
-    """
+    """Whether a saved model is sb3-contrib's TRPO rather than ours."""
     return "cg_max_steps" in attributes and "trust_region" not in attributes
 
 
@@ -59,14 +49,7 @@ def joint_kl_factor(action_space: spaces.Space) -> int:
 def joint_kl_arguments(
     path: str | pathlib.Path | io.BufferedIOBase, custom_objects: dict[str, Any] | None, given: Collection[str]
 ) -> dict[str, Any]:
-    """
-    The ``target_kl`` and ``cg_damping`` of a model that sb3-contrib saved, in joint units, with a warning that says so.
-
-    :param path: as for ``load``; a file object is left where it was
-    :param custom_objects: as for ``load``
-    :param given: names of arguments that the user has set, and that nothing has to be converted for
-    :return: those of both that come from the file
-    """
+    """The ``target_kl`` and ``cg_damping`` of a model that sb3-contrib saved, in joint units, with a warning that says so."""
     start = path.tell() if isinstance(path, io.IOBase) else None
     data, _, _ = load_from_zip_file(path, device="cpu", custom_objects=custom_objects)
     if start is not None:

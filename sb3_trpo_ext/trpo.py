@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 import pathlib
 import time
 from collections.abc import Iterable
@@ -18,13 +17,13 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_trpo_ext._checks import ArgumentError, check_seed
+from sb3_trpo_ext._files import replacing
 from sb3_trpo_ext.arguments import (
-    ArgumentError,
     check_arguments,
     check_attributes,
     check_env,
     check_optimizer_states,
-    check_seed,
     check_settings,
     scheduled,
 )
@@ -40,7 +39,7 @@ from sb3_trpo_ext.parallel.launch import (
     running_statistics,
     start_together,
 )
-from sb3_trpo_ext.parallel.reductions import is_parallel, rank, weighted_by, world_size
+from sb3_trpo_ext.parallel.reductions import Shares, is_parallel, rank, world_size
 from sb3_trpo_ext.policies import (
     CnnPolicy,
     MlpPolicy,
@@ -54,9 +53,10 @@ from sb3_trpo_ext.rollout.snapshot import Snapshot
 from sb3_trpo_ext.update.batch import Batch, rollout_batch
 from sb3_trpo_ext.update.clipping import action_bounds
 from sb3_trpo_ext.update.critic import CriticFit, fit_critic
-from sb3_trpo_ext.update.distributions import TorchFamily, family_of, no_argument_checks, twice_differentiable_attention
+from sb3_trpo_ext.update.distributions import family_of
 from sb3_trpo_ext.update.log import record_update, warn_if_rejected
 from sb3_trpo_ext.update.optimizers import expanded_state
+from sb3_trpo_ext.update.settings import no_argument_checks, twice_differentiable_attention
 from sb3_trpo_ext.update.structure import PolicyParts, drop_graph_, unfrozen_parts
 from sb3_trpo_ext.update.surrogate import Surrogate
 from sb3_trpo_ext.update.watch import PolicyWatch
@@ -68,7 +68,7 @@ class TRPO(OnPolicyAlgorithm):
     """
     Trust Region Policy Optimization (Schulman et al. 2015, https://arxiv.org/abs/1502.05477).
 
-    Maximises ``mean(ratio * advantage) + ent_coef * mean(entropy)`` subject to ``mean KL(old || new) <= target_kl``. The KL is
+    Maximizes ``mean(ratio * advantage) + ent_coef * mean(entropy)`` subject to ``mean KL(old || new) <= target_kl``. The KL is
     that of the joint distribution: **summed over action dimensions**, averaged over states. Damping is added to the Fisher
     matrix of that KL. (sb3-contrib averages over action dimensions for Box and MultiBinary actions: multiply its ``target_kl``
     and ``cg_damping`` by their number to get the same trust region here.)
@@ -84,7 +84,7 @@ class TRPO(OnPolicyAlgorithm):
     :param gamma: Discount factor
     :param cg_max_steps: Maximum number of Fisher-vector products in conjugate gradient
     :param cg_damping: Damping added to the diagonal of the Fisher matrix, a number or a schedule
-    :param line_search_shrinking_factor: What a trial of the line search is shrunk by when its KL does not tell how far to go
+    :param line_search_shrinking_factor: Shrinks a trial of the line search whose KL does not tell how far to go
     :param line_search_max_iter: Maximum number of trials of the line search
     :param n_critic_updates: Number of passes of the value function over the rollout, per policy update
     :param gae_lambda: Trade-off of bias against variance in Generalized Advantage Estimation
@@ -94,7 +94,7 @@ class TRPO(OnPolicyAlgorithm):
     :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
     :param normalize_advantage: Whether to normalize the advantage
     :param target_kl: Radius of the trust region, a number or a schedule
-    :param sub_sampling_factor: Take the Fisher matrix on every so many-th sample only. Gradient, objective and KL always see
+    :param sub_sampling_factor: Take the Fisher matrix on every k-th sample only. Gradient, objective and KL always see
         the whole rollout (sb3-contrib thins them too)
     :param stats_window_size: Number of episodes that the reported means are taken over
     :param tensorboard_log: The log location for TensorBoard (if ``None``, no logging)
@@ -104,8 +104,8 @@ class TRPO(OnPolicyAlgorithm):
     :param device: Device (cpu, cuda, ...) on which the code should be run
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :param ent_coef: Weight of the entropy in the objective, a number or a schedule
-    :param cg_tolerance: Conjugate gradient ends when its residual is that small relative to the gradient
-    :param trust_region: ``"constraint"`` for TRPO, or ``"penalty"`` for the penalised form (Schulman et al. 2017, section 4:
+    :param cg_tolerance: Conjugate gradient ends when its residual relative to the gradient is below this
+    :param trust_region: ``"constraint"`` for TRPO, or ``"penalty"`` for the penalized form (Schulman et al. 2017, section 4:
         ``surrogate - beta KL`` by Adam, where beta adapts so that the KL comes out near ``target_kl``)
     :param trust_region_kwargs: Options of :class:`~sb3_trpo_ext.optim.KLConstraint` (``fill``, ``damped_scale``) or
         :class:`~sb3_trpo_ext.optim.AdaptiveKLPenalty` (``learning_rate``, ``n_epochs``, ``batch_size``, ``beta``)
@@ -118,7 +118,7 @@ class TRPO(OnPolicyAlgorithm):
         clipped to the bounds of the action space: the same gradient on average, with less noise (Fujita and Maeda 2018,
         https://arxiv.org/abs/1802.07564). Without, it is that of the Gaussian, as elsewhere
     :param clip_advantage: The normalized advantages are clipped to plus or minus this many standard deviations, and normalized
-        again; ``None`` for no limit. Where a few of them are very large (falls), their noise drowns what the others tell
+        again; ``None`` for no limit. Where a few of them are very large (falls), their noise hides the others
         (Garg et al. 2021, https://arxiv.org/abs/2102.10264)
     :raises ValueError: for a bad argument, with its name
     """
@@ -224,13 +224,13 @@ class TRPO(OnPolicyAlgorithm):
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         """
-        Wrap an environment as SB3 does, and say what is wrong with one that SB3 does not know.
+        Wrap an environment as SB3 does, and explain what is wrong with one that SB3 does not know.
 
         :param env: what the user gave
         :param verbose: verbosity level
         :param monitor_wrapper: whether to wrap it in a ``Monitor``
         :return: the environment as a ``VecEnv``
-        :raises ValueError: if it is none that SB3 supports
+        :raises ValueError: if SB3 does not support it
         """
         check_env(env)
         return OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
@@ -252,7 +252,7 @@ class TRPO(OnPolicyAlgorithm):
             **{**_fused(self.policy), **self.policy.optimizer_kwargs},
         )
         if self.trust_region == "penalty":
-            if isinstance(family_of(self.policy.action_dist), TorchFamily):
+            if not family_of(self.policy.action_dist).is_batched:
                 raise ArgumentError(
                     f"`trust_region='penalty'` needs a distribution that can be cut into minibatches, and "
                     f"{type(self.policy.action_dist).__name__} is not one of those: use `trust_region='constraint'`, or "
@@ -315,25 +315,13 @@ class TRPO(OnPolicyAlgorithm):
         super().set_random_seed(rank_seed(check_seed(seed)))
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
-        """
-        Compute the progress remaining, from 1 to 0.
-
-        :param num_timesteps: number of steps so far
-        :param total_timesteps: number of steps asked for
-        """
+        """Compute the progress remaining, from 1 to 0."""
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
-        # The last rollout may go past the end, where SB3's becomes negative: so would a schedule that decays to zero, of the
-        # trust region or, unnoticed, of the learning rate
+        # The last rollout may go past the end, where SB3's becomes negative, and with it a schedule that decays to zero
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     def train(self) -> None:
         """Update the policy within the trust region, then fit the critic, on the rollouts in the buffers of all processes."""
-        with weighted_by(self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs):
-            self._train()
-        check_identical(self)
-
-    def _train(self) -> None:
-        """What :meth:`train` does, with averages over processes weighted by their samples."""
         self._check_ready()
         parts = self._parts
         # All schedules before anything moves: a bad value must not leave half an update
@@ -348,6 +336,7 @@ class TRPO(OnPolicyAlgorithm):
         # As during the rollout: dropout or BatchNorm in training mode would make the ratio differ from 1 before any step
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
+        shares = Shares.of(self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs)
         batch = self._full_batch()
         started = time.perf_counter()
         result, entropy, std = self._no_update(UpdateStatus.NOTHING_TO_TRAIN), math.nan, math.nan
@@ -363,11 +352,12 @@ class TRPO(OnPolicyAlgorithm):
                     fisher_stride=self.sub_sampling_factor,
                     noise_seed=self._n_updates * world_size() + rank(),
                     bounds=action_bounds(self.policy) if is_clipped else None,
+                    shares=shares,
                 )
                 result = self._update_policy(surrogate, target_kl, cg_damping)
                 entropy, std = surrogate.summary()
         policy_done = time.perf_counter()
-        critic = fit_critic(self.policy, parts.critic_params, parts.critic_modules, batch, fit)
+        critic = fit_critic(self.policy, parts.critic_params, parts.critic_modules, batch, fit, shares)
         critic_done = time.perf_counter()
         drop_graph_(self.policy.action_dist)
         self._n_updates += 1
@@ -383,34 +373,20 @@ class TRPO(OnPolicyAlgorithm):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("time/policy_update", policy_done - started)
         self.logger.record("time/critic_update", critic_done - policy_done)
+        check_identical(self)
 
     def _full_batch(self) -> Batch:
-        """
-        The whole rollout in the buffer, with its advantages normalised and clipped.
-
-        :return: the batch
-        """
+        """The whole rollout in the buffer, with its advantages normalized and clipped."""
         is_discrete = isinstance(self.action_space, spaces.Discrete)
         return rollout_batch(self.rollout_buffer, is_discrete, self.normalize_advantage, self.clip_advantage)
 
     def _scheduled(self, name: str, minimum: float = -math.inf) -> float:
-        """
-        Present value of an argument that may be a schedule.
-
-        :param name: of the argument
-        :param minimum: the smallest acceptable value
-        :return: the number
-        """
+        """Current value of an argument that may be a schedule."""
         return scheduled(name, getattr(self, name), self._current_progress_remaining, minimum)
 
     def _no_update(self, status: UpdateStatus) -> UpdateResult:
-        """
-        The result of an update that was not made.
-
-        :param status: why
-        :return: the result
-        """
-        return UpdateResult(status, math.nan, math.nan, beta=math.nan if self.kl_penalty is None else self.kl_penalty.beta)
+        """The result of an update that was not made."""
+        return UpdateResult(status, math.nan, math.nan, beta=None if self.kl_penalty is None else self.kl_penalty.beta)
 
     def _update_policy(self, surrogate: Surrogate, target_kl: float, cg_damping: float) -> UpdateResult:
         """
@@ -439,7 +415,7 @@ class TRPO(OnPolicyAlgorithm):
                 first_trial=self._step_share if self.trust_region_kwargs.get("fill", True) else 1.0,
                 **self.trust_region_kwargs,
             )
-        result = update.update(surrogate.problem(), target_kl)
+        result = update.update(surrogate, target_kl)
         if result.step_share > 0:
             # How far the KL's quadratic model is off changes slowly. Averaged over updates, most searches need one trial
             self._step_share = math.sqrt(self._step_share * result.step_share)
@@ -474,19 +450,11 @@ class TRPO(OnPolicyAlgorithm):
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _excluded_save_params(self) -> list[str]:
-        """
-        Attributes that are not pickled.
-
-        :return: their names
-        """
+        """Attributes that are not pickled."""
         return [*super()._excluded_save_params(), "_acted", "_watch", "kl_penalty"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        """
-        What is saved as state dicts: policy, its optimizer, and the penalty's beta and optimiser.
-
-        :return: names of state dicts, names of tensors
-        """
+        """What is saved as state dicts: policy, its optimizer, and the penalty's beta and optimizer."""
         state_dicts, tensors = super()._get_torch_save_params()
         return state_dicts + ([] if self.kl_penalty is None else ["kl_penalty"]), tensors
 
@@ -513,13 +481,8 @@ class TRPO(OnPolicyAlgorithm):
         target = pathlib.Path(path)
         if target.suffix == "":
             target = pathlib.Path(f"{target}.zip")
-        # The suffix must be there: SB3 would add one
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
+        with replacing(target) as partial:
             super().save(partial, exclude, include)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(
@@ -594,23 +557,13 @@ class TRPO(OnPolicyAlgorithm):
 
 
 def _n_params(state: Any) -> int:
-    """
-    How many parameters an optimizer with a single group held.
-
-    :param state: its state dict, or anything else
-    :return: the number; -1 if there is no such group
-    """
+    """How many parameters an optimizer held, by its state dict; -1 if there is not exactly one group."""
     groups: Any = state.get("param_groups", ()) if isinstance(state, dict) else ()
     return len(groups[0]["params"]) if len(groups) == 1 else -1
 
 
 def _fused(policy: ActorCriticPolicy) -> dict[str, Any]:
-    """
-    Ask Adam for its fused implementation: one kernel per step instead of a dozen per parameter.
-
-    :param policy: with the class and the arguments of its optimiser
-    :return: arguments for the optimiser, empty where they would not be understood
-    """
+    """Arguments that ask Adam for its fused implementation: one kernel per step instead of a dozen per parameter."""
     is_adam = policy.optimizer_class in (th.optim.Adam, th.optim.AdamW)
     is_chosen = not {"fused", "foreach", "capturable", "differentiable"}.isdisjoint(policy.optimizer_kwargs)
     return {"fused": True} if is_adam and not is_chosen and policy.device.type in ("cpu", "cuda") else {}

@@ -12,7 +12,8 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
-from sb3_trpo_ext.optim import LinearOperator
+from sb3_trpo_ext.optim import LinearOperator, Problem
+from sb3_trpo_ext.parallel.reductions import Shares
 from sb3_trpo_ext.policies import MlpPolicy
 from sb3_trpo_ext.update.batch import Batch, take
 
@@ -33,6 +34,45 @@ class Dense(LinearOperator):
     def __matmul__(self, vector: th.Tensor) -> th.Tensor:
         self.n_products += 1
         return self.matrix @ vector
+
+
+class Preconditioned(Dense):
+    """A matrix that offers a preconditioner, and counts the products made before it was asked for."""
+
+    def __init__(self, matrix: th.Tensor, inverse: Callable[[float], th.Tensor | None], cost: float = 0):
+        super().__init__(matrix)
+        self.inverse, self.cost = inverse, cost
+        self.built_after: list[int] = []
+
+    @property
+    def preconditioner_cost(self) -> float:
+        return self.cost
+
+    def preconditioner(self, damping: float) -> LinearOperator | None:
+        self.built_after.append(self.n_products)
+        inverse = self.inverse(damping)
+        return None if inverse is None else Dense(inverse)
+
+
+class ScriptedProblem(Problem):
+    """A problem made of functions."""
+
+    def __init__(
+        self,
+        params: Sequence[th.Tensor],
+        n_samples: int,
+        evaluate: Callable[[th.Tensor | None], tuple[th.Tensor, th.Tensor]],
+        fisher: Callable[[], LinearOperator],
+        shares: Shares = Shares(),  # noqa: B008 immutable
+    ):
+        self.params, self.n_samples, self.shares = params, n_samples, shares
+        self._evaluate, self._fisher = evaluate, fisher
+
+    def evaluate(self, indices: th.Tensor | None = None) -> tuple[th.Tensor, th.Tensor]:
+        return self._evaluate(indices)
+
+    def fisher(self) -> LinearOperator:
+        return self._fisher()
 
 
 def as_matrix(operator: LinearOperator, n_params: int) -> th.Tensor:
@@ -93,8 +133,13 @@ def make_batch(policy: ActorCriticPolicy, n_samples: int = 6) -> Batch:
 
 
 def thinned(batch: Batch, stride: int) -> Batch:
-    """Every so many-th sample of a rollout."""
-    return Batch(take(batch.observations, slice(None, None, stride)), *(part[::stride] for part in batch[1:]))
+    """Every k-th sample of a rollout."""
+    return cut(batch, slice(None, None, stride))
+
+
+def cut(batch: Batch, part: slice) -> Batch:
+    """Some samples of a rollout."""
+    return Batch(take(batch.observations, part), *(tensor[part] for tensor in batch[1:]))
 
 
 def finite_difference(function: Callable[[], float], params: Sequence[th.Tensor], step: float = 1e-5) -> th.Tensor:

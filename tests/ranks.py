@@ -9,7 +9,7 @@ import stable_baselines3.common.policies as sb3_policies
 import torch as th
 import torch.distributed as dist
 from agents import RandomEnv, UpdateLog, collect, copies, make_model, random_vec_env, train
-from helpers import make_batch, make_policy
+from helpers import cut, make_batch, make_policy
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.preprocessing import preprocess_obs
@@ -28,8 +28,8 @@ from sb3_trpo_ext.optim import (
 from sb3_trpo_ext.optim.vectors import flatten
 from sb3_trpo_ext.parallel import reductions
 from sb3_trpo_ext.parallel.launch import SharedStatistics, check_identical, start_together
-from sb3_trpo_ext.parallel.reductions import all_mean, weighted_by
-from sb3_trpo_ext.update.batch import Batch, rollout_batch, take
+from sb3_trpo_ext.parallel.reductions import Shares
+from sb3_trpo_ext.update.batch import Batch, rollout_batch
 from sb3_trpo_ext.update.critic import CriticFit, CriticStatus, fit_critic
 from sb3_trpo_ext.update.structure import split_policy
 from sb3_trpo_ext.update.surrogate import Surrogate
@@ -59,38 +59,33 @@ def joined_batch(policy: Any) -> Batch:
     return batch._replace(old_log_prob=batch.old_log_prob + 0.1 * th.randn(N_SAMPLES))
 
 
-def cut(batch: Batch, part: slice) -> Batch:
-    return Batch(take(batch.observations, part), *(tensor[part] for tensor in batch[1:]))
-
-
 def policy_facts(part: slice) -> dict[str, th.Tensor]:
     """Each quantity of a policy update on a part of the batch, averaged over the processes."""
     th.manual_seed(1)
     policy = make_policy()
     batch = cut(joined_batch(policy), part)
+    shares = Shares.of(batch.n_samples)
     params = split_policy(policy).actor_params
     vector = th.linspace(-1, 1, len(flatten(params)))
-    with weighted_by(batch.n_samples):
-        objective_of_batch = Surrogate(policy, params, batch, ent_coef=0.1)
-        problem = objective_of_batch.problem()
-        fisher = objective_of_batch.fisher()
-        objective, gradient = objective_of_batch.gradient()
-        assert isinstance(fisher, GaussNewtonFisher) and isinstance(fisher.jacobian, MlpJacobian)
-        score = th.randn(N_SAMPLES, 2, generator=th.Generator().manual_seed(4))[part]
-        factors = KroneckerPreconditioner(fisher.jacobian, objective_of_batch._output_fisher, score, 0.1)
-        # Few steps: rounding grows with each, until not a digit of the residual is left
-        update = KLConstraint(5, cg_tolerance=0.0, cg_damping=0.1, precondition=False)
-        facts = {
-            "objective": all_mean(objective),
-            "gradient": all_mean(gradient),
-            "product": Averaged(fisher) @ vector,
-            "factors": th.cat([block.scale.flatten() for block in factors._blocks]),
-            "preconditioned": factors(vector),
-            "solution": update._solve(problem, all_mean(gradient)).x,
-        }
-        result = update.update(problem, 0.01)
-        assert result.is_accepted, result
-        numbers = [result.kl, result.objective_after, result.step_size, *objective_of_batch.summary()]
+    objective_of_batch = Surrogate(policy, params, batch, ent_coef=0.1, shares=shares)
+    fisher = objective_of_batch.fisher()
+    objective, gradient = objective_of_batch.objective_and_gradient()
+    assert isinstance(fisher, GaussNewtonFisher) and isinstance(fisher.jacobian, MlpJacobian)
+    score = th.randn(N_SAMPLES, 2, generator=th.Generator().manual_seed(4))[part]
+    factors = KroneckerPreconditioner(fisher.jacobian, fisher._output_fisher, score, 0.1, shares)
+    # Few steps: rounding grows with each, until not a digit of the residual is left
+    update = KLConstraint(5, cg_tolerance=0.0, cg_damping=0.1, precondition=False)
+    facts = {
+        "objective": shares.mean(objective),
+        "gradient": shares.mean(gradient),
+        "product": Averaged(fisher, shares) @ vector,
+        "factors": th.cat([block.scale.flatten() for block in factors._blocks]),
+        "preconditioned": factors @ vector,
+        "solution": update._solve(objective_of_batch, shares.mean(gradient)).x,
+    }
+    result = update.update(objective_of_batch, 0.01)
+    assert result.is_accepted, result
+    numbers = [result.kl, result.objective_after, result.step_size, *objective_of_batch.summary()]
     return facts | {"params": flatten(params), "numbers": th.tensor(numbers)}
 
 
@@ -99,10 +94,10 @@ def penalty_facts(part: slice) -> th.Tensor:
     th.manual_seed(1)
     policy = make_policy()
     batch = cut(joined_batch(policy), part)
+    shares = Shares.of(batch.n_samples)
     params = split_policy(policy).actor_params
-    with weighted_by(batch.n_samples):
-        update = AdaptiveKLPenalty(params, n_epochs=3, batch_size=N_SAMPLES)
-        assert update.update(Surrogate(policy, params, batch).problem(), 0.01).is_accepted
+    update = AdaptiveKLPenalty(params, n_epochs=3, batch_size=N_SAMPLES)
+    assert update.update(Surrogate(policy, params, batch, shares=shares), 0.01).is_accepted
     return flatten(params)
 
 
@@ -112,12 +107,14 @@ def critic_facts(kind: str, part: slice, batch_size: int, order: Callable[[int],
     th.manual_seed(1)
     policy = make_policy(**kwargs)
     batch = cut(joined_batch(policy), part)
+    shares = Shares.of(batch.n_samples)
     parts = split_policy(policy)
     policy.optimizer = th.optim.Adam(parts.critic_params, lr=0.01)
     shuffled, th.randperm = th.randperm, order  # type: ignore[assignment]
     try:
-        with weighted_by(batch.n_samples):
-            result = fit_critic(policy, parts.critic_params, parts.critic_modules, batch, fit._replace(batch_size=batch_size))
+        result = fit_critic(
+            policy, parts.critic_params, parts.critic_modules, batch, fit._replace(batch_size=batch_size), shares
+        )
     finally:
         th.randperm = shuffled
     assert result.status is CriticStatus.FITTED
@@ -305,7 +302,7 @@ def one_process_of_two(rank: int, folder: str) -> None:
         outcome |= {f"{kind}_{name}": critic_facts(kind, part, batch_size, th.arange) for kind in CRITICS}
     dist.barrier()
     if rank == 0:
-        outcome["lost"] = error_of(lambda: [all_mean(th.ones(1)) for _ in range(3)])
+        outcome["lost"] = error_of(lambda: [Shares().mean(th.ones(1)) for _ in range(3)])
     th.save(outcome, f"{folder}/{rank}.pt")
     # Without a word to the other one
     os._exit(0)

@@ -17,7 +17,7 @@ from sb3_trpo_ext.optim.vectors import flatten
 from sb3_trpo_ext.policies import CnnPolicy, SquashedMlpPolicy
 from sb3_trpo_ext.update.batch import Batch
 from sb3_trpo_ext.update.critic import CriticFit, CriticStatus, fit_critic
-from sb3_trpo_ext.update.distributions import no_argument_checks
+from sb3_trpo_ext.update.settings import no_argument_checks
 from sb3_trpo_ext.update.structure import split_policy
 from sb3_trpo_ext.update.surrogate import Surrogate
 
@@ -61,7 +61,7 @@ def update(policy: ActorCriticPolicy, batch: Batch, **kwargs: Any) -> UpdateResu
     """One update of a policy, where it is."""
     constraint = KLConstraint(**{"cg_max_steps": 60, "cg_tolerance": 1e-12, "cg_damping": 0.1, **kwargs})
     with no_argument_checks:
-        return constraint.update(Surrogate(policy, split_policy(policy).actor_params, batch).problem(), 0.01)
+        return constraint.update(Surrogate(policy, split_policy(policy).actor_params, batch), 0.01)
 
 
 def params_of(policy: ActorCriticPolicy) -> th.Tensor:
@@ -118,11 +118,11 @@ def test_the_host_waits_once_per_solution_and_once_per_trial(name: str) -> None:
         assert result.is_accepted
         assert result.cg_steps == cg_max_steps
         assert waits == {
-            "updates._objective_and_gradient": 1,
-            "conjugate_gradient.conjugate_gradient": 1,
+            "updates._before_update": 1,
+            "conjugate_gradient.result": 1,
             # Length of the direction and predicted improvement
             "updates.update": 1,
-            "updates.evaluate": result.n_trials,
+            "updates._evaluated": result.n_trials,
         }
 
 
@@ -137,11 +137,11 @@ def test_a_preconditioner_is_that_of_the_cpu_and_its_factors_make_one_journey(na
         policy.to(device)
         surrogate = Surrogate(policy, split_policy(policy).actor_params, batch if device.type == "cpu" else moved(batch))
         fisher = surrogate.fisher()
-        costs.append(surrogate.preconditioner_cost(fisher))
+        costs.append(fisher.preconditioner_cost)
         with accelerator.counted() as waits:
-            preconditioner = surrogate.preconditioner(fisher, 0.1)
+            preconditioner = fisher.preconditioner(0.1)
         assert preconditioner is not None
-        results.append(preconditioner(vector.to(device)).cpu())
+        results.append((preconditioner @ vector.to(device)).cpu())
     assert relative_error(results[1], results[0]) < 1e-10
     assert waits == {"kfac._eigen": 1}
     # The numbers of the sampled score, and the eigenvectors on their way back
@@ -201,10 +201,10 @@ def test_an_mlp_makes_the_host_wait_once_per_step_of_the_environment(training: s
     # Values, log-probabilities and what episodes cut short would have had, with PyTorch's checks of arguments
     n_ends = sum(waits.pop(name) for name in ("actors.evaluate", "collect._complete", "collect.collect"))
     assert n_ends <= 8
-    assert waits.pop("conjugate_gradient.conjugate_gradient") <= 3
-    assert waits.pop("updates.evaluate") == log_of(model)["train/line_search_trials"]
+    assert waits.pop("conjugate_gradient.result") <= 3
+    assert waits.pop("updates._evaluated") == log_of(model)["train/line_search_trials"]
     assert waits == {
-        "updates._objective_and_gradient": 1,
+        "updates._before_update": 1,
         "updates.update": 1,
         "surrogate.summary": 1,
         "critic.fit_critic": 2,
@@ -226,7 +226,7 @@ def test_a_nan_in_the_actor_is_noticed_before_the_environment_steps(training: st
     model = random_model(training, accelerator.NAME)
     with th.no_grad():
         dict(model.policy.named_parameters())["action_net.bias"].fill_(float("nan"))
-    with pytest.raises(ValueError, match="puts out a NaN"):
+    with pytest.raises(ValueError, match="returns a NaN"):
         model.learn(32)
     assert model.num_timesteps == 0
 

@@ -16,7 +16,8 @@ from helpers import BOX_ACTIONS, VECTOR
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.arguments import ArgumentError, check_attributes
+from sb3_trpo_ext._checks import ArgumentError
+from sb3_trpo_ext.arguments import check_attributes
 
 # --- Spaces --------------------------------------------------------------------------------------------------------------
 

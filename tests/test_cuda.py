@@ -19,7 +19,7 @@ from sb3_trpo_ext.optim.vectors import flatten
 from sb3_trpo_ext.policies import CnnPolicy, SquashedMlpPolicy
 from sb3_trpo_ext.update.batch import Batch
 from sb3_trpo_ext.update.critic import CriticFit, CriticStatus, fit_critic
-from sb3_trpo_ext.update.distributions import no_argument_checks
+from sb3_trpo_ext.update.settings import no_argument_checks
 from sb3_trpo_ext.update.structure import split_policy
 from sb3_trpo_ext.update.surrogate import Surrogate
 
@@ -42,7 +42,7 @@ def to_gpu(batch: Batch) -> Batch:
 
 def update(policy: ActorCriticPolicy, batch: Batch) -> UpdateResult:
     """One update of a policy, on its device, with a direction that is exact: the CPU has the preconditioner sooner."""
-    problem = Surrogate(policy, split_policy(policy).actor_params, batch).problem()
+    problem = Surrogate(policy, split_policy(policy).actor_params, batch)
     with no_argument_checks:
         return KLConstraint(60, cg_tolerance=1e-12, cg_damping=0.1).update(problem, 0.01)
 

@@ -259,7 +259,7 @@ def test_matrix_that_is_not_positive_rejects_the_update(
     diagonal: float, damping: float, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fisher(surrogate: Surrogate) -> LinearOperator:
-        return Dense(diagonal * th.eye(sum(param.numel() for param in surrogate.actor_params)))
+        return Dense(diagonal * th.eye(sum(param.numel() for param in surrogate.params)))
 
     model = collect(make_model(cg_damping=damping))
     before = copies(model._parts.actor_params)
@@ -275,7 +275,7 @@ def test_matrix_that_is_not_positive_rejects_the_update(
 def test_trials_that_give_no_number_are_shrunk_until_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
     # A matrix that is much too small makes the first steps so long that the policy overflows
     def fisher(surrogate: Surrogate) -> LinearOperator:
-        return Dense(1e-15 * th.eye(sum(param.numel() for param in surrogate.actor_params)))
+        return Dense(1e-15 * th.eye(sum(param.numel() for param in surrogate.params)))
 
     model = collect(make_model(cg_damping=0.0))
     before = copies(model._parts.actor_params)
@@ -299,7 +299,7 @@ def test_interrupted_policy_update_is_undone(
     evaluate, moved = Surrogate.evaluate, []
 
     def interrupted(surrogate: Surrogate, indices: th.Tensor | None = None) -> tuple[th.Tensor, th.Tensor]:
-        if not th.equal(surrogate.actor_params[0], before["policy"]["mlp_extractor.policy_net.0.weight"]):
+        if not th.equal(surrogate.params[0], before["policy"]["mlp_extractor.policy_net.0.weight"]):
             moved.append(True)
             raise error
         return evaluate(surrogate, indices)

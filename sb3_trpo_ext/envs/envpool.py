@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import importlib
 import os
 import time
@@ -21,12 +20,14 @@ from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
+from sb3_trpo_ext._checks import check_integer, closest
+
 #: Options of EnvPool that have a name of their own here, or that this class cannot do, and what to do instead.
 RESERVED = {
     "num_envs": "pass `n_envs`",
-    "batch_size": "all environments step together, leave it away",
+    "batch_size": "all environments step together, leave it out",
     "env_seed": "pass `seed`, environment i gets `seed + i`",
-    "gym_reset_return_info": "leave it away",
+    "gym_reset_return_info": "leave it out",
     "render_mode": "EnvPoolVecEnv does not render, use `gymnasium.make(..., render_mode=...)` to watch an agent",
     "max_num_players": "EnvPoolVecEnv is for one agent per environment",
 }
@@ -73,10 +74,10 @@ class EnvPoolVecEnv(VecEnv):
         **kwargs: Any,
     ) -> None:
         self._envpool = load_envpool()
-        _check_count("n_envs", n_envs)
+        n_envs = check_integer("n_envs", n_envs, 1)
         if num_threads is None:
             num_threads = min(n_envs, n_cores())
-        _check_count("num_threads", num_threads)
+        num_threads = check_integer("num_threads", num_threads, 1)
         if seed is not None and (not isinstance(seed, (int, np.integer)) or isinstance(seed, bool)):
             raise ValueError(f"`seed` must be an integer or None, got {seed!r}")
         config = task_options(self._envpool, env_id, kwargs)
@@ -89,8 +90,8 @@ class EnvPoolVecEnv(VecEnv):
         self._pool: Any = None
         # EnvPool takes seeds when it makes the environments, and only then
         self._has_new_seed = True
-        # From the call into EnvPool until its answer is dealt with. If Ctrl-C comes in between, nobody knows whether there is
-        # an answer to wait for, and waiting for none would never end.
+        # From the call into EnvPool until its answer is dealt with. After a Ctrl-C in between there may be no answer
+        # to wait for, and waiting would never end.
         self._is_busy = False
         self._is_closed = False
 
@@ -140,11 +141,7 @@ class EnvPoolVecEnv(VecEnv):
             raise ValueError(f"`options`: EnvPool takes options when the environments are made, not at reset, got {options!r}")
 
     def reset(self) -> VecEnvObs:
-        """
-        Start a new episode in all environments.
-
-        :return: the first observations
-        """
+        """Start a new episode in all environments."""
         self._check_open()
         if self._is_busy:
             # The seed of the old environments would repeat the episodes that they have had
@@ -184,11 +181,7 @@ class EnvPoolVecEnv(VecEnv):
         self._pool.send(actions)
 
     def step_wait(self) -> VecEnvStepReturn:
-        """
-        Wait for the step, and start a new episode in the environments that are done.
-
-        :return: observations, rewards, dones and infos
-        """
+        """Wait for the step, and start a new episode in the environments that are done."""
         raw_observations, rewards, terminated, truncated, columns = self._pool.recv()
         observations = in_single_precision(raw_observations)
         self._returns += rewards
@@ -206,13 +199,7 @@ class EnvPoolVecEnv(VecEnv):
         return observations, rewards.astype(np.float32), dones, infos
 
     def _start_anew(self, done: np.ndarray, observations: VecEnvObs, infos: list[dict[str, Any]]) -> None:
-        """
-        Close the books on episodes, and reset their environments in one batch.
-
-        :param done: which environments
-        :param observations: of all environments; those of the environments that are done are replaced
-        :param infos: of all environments; those of the environments that are done are completed
-        """
+        """Close the books on episodes, and reset their environments in one batch."""
         elapsed = round(time.time() - self._start, 6)
         for index in done.tolist():
             info = infos[index]
@@ -356,19 +343,10 @@ def spaces_without_warnings() -> Iterator[None]:
 
 
 def n_cores() -> int:
-    """
-    Count the cores that this process may use.
-
-    :return: at least 1
-    """
+    """Count the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}")
 
 
 def task_options(envpool: ModuleType, env_id: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -383,14 +361,14 @@ def task_options(envpool: ModuleType, env_id: str, kwargs: dict[str, Any]) -> di
     """
     tasks = envpool.list_all_envs()
     if env_id not in tasks:
-        raise ValueError(f"`env_id`: EnvPool has no task {env_id!r}{_suggestion(str(env_id), tasks)}")
+        raise ValueError(f"`env_id`: EnvPool has no task {env_id!r}; {closest(str(env_id), tasks)}")
     for name in kwargs.keys() & RESERVED.keys():
         raise ValueError(f"`{name}` is not an option here: {RESERVED[name]}")
     with spaces_without_warnings():
         defaults = envpool.make_spec(env_id).config._asdict()
         for name in kwargs.keys() - defaults.keys():
             raise ValueError(
-                f"`{name}`: {env_id} of EnvPool has no such option{_suggestion(name, defaults)}; its options may have other "
+                f"`{name}`: {env_id} of EnvPool has no such option; {closest(name, defaults)} Its options may have other "
                 f"names than Gymnasium's, print(envpool.make_spec({env_id!r}).config) shows them"
             )
         try:
@@ -405,11 +383,6 @@ def task_options(envpool: ModuleType, env_id: str, kwargs: dict[str, Any]) -> di
     if config["max_episode_steps"] < 1:
         raise ValueError(f"`max_episode_steps` must be at least 1, got {config['max_episode_steps']}")
     return config
-
-
-def _suggestion(name: str, names: Any) -> str:
-    close = difflib.get_close_matches(name, list(names), n=3)
-    return f"; did you mean {', '.join(close)}?" if close else ""
 
 
 def task_spec(env_id: str, config: dict[str, Any]) -> tuple[EnvSpec, int | None]:
@@ -459,38 +432,21 @@ def single_precision(space: Any) -> spaces.Space:
 
 
 def in_single_precision(observations: Any) -> Any:
-    """
-    Copy observations, in float32 where EnvPool has float64.
-
-    :param observations: an array, or a dictionary of arrays
-    :return: arrays of our own
-    """
+    """Copy observations, in float32 where EnvPool has float64."""
     if isinstance(observations, dict):
         return {key: in_single_precision(part) for key, part in observations.items()}
     return observations.astype(np.float32 if observations.dtype == np.float64 else observations.dtype)
 
 
 def take(observations: Any, index: int) -> Any:
-    """
-    Copy the observation of one environment.
-
-    :param observations: an array, or a dictionary of arrays
-    :param index: which environment
-    :return: the observation
-    """
+    """Copy the observation of one environment."""
     if isinstance(observations, dict):
         return {key: part[index].copy() for key, part in observations.items()}
     return observations[index].copy()
 
 
 def put(observations: Any, indices: np.ndarray, values: Any) -> None:
-    """
-    Replace the observations of some environments.
-
-    :param observations: an array, or a dictionary of arrays
-    :param indices: which environments
-    :param values: their new observations
-    """
+    """Replace the observations of some environments."""
     if isinstance(observations, dict):
         for key, part in observations.items():
             part[indices] = values[key]
@@ -499,13 +455,7 @@ def put(observations: Any, indices: np.ndarray, values: Any) -> None:
 
 
 def rows(columns: dict[str, Any], n_rows: int) -> list[dict[str, Any]]:
-    """
-    Turn EnvPool's one dictionary of arrays into SB3's list of dictionaries.
-
-    :param columns: arrays by name; the numbers of environments and players are left out
-    :param n_rows: the number of environments
-    :return: a dictionary for each environment, with Python numbers for scalars
-    """
+    """Turn EnvPool's one dictionary of arrays into SB3's list of dictionaries."""
     names = [name for name, column in columns.items() if isinstance(column, np.ndarray) and name != "env_id"]
     if not names:
         return [{} for _ in range(n_rows)]

@@ -54,13 +54,7 @@ class PointMass1D(gym.Env[np.ndarray, np.ndarray]):
         self.state = np.zeros(2)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
-        """
-        Start an episode.
-
-        :param seed: of the start
-        :param options: not used
-        :return: observation and an empty info
-        """
+        """Start an episode."""
         super().reset(seed=seed)
         bound = np.array([MAX_START_POSITION, MAX_START_VELOCITY])
         self.state = self.np_random.uniform(-bound, bound)

@@ -1,6 +1,9 @@
-"""Preconditioned conjugate gradient with a status, and without a host synchronisation per step on an accelerator."""
+"""Preconditioned conjugate gradient with a status, for a CPU and for an accelerator.
 
-from collections.abc import Callable
+On an accelerator the loop always makes ``max_steps`` products and freezes the iterate on the device once it is done, so that
+the host waits for it once, at the end. On the CPU, where the host can read a number at no cost, the loop stops there.
+"""
+
 from enum import Enum
 from typing import NamedTuple
 
@@ -27,7 +30,7 @@ class CGResult(NamedTuple):
     curvature: float
     #: Norm of the residual relative to that of ``b``, in the norm of the preconditioner.
     residual_norm: float
-    #: Number of products with A that moved ``x``.
+    #: Number of products with A that moved ``x``, those of an earlier run that was continued included.
     n_steps: int
     status: CGStatus
     #: ``b - A x`` as the recursion has it, shape ``(n_params,)``.
@@ -41,12 +44,7 @@ _CONVERGED, _MAX_STEPS, _NON_POSITIVE, _NON_FINITE = range(4)
 
 
 def _is_free_to_read(tensor: th.Tensor) -> bool:
-    """
-    Whether the host can look at a number without waiting for an accelerator.
-
-    :param tensor: where the number is
-    :return: true on the CPU
-    """
+    """Whether the host can read a number of this tensor without waiting for an accelerator."""
     return tensor.device.type == "cpu"
 
 
@@ -56,85 +54,107 @@ def conjugate_gradient(
     b: th.Tensor,
     max_steps: int,
     tolerance: float,
-    preconditioner: Callable[[th.Tensor], th.Tensor] | None = None,
+    preconditioner: LinearOperator | None = None,
     start: CGResult | None = None,
 ) -> CGResult:
     """
     Solve ``A x = b`` for a positive definite A (Hestenes & Stiefel 1952; preconditioned: Saad 2003, algorithm 9.1).
 
-    Starts at zero or where an earlier run stopped: no product is spent on the start, and no random numbers are consumed. Ends
-    as soon as ``||r||_P <= tolerance ||b||_P`` with ``||v||_P^2 = v . P v``. A zero ``b`` is solved by zero.
-
-    On an accelerator the loop always makes ``max_steps`` products and freezes the iterate on the device once it is done; the
-    host waits for it once, at the end. On the CPU, where looking at a number is free, it stops there.
+    Starts at zero or where an earlier run stopped, without a product for the start and without random numbers. Ends as soon as
+    ``||r||_P <= tolerance ||b||_P`` with ``||v||_P^2 = v . P v``. A zero ``b`` is solved by zero.
 
     :param operator: A
     :param b: the right-hand side, shape ``(n_params,)``
-    :param max_steps: at most that many products with A
+    :param max_steps: maximum number of products with A
     :param tolerance: of the residual, relative to ``b``
-    :param preconditioner: P, an approximation of the inverse of A: symmetric positive definite
-    :param start: what an earlier run on the same A and b found. Two runs without a preconditioner are one; a preconditioner
+    :param preconditioner: P, an approximate inverse of A: symmetric positive definite
+    :param start: result of an earlier run on the same A and b. Two runs without a preconditioner are one run; a preconditioner
         starts with search directions of its own
     :return: the solution with its status
     """
-
-    def apply_preconditioner(vector: th.Tensor) -> th.Tensor:
-        return vector if preconditioner is None else preconditioner(vector)
-
-    x, r = (th.zeros_like(b), b) if start is None else (start.x, start.residual)
-    z = apply_preconditioner(r)
-    p = z if start is None or start.direction is None or preconditioner is not None else start.direction
-    rz = th.dot(r, z)
-    bz = rz if start is None else th.dot(b, apply_preconditioner(b))
-    bound = tolerance**2 * bz
-    # The first of several reasons counts, so the status is written only while the iteration is active.
-    status = th.full((), _MAX_STEPS, device=b.device)
-    status = th.where(rz <= bound, _CONVERGED, status)
-    status = th.where(th.isfinite(rz), status, _NON_FINITE)
-    active = status == _MAX_STEPS
-    n_steps = th.zeros((), dtype=th.long, device=b.device)
-
-    is_free = _is_free_to_read(b)
-
-    def if_active(new: th.Tensor, old: th.Tensor) -> th.Tensor:
-        # Where the loop has ended if it is not active, the choice would be another pass over each vector
-        return new if is_free else th.where(active, new, old)
-
+    iteration = _Iteration(operator, b, tolerance, preconditioner, start)
     for _ in range(max_steps):
-        if is_free and not active:
+        if iteration.can_stop():
             break
-        ap = operator @ p
-        curvature = th.dot(p, ap)
+        iteration.step()
+    return iteration.result()
+
+
+class _Iteration:
+    """The state of a run of :func:`conjugate_gradient`: x, residual r, search direction p, and ``z = P r``."""
+
+    def __init__(
+        self,
+        operator: LinearOperator,
+        b: th.Tensor,
+        tolerance: float,
+        preconditioner: LinearOperator | None,
+        start: CGResult | None,
+    ):
+        self._operator, self._b, self._preconditioner = operator, b, preconditioner
+        self._x, self._r = (th.zeros_like(b), b) if start is None else (start.x, start.residual)
+        z = self._preconditioned(self._r)
+        direction = None if start is None or preconditioner is not None else start.direction
+        self._p = z if direction is None else direction
+        self._rz = th.dot(self._r, z)
+        self._bz = self._rz if start is None else th.dot(b, self._preconditioned(b))
+        self._bound = tolerance**2 * self._bz
+        self._n_steps = th.full((), 0 if start is None else start.n_steps, device=b.device)
+        # The first of several reasons counts, so the status is written only while the iteration is active
+        status = th.full((), _MAX_STEPS, device=b.device)
+        status = th.where(self._rz <= self._bound, _CONVERGED, status)
+        self._status = th.where(th.isfinite(self._rz), status, _NON_FINITE)
+        self._active = self._status == _MAX_STEPS
+        self._is_free_to_read = _is_free_to_read(b)
+
+    def _preconditioned(self, vector: th.Tensor) -> th.Tensor:
+        return vector if self._preconditioner is None else self._preconditioner @ vector
+
+    def _if_active(self, new: th.Tensor, old: th.Tensor) -> th.Tensor:
+        # Where the loop stops, the choice would be one more pass over each vector
+        return new if self._is_free_to_read else th.where(self._active, new, old)
+
+    def can_stop(self) -> bool:
+        """Whether the iteration is over and the host can know it without waiting."""
+        return self._is_free_to_read and not self._active
+
+    def step(self) -> None:
+        """Make one product and move x."""
+        ap = self._operator @ self._p
+        curvature = th.dot(self._p, ap)
         # A NaN in `ap` that `p` multiplies by zero still makes the dot product NaN, so this one number tells of them all
         is_finite = th.isfinite(curvature)
-        status = th.where(active & ~is_finite, _NON_FINITE, status)
-        status = th.where(active & is_finite & (curvature <= 0), _NON_POSITIVE, status)
-        active = active & is_finite & (curvature > 0)
-        if is_free and not active:
-            break
-        alpha = rz / curvature
-        x = if_active(x + alpha * p, x)
-        r = if_active(r - alpha * ap, r)
-        z = apply_preconditioner(r)
-        new_rz = th.dot(r, z)
-        n_steps += active
-        status = th.where(active & ~th.isfinite(new_rz), _NON_FINITE, status)
-        status = th.where(active & (new_rz <= bound), _CONVERGED, status)
-        p = if_active(z + (new_rz / rz) * p, p)
-        rz = if_active(new_rz, rz)
-        active = active & (status == _MAX_STEPS)
+        self._status = th.where(self._active & ~is_finite, _NON_FINITE, self._status)
+        self._status = th.where(self._active & is_finite & (curvature <= 0), _NON_POSITIVE, self._status)
+        self._active = self._active & is_finite & (curvature > 0)
+        if self.can_stop():
+            return
+        alpha = self._rz / curvature
+        self._x = self._if_active(self._x + alpha * self._p, self._x)
+        self._r = self._if_active(self._r - alpha * ap, self._r)
+        z = self._preconditioned(self._r)
+        rz = th.dot(self._r, z)
+        self._n_steps = self._n_steps + self._active
+        self._status = th.where(self._active & ~th.isfinite(rz), _NON_FINITE, self._status)
+        self._status = th.where(self._active & (rz <= self._bound), _CONVERGED, self._status)
+        self._p = self._if_active(z + (rz / self._rz) * self._p, self._p)
+        self._rz = self._if_active(rz, self._rz)
+        self._active = self._active & (self._status == _MAX_STEPS)
 
-    # An overflow can spoil the iterate in the very step that reveals it
-    status = th.where(th.isfinite(x.abs().amax()), status, _NON_FINITE)
-    residual_norm = th.where(bz == 0, bz, (rz / bz).clamp(min=0).sqrt())
-    # One transfer for all that the host wants to know
-    numbers = th.stack([th.dot(x, b - r), residual_norm, n_steps.to(b.dtype), status.to(b.dtype)]).tolist()
-    return CGResult(
-        x=x,
-        curvature=numbers[0],
-        residual_norm=numbers[1],
-        n_steps=int(numbers[2]),
-        status=_STATUSES[int(numbers[3])],
-        residual=r,
-        direction=p if preconditioner is None else None,
-    )
+    def result(self) -> CGResult:
+        """What was found, in one transfer to the host."""
+        # An overflow can spoil the iterate in the very step that reveals it
+        status = th.where(th.isfinite(self._x.abs().amax()), self._status, _NON_FINITE)
+        residual_norm = th.where(self._bz == 0, self._bz, (self._rz / self._bz).clamp(min=0).sqrt())
+        curvature = th.dot(self._x, self._b - self._r)
+        numbers = [curvature, residual_norm, self._n_steps.to(curvature), status.to(curvature)]
+        values = th.stack(numbers).tolist()
+        return CGResult(
+            x=self._x,
+            curvature=values[0],
+            residual_norm=values[1],
+            n_steps=int(values[2]),
+            status=_STATUSES[int(values[3])],
+            residual=self._r,
+            direction=self._p if self._preconditioner is None else None,
+        )

@@ -1,4 +1,4 @@
-"""A Kronecker-factored preconditioner for conjugate gradient, from the activations of :class:`MlpJacobian`."""
+"""The Fisher matrix of a multilayer perceptron, and its Kronecker-factored preconditioner for conjugate gradient."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,15 +8,15 @@ import torch as th
 
 from sb3_trpo_ext.optim.devices import sent_to
 from sb3_trpo_ext.optim.mlp import MlpJacobian
-from sb3_trpo_ext.optim.operators import Statistics
+from sb3_trpo_ext.optim.operators import GaussNewtonFisher, LinearOperator, Statistics
 from sb3_trpo_ext.optim.vectors import flatten, unflatten
-from sb3_trpo_ext.parallel.reductions import all_means
+from sb3_trpo_ext.parallel.reductions import Shares
 
 #: What an eigendecomposition of an n x n matrix takes, in units of n^3 operations at the rate of matrix products. Measured on
 #: two cores: 4 ms at n = 349, where that rate was 190 GFLOP/s.
 _EIGH_OPERATIONS = 20
 #: How many times faster an accelerator multiplies matrices than the host, which decomposes them for it. On paper: 5 T
-#: multiply-adds per second, as in `benchmarks/traffic.py`, over the rate above. So this pays there for large batches only.
+#: multiply-adds per second over the rate above. So this pays there for large batches only.
 _ACCELERATOR_SPEED = 50
 
 
@@ -31,7 +31,54 @@ class _Block(NamedTuple):
     scale: th.Tensor
 
 
-class KroneckerPreconditioner:
+class MlpFisher(GaussNewtonFisher):
+    """
+    The Fisher matrix of a multilayer perceptron, with :class:`KroneckerPreconditioner`.
+
+    :param jacobian: of the policy on the batch
+    :param output_fisher: maps tangents of the statistics to cotangents, sample by sample
+    :param sample_score: draws a cotangent of the output, of shape ``(n_samples, n_outputs)``, whose covariance per sample is
+        the output-space Fisher matrix; may return ``None`` if there is no way to
+    :param shares: what each process counts in the means over samples
+    """
+
+    def __init__(
+        self,
+        jacobian: MlpJacobian,
+        output_fisher: Callable[[Statistics], Statistics],
+        sample_score: Callable[[], th.Tensor | None],
+        shares: Shares,
+    ):
+        super().__init__(jacobian, output_fisher)
+        self._mlp_jacobian = jacobian
+        self._sample_score = sample_score
+        self._shares = shares
+
+    @property
+    def preconditioner_cost(self) -> float:
+        """Counted in floating-point operations, and rounded up."""
+        jacobian = self._mlp_jacobian
+        build, product = 0.0, 0.0
+        eigh_operations = _EIGH_OPERATIONS * (1 if jacobian.device.type == "cpu" else _ACCELERATOR_SPEED)
+        for index, (n_out, n_in) in enumerate(jacobian.layer_shapes()):
+            build += 2 * jacobian.n_samples * (n_in**2 + n_out**2) + eigh_operations * (n_in**3 + n_out**3)
+            # Two matrix products at the first layer; four at every other, where a tangent and a cotangent go through
+            product += 2 * jacobian.n_samples * n_in * n_out * (2 if index == 0 else 4)
+        return math.ceil(build / product)
+
+    def preconditioner(self, damping: float) -> LinearOperator | None:
+        """``None`` if no score can be sampled, or if a factor is not finite."""
+        score = self._sample_score()
+        if score is None:
+            return None
+        try:
+            return KroneckerPreconditioner(self._mlp_jacobian, self._output_fisher, score, damping, self._shares)
+        except th.linalg.LinAlgError:  # type: ignore[attr-defined]
+            # The square of an observation of 1e20 is infinite in single precision, and has no eigenvalues
+            return None
+
+
+class KroneckerPreconditioner(LinearOperator):
     """
     An approximate inverse of ``F + damping I`` for a multilayer perceptron (Martens & Grosse 2015, K-FAC).
 
@@ -52,6 +99,7 @@ class KroneckerPreconditioner:
     :param score: cotangent of the output, of shape ``(n_samples, n_outputs)``, whose covariance per sample is the output-space
         Fisher matrix
     :param damping: added to F; positive
+    :param shares: what each process counts in the means over samples
     """
 
     def __init__(
@@ -60,6 +108,7 @@ class KroneckerPreconditioner:
         output_fisher: Callable[[Statistics], Statistics],
         score: th.Tensor,
         damping: float,
+        shares: Shares,
     ):
         self._jacobian = jacobian
         n_samples = jacobian.n_samples
@@ -75,7 +124,7 @@ class KroneckerPreconditioner:
         if jacobian.has_log_std:
             zeros, ones = th.zeros_like(score), th.ones_like(score)
             factors.append(output_fisher((zeros, ones))[1].mean(dim=0))
-        means = all_means(factors)
+        means = shares.means(factors)
         end = 2 * len(cotangents)
         eigen = _eigen(means[:end])
         for (input_values, input_basis), (output_values, output_basis) in zip(eigen[::2], eigen[1::2], strict=True):
@@ -84,30 +133,8 @@ class KroneckerPreconditioner:
             self._blocks.append(_Block(output_basis, input_basis, 1 / (eigenvalues + damping)))
         self._log_std_scale: th.Tensor | None = 1 / (means[-1] + damping) if jacobian.has_log_std else None
 
-    @staticmethod
-    def cost(jacobian: MlpJacobian) -> int:
-        """
-        What building the preconditioner takes, counted in floating-point operations.
-
-        :param jacobian: of the policy on the batch
-        :return: the time of so many Fisher-vector products, rounded up
-        """
-        build, product = 0.0, 0.0
-        eigh_operations = _EIGH_OPERATIONS * (1 if jacobian.device.type == "cpu" else _ACCELERATOR_SPEED)
-        for index, (n_out, n_in) in enumerate(jacobian.layer_shapes()):
-            build += 2 * jacobian.n_samples * (n_in**2 + n_out**2) + eigh_operations * (n_in**3 + n_out**3)
-            # Two matrix products at the first layer, and four at each other, where a tangent and a cotangent go through
-            product += 2 * jacobian.n_samples * n_in * n_out * (2 if index == 0 else 4)
-        return math.ceil(build / product)
-
     @th.no_grad()
-    def __call__(self, vector: th.Tensor) -> th.Tensor:
-        """
-        Multiply with the approximate inverse.
-
-        :param vector: shape ``(n_params,)``
-        :return: shape ``(n_params,)``
-        """
+    def __matmul__(self, vector: th.Tensor) -> th.Tensor:
         matrices, log_std = self._jacobian.to_layers(vector)
         solved = []
         for matrix, (output_basis, input_basis, scale) in zip(matrices, self._blocks, strict=True):
@@ -119,12 +146,7 @@ class KroneckerPreconditioner:
 
 
 def _eigen(matrices: Sequence[th.Tensor]) -> list[tuple[th.Tensor, th.Tensor]]:
-    """
-    Eigenvalues and eigenvectors, computed by the CPU.
-
-    :param matrices: symmetric, on one device
-    :return: of each, on that device
-    """
+    """Eigenvalues and eigenvectors of symmetric matrices, computed by the CPU."""
     device = matrices[0].device
     if device.type == "cpu":
         return [tuple(th.linalg.eigh(matrix)) for matrix in matrices]
@@ -137,14 +159,7 @@ def _eigen(matrices: Sequence[th.Tensor]) -> list[tuple[th.Tensor, th.Tensor]]:
 def _mean_output_fisher(
     jacobian: MlpJacobian, output_fisher: Callable[[Statistics], Statistics], like: th.Tensor
 ) -> th.Tensor:
-    """
-    Mean over the samples of the output-space Fisher matrix, one column after the other.
-
-    :param jacobian: tells whether there is a log std
-    :param output_fisher: maps tangents of the statistics to cotangents
-    :param like: tensor of the output's shape ``(n_samples, n_outputs)``
-    :return: shape ``(n_outputs, n_outputs)``
-    """
+    """Mean over the samples of the output-space Fisher matrix, one column after the other; ``like`` is an output."""
     zeros = th.zeros_like(like)
     columns = []
     for index in range(like.shape[1]):

@@ -31,7 +31,7 @@ class LineSearchResult(NamedTuple):
 
 #: An accepted step that reaches this share of the KL budget ends the search: the rest is not worth an evaluation.
 FILLED = 0.95
-#: Where a trial aims at: the middle of the band from `FILLED` to 1.
+#: What a trial aims at: the middle of the band from `FILLED` to 1.
 _AIM = 0.975
 #: A trial grows the step by at most this factor, however flat the KL looks from here, until there is an upper bound.
 _MAX_GROWTH = 4.0
@@ -42,12 +42,7 @@ _NARROW = 1.02
 
 
 def _power(trials: list[tuple[float, float]]) -> float:
-    """
-    Exponent of the power law through the last two measurements of the KL, which is 2 where the KL is quadratic.
-
-    :param trials: pairs of step size and KL, all positive and finite, at least two of different step sizes
-    :return: the exponent, kept between 1 and 8
-    """
+    """Exponent of the power law through the last two measurements of the KL, which is 2 where the KL is quadratic."""
     (s1, kl1), (s2, kl2) = trials[-2:]
     # The logarithms are subtracted because the ratio of two KLs can underflow to zero; that of two steps is never quite one
     return min(max((math.log(kl2) - math.log(kl1)) / math.log(s2 / s1), 1.0), 8.0)
@@ -69,14 +64,14 @@ def line_search(
     that meets both. With ``fill`` on, each trial uses the KL that was measured: along a line the KL is close to a power of the
     step size (2 near zero), so that one division tells where it will be just inside the trust region. A trial below
     ``FILLED * max_kl`` is followed by a larger one, a trial above ``max_kl`` by a smaller one, always within the bracket known
-    so far; of all trials that met both conditions the one with the best objective is returned.
+    so far. Of all trials that met both conditions, the one with the best objective is returned.
 
     :param evaluate: maps a step size to (objective, mean KL(old || new))
     :param objective_before: the objective at step size 0
     :param max_kl: the trust region's radius; positive
     :param full_step: the first trial; positive and finite
-    :param shrinking_factor: between 0 and 1: what a trial is shrunk by that fails for another reason than its KL
-    :param max_trials: at most that many evaluations
+    :param shrinking_factor: between 0 and 1: shrinks a trial that fails for another reason than its KL
+    :param max_trials: maximum number of evaluations
     :param fill: whether to use up the trust region
     :return: the accepted step, or step size 0 with the reason why the last trial was refused
     """
@@ -84,39 +79,41 @@ def line_search(
     # The bracket: the largest step size that met both conditions and the smallest that did not.
     lower, upper = 0.0, math.inf
     best: LineSearchResult | None = None
-    status = LineSearchStatus.NO_IMPROVEMENT
     measured: list[tuple[float, float]] = []
-    n_trials = 0
+    n_trials, status = 0, LineSearchStatus.NO_IMPROVEMENT
     while n_trials < max_trials:
         objective, kl = evaluate(step)
         n_trials += 1
-        is_finite = math.isfinite(objective) and math.isfinite(kl)
-        has_improved = is_finite and objective > objective_before
-        if has_improved and kl <= max_kl:
+        trial = _judged(objective, kl, objective_before, max_kl)
+        if trial is LineSearchStatus.ACCEPTED:
             lower = step
             if best is None or objective >= best.objective:
-                best = LineSearchResult(step, n_trials, objective, kl, LineSearchStatus.ACCEPTED)
+                best = LineSearchResult(step, n_trials, objective, kl, trial)
             if not fill or kl >= FILLED * max_kl:
                 break
         else:
-            upper = step
-            if not is_finite:
-                status = LineSearchStatus.NON_FINITE
-            elif kl > max_kl:
-                status = LineSearchStatus.KL_TOO_LARGE
-            else:
-                status = LineSearchStatus.NO_IMPROVEMENT
+            upper, status = step, trial
         if not fill:
             step *= shrinking_factor
             continue
-        if is_finite and kl > 0:
+        if trial is not LineSearchStatus.NON_FINITE and kl > 0:
             measured.append((step, kl))
-        step = _next_step(step, is_finite and (has_improved or kl > max_kl), max_kl, lower, upper, measured, shrinking_factor)
+        kl_decides = trial in (LineSearchStatus.ACCEPTED, LineSearchStatus.KL_TOO_LARGE)
+        step = _next_step(step, kl_decides, max_kl, lower, upper, measured, shrinking_factor)
         if not lower < step < upper or (lower > 0 and upper < _NARROW * lower):
             break
     if best is None:
         return LineSearchResult(0.0, n_trials, objective_before, 0.0, status)
     return best._replace(n_trials=n_trials)
+
+
+def _judged(objective: float, kl: float, objective_before: float, max_kl: float) -> LineSearchStatus:
+    """Whether a trial is good, or why not."""
+    if not (math.isfinite(objective) and math.isfinite(kl)):
+        return LineSearchStatus.NON_FINITE
+    if kl > max_kl:
+        return LineSearchStatus.KL_TOO_LARGE
+    return LineSearchStatus.ACCEPTED if objective > objective_before else LineSearchStatus.NO_IMPROVEMENT
 
 
 def _next_step(

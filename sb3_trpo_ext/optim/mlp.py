@@ -96,12 +96,7 @@ class MlpJacobian(Jacobian):
             self.output: th.Tensor = layers[-1](self._hidden[-1])
 
     def thinned(self, stride: int) -> "MlpJacobian":
-        """
-        The Jacobian on every so many-th sample, without computing anything again.
-
-        :param stride: from one sample to the next
-        :return: the Jacobian of the smaller batch
-        """
+        """The Jacobian on every so many-th sample, without computing anything again."""
         if stride == 1:
             return self
         smaller = copy.copy(self)

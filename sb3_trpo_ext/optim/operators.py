@@ -1,31 +1,38 @@
 """Linear operators: the Fisher matrix of a policy in its forms, and what is composed around it.
 
-An operator knows only how to multiply a vector; no matrix is ever formed.
+An operator only knows how to multiply a vector; no matrix is ever formed.
 """
 
+from __future__ import annotations
+
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch as th
 
 from sb3_trpo_ext.optim.vectors import flatten, unflatten
-from sb3_trpo_ext.parallel.reductions import all_mean
+from sb3_trpo_ext.parallel.reductions import Shares
 
 #: What a policy's distribution is made of on a batch (mean and log std, logits, ...): tensors whose first axis is the batch.
 Statistics = tuple[th.Tensor, ...]
 
 
 class LinearOperator(ABC):
-    """A symmetric matrix that can be multiplied with a vector: ``operator @ vector``."""
+    """A symmetric matrix that can be multiplied with a vector of shape ``(n_params,)``: ``operator @ vector``."""
 
     @abstractmethod
     def __matmul__(self, vector: th.Tensor) -> th.Tensor:
-        """
-        Multiply.
+        """Multiply; the result has the shape of ``vector``."""
 
-        :param vector: shape ``(n_params,)``
-        :return: shape ``(n_params,)``
-        """
+    @property
+    def preconditioner_cost(self) -> float:
+        """What :meth:`preconditioner` costs, in products with this operator; infinite if there is none."""
+        return math.inf
+
+    def preconditioner(self, damping: float) -> LinearOperator | None:
+        """An approximate inverse of ``A + damping I``."""
+        return None
 
 
 class Jacobian(ABC):
@@ -81,21 +88,11 @@ class AutogradJacobian(Jacobian):
         )
 
     def _with_graph(self, tensors: Sequence[th.Tensor]) -> list[th.Tensor]:
-        """
-        Those of the statistics that have a graph.
-
-        :param tensors: one per statistic
-        :return: some of them
-        """
+        """Of one tensor per statistic, those whose statistic has a graph."""
         return [tensor for tensor, has_graph in zip(tensors, self._has_graph, strict=True) if has_graph]
 
     def jvp(self, vector: th.Tensor) -> Statistics:
-        """
-        J v by the double-backward trick.
-
-        :param vector: shape ``(n_params,)``
-        :return: one tangent per statistic
-        """
+        """J v by the double-backward trick."""
         tangents = unflatten(vector, self._params)
         # A parameter outside every statistic has a pullback without graph, and so does a network that ignores its input
         paired = [(p, t) for p, t in zip(self._pullback, tangents, strict=True) if p.requires_grad]
@@ -108,12 +105,7 @@ class AutogradJacobian(Jacobian):
         )
 
     def vjp(self, cotangents: Statistics) -> th.Tensor:
-        """
-        J^T u by one reverse pass.
-
-        :param cotangents: one per statistic
-        :return: shape ``(n_params,)``
-        """
+        """J^T u by one reverse pass."""
         return flatten(
             th.autograd.grad(
                 self._statistics,
@@ -143,12 +135,6 @@ class GaussNewtonFisher(LinearOperator):
         self._output_fisher = output_fisher
 
     def __matmul__(self, vector: th.Tensor) -> th.Tensor:
-        """
-        F v.
-
-        :param vector: shape ``(n_params,)``
-        :return: shape ``(n_params,)``
-        """
         return self.jacobian.vjp(self._output_fisher(self.jacobian.jvp(vector))) / self.jacobian.n_samples
 
 
@@ -156,7 +142,7 @@ class HessianFisher(LinearOperator):
     """
     The Fisher matrix as the Hessian of the mean KL, by double backpropagation (Schulman et al. 2015, appendix C.1).
 
-    Needs nothing but the KL, so that it serves distributions whose Fisher matrix nobody has written down; it costs more than
+    Needs nothing but the KL, so it serves distributions whose Fisher matrix has not been derived; it costs more than
     :class:`GaussNewtonFisher`, for which it is the oracle.
 
     :param mean_kl: KL(old || new) averaged over the batch, at ``new = old``, with its graph
@@ -169,36 +155,20 @@ class HessianFisher(LinearOperator):
         self._gradient = th.cat([part.reshape(-1) for part in gradient])
 
     def __matmul__(self, vector: th.Tensor) -> th.Tensor:
-        """
-        F v as the gradient of ``grad(KL) . v``.
-
-        :param vector: shape ``(n_params,)``
-        :return: shape ``(n_params,)``
-        """
+        """F v as the gradient of ``grad(KL) . v``."""
         return flatten(
             th.autograd.grad(self._gradient, self._params, grad_outputs=vector, retain_graph=True, materialize_grads=True)
         )
 
 
 class ChunkedOperator(LinearOperator):
-    """
-    A weighted sum of operators that are made anew for every product, so that the graph of only one of them is in memory.
-
-    :param parts: each makes one operator
-    :param weights: of the operators, such as each one's share of the samples
-    """
+    """A weighted sum of operators that are made anew for every product, so that the graph of only one of them is in memory."""
 
     def __init__(self, parts: Sequence[Callable[[], LinearOperator]], weights: Sequence[float]):
         self._parts = parts
         self._weights = weights
 
     def __matmul__(self, vector: th.Tensor) -> th.Tensor:
-        """
-        Multiply.
-
-        :param vector: shape ``(n_params,)``
-        :return: shape ``(n_params,)``
-        """
         result = th.zeros_like(vector)
         for make, weight in zip(self._parts, self._weights, strict=True):
             result.add_(make() @ vector, alpha=weight)
@@ -206,24 +176,13 @@ class ChunkedOperator(LinearOperator):
 
 
 class Damped(LinearOperator):
-    """
-    ``A + damping I``.
-
-    :param operator: A
-    :param damping: in the units of A; not negative
-    """
+    """``A + damping I``."""
 
     def __init__(self, operator: LinearOperator, damping: float):
         self._operator = operator
         self._damping = damping
 
     def __matmul__(self, vector: th.Tensor) -> th.Tensor:
-        """
-        Multiply.
-
-        :param vector: shape ``(n_params,)``
-        :return: shape ``(n_params,)``
-        """
         return th.add(self._operator @ vector, vector, alpha=self._damping)
 
 
@@ -231,39 +190,36 @@ class Projected(LinearOperator):
     """
     ``P A P`` with the projection P that sets some entries of a vector to zero.
 
+    Conjugate gradient stays among the vectors that P keeps, where the damped operator is positive definite.
+
     :param operator: A
     :param is_kept: the entries that P keeps, booleans of shape ``(n_params,)``
     """
 
     def __init__(self, operator: LinearOperator, is_kept: th.Tensor):
-        self.operator = operator
-        self.is_kept = is_kept
+        self._operator = operator
+        self._is_kept = is_kept
+
+    @property
+    def preconditioner_cost(self) -> float:
+        """That of A."""
+        return self._operator.preconditioner_cost
+
+    def preconditioner(self, damping: float) -> LinearOperator | None:
+        """``P B P`` with the preconditioner B of A."""
+        inverse = self._operator.preconditioner(damping)
+        return None if inverse is None else Projected(inverse, self._is_kept)
 
     def __matmul__(self, vector: th.Tensor) -> th.Tensor:
-        """
-        Multiply.
-
-        :param vector: shape ``(n_params,)``
-        :return: shape ``(n_params,)``
-        """
-        return (self.operator @ (vector * self.is_kept)) * self.is_kept
+        return (self._operator @ (vector * self._is_kept)) * self._is_kept
 
 
 class Averaged(LinearOperator):
-    """
-    The mean of an operator over all processes of a data-parallel run; the operator itself on one process.
+    """The mean of an operator over all processes of a data-parallel run; the operator itself on one process."""
 
-    :param operator: this process's operator
-    """
-
-    def __init__(self, operator: LinearOperator):
+    def __init__(self, operator: LinearOperator, shares: Shares):
         self._operator = operator
+        self._shares = shares
 
     def __matmul__(self, vector: th.Tensor) -> th.Tensor:
-        """
-        Multiply.
-
-        :param vector: shape ``(n_params,)``, the same on all processes
-        :return: shape ``(n_params,)``, the same on all processes
-        """
-        return all_mean(self._operator @ vector)
+        return self._shares.mean(self._operator @ vector)

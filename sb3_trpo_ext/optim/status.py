@@ -14,13 +14,7 @@ class Status(IntEnum):
     advice: str
 
     def __new__(cls, code: int, advice: str = "") -> "Status":
-        """
-        Make a member.
-
-        :param code: the number
-        :param advice: see :attr:`advice`
-        :return: the member
-        """
+        """Make a member."""
         member = int.__new__(cls, code)
         member._value_ = code
         member.advice = advice

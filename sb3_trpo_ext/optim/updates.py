@@ -1,48 +1,57 @@
 """Policy updates inside a trust region: as a constraint (TRPO) or as a penalty."""
 
-import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch as th
 
 from sb3_trpo_ext.optim.conjugate_gradient import CGResult, CGStatus, conjugate_gradient
 from sb3_trpo_ext.optim.devices import sent_to
-from sb3_trpo_ext.optim.line_search import line_search
+from sb3_trpo_ext.optim.line_search import LineSearchResult, line_search
 from sb3_trpo_ext.optim.operators import Averaged, Damped, LinearOperator
 from sb3_trpo_ext.optim.status import UpdateStatus
+from sb3_trpo_ext.optim.transaction import Transaction
 from sb3_trpo_ext.optim.vectors import assign_, flatten, gradient_by_backward, unflatten
-from sb3_trpo_ext.parallel.reductions import all_mean, all_means, average_, minibatch_shares, minibatch_sizes
+from sb3_trpo_ext.parallel.reductions import Shares, average_
 
 #: Products without preconditioner after which to decide whether to build one.
 _PROBE = 2
 
 
-class Problem(NamedTuple):
-    """
-    What a policy update is given: maximise an objective within a KL ball around where the parameters are now.
+class Problem(ABC):
+    """What a policy update solves: maximize an objective within a KL ball around where the parameters are now."""
 
-    ``evaluate(indices)`` returns (objective, mean KL(old || new)) at the current parameters as scalars, with a graph if
-    gradients are enabled: of the whole batch for ``None``, else of the samples at these indices. ``fisher()`` returns the
-    operator of the Fisher matrix at the current parameters, without damping; ``preconditioner(fisher, damping)``, where there
-    is one, an approximate inverse of ``fisher + damping I`` for a positive damping, or ``None`` if that failed, and
-    ``preconditioner_cost(fisher)`` how many products with ``fisher`` it takes the time of. ``gradient()``, where there is one,
-    returns the objective of the whole batch with its flat gradient, for a problem that knows a faster way to it than autograd.
-    """
-
+    #: What is optimized; moved in place.
     params: Sequence[th.Tensor]
     n_samples: int
-    evaluate: Callable[[th.Tensor | None], tuple[th.Tensor, th.Tensor]]
-    fisher: Callable[[], LinearOperator]
-    preconditioner: Callable[[LinearOperator, float], Callable[[th.Tensor], th.Tensor] | None] | None = None
-    gradient: Callable[[], tuple[th.Tensor, th.Tensor]] | None = None
-    preconditioner_cost: Callable[[LinearOperator], int] = lambda _: 0
+    #: What each process counts in the means over samples.
+    shares: Shares = Shares()
+
+    @abstractmethod
+    def evaluate(self, indices: th.Tensor | None = None) -> tuple[th.Tensor, th.Tensor]:
+        """Objective and mean KL(old || new) at the current parameters."""
+
+    @abstractmethod
+    def fisher(self) -> LinearOperator:
+        """The Fisher matrix of the mean KL at the old parameters, over the samples of this process, without damping."""
+
+    def objective_and_gradient(self) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Objective of all samples of this process and its gradient at the old parameters.
+
+        :return: scalar, and vector of shape ``(n_params,)``
+        """
+        with th.enable_grad():
+            objective, _ = self.evaluate()
+            gradient = th.autograd.grad(objective, self.params, materialize_grads=True)
+        return objective.detach(), flatten(gradient)
 
 
 class UpdateResult(NamedTuple):
-    """All that happened in a policy update; entries that a kind of update does not have are NaN or 0."""
+    """All that happened in a policy update."""
 
     #: ``ACCEPTED``, or why the parameters are where they were.
     status: UpdateStatus
@@ -64,8 +73,8 @@ class UpdateResult(NamedTuple):
     cg_steps: int = 0
     #: Residual of conjugate gradient relative to the gradient.
     cg_residual: float = math.nan
-    #: Coefficient of the KL during this update.
-    beta: float = math.nan
+    #: Coefficient of the KL during this update; ``None`` for a constraint.
+    beta: float | None = None
 
     @property
     def is_accepted(self) -> bool:
@@ -82,74 +91,48 @@ class PolicyUpdate(ABC):
 
     @abstractmethod
     def update(self, problem: Problem, target_kl: float) -> UpdateResult:
-        """
-        Take one step.
-
-        :param problem: objective, KL and Fisher matrix; its parameters are moved in place
-        :param target_kl: radius of the trust region, in units of the problem's KL; positive
-        :return: what happened
-        """
+        """Take one step."""
 
 
+@dataclass(frozen=True)
 class KLConstraint(PolicyUpdate):
     """
-    Trust region policy optimisation: maximise the objective subject to mean KL(old || new) <= target_kl.
+    Trust region policy optimization: maximize the objective subject to mean KL(old || new) <= target_kl.
 
     Schulman et al. (2015), appendix C, with two differences. The full step ``sqrt(2 target_kl / x^T F x) x`` uses the
     curvature without damping, which is what the quadratic model of the KL is about (with damping, the step ends well inside
     the region), and the line search fills the region instead of stopping at the first point within it.
 
     A preconditioner is built only where it pays: after two products the residual tells how many more plain conjugate gradient
-    will need, and if these are fewer than what building costs, it gets them. Nothing is lost where that does not suffice: the
-    preconditioned run goes on from the solution so far.
+    will need. If these are fewer than what building costs, it gets them. Nothing is lost if that is not enough: the
+    preconditioned run continues from the solution so far.
 
-    :param cg_max_steps: at most that many Fisher-vector products
+    :param cg_max_steps: maximum number of Fisher-vector products
     :param cg_tolerance: of conjugate gradient's residual, relative to the gradient
     :param cg_damping: added to the diagonal of the Fisher matrix
     :param shrinking_factor: of the line search
     :param max_trials: of the line search
     :param fill: whether the line search fills the trust region
     :param damped_scale: scale the full step by the curvature with damping, as sb3-contrib and others do
-    :param precondition: use the problem's preconditioner, if it has one
+    :param precondition: use the Fisher matrix's preconditioner, if it has one
     :param first_trial: where the line search starts, as a share of the full step
     """
 
-    def __init__(
-        self,
-        cg_max_steps: int = 15,
-        cg_tolerance: float = 0.1,
-        cg_damping: float = 0.1,
-        shrinking_factor: float = 0.8,
-        max_trials: int = 10,
-        fill: bool = True,
-        damped_scale: bool = False,
-        precondition: bool = True,
-        first_trial: float = 1.0,
-    ):
-        self.cg_max_steps = cg_max_steps
-        self.cg_tolerance = cg_tolerance
-        self.cg_damping = cg_damping
-        self.shrinking_factor = shrinking_factor
-        self.max_trials = max_trials
-        self.fill = fill
-        self.damped_scale = damped_scale
-        self.precondition = precondition
-        self.first_trial = first_trial
+    cg_max_steps: int = 15
+    cg_tolerance: float = 0.1
+    cg_damping: float = 0.1
+    shrinking_factor: float = 0.8
+    max_trials: int = 10
+    fill: bool = True
+    damped_scale: bool = False
+    precondition: bool = True
+    first_trial: float = 1.0
 
     def update(self, problem: Problem, target_kl: float) -> UpdateResult:
-        """
-        Take one step along the natural gradient.
-
-        :param problem: objective, KL and Fisher matrix; its parameters are moved in place
-        :param target_kl: radius of the trust region
-        :return: what happened
-        """
-        objective, gradient, grad_norm = _objective_and_gradient(problem)
-        result = UpdateResult(UpdateStatus.ACCEPTED, objective, objective, grad_norm=grad_norm)
-        if not math.isfinite(objective):
-            return result._replace(status=UpdateStatus.NON_FINITE_OBJECTIVE)
-        if not math.isfinite(result.grad_norm):
-            return result._replace(status=UpdateStatus.NON_FINITE_GRADIENT)
+        """Take one step along the natural gradient."""
+        gradient, result = _before_update(problem)
+        if not result.is_accepted:
+            return result
         if result.grad_norm == 0:
             return result._replace(status=UpdateStatus.ZERO_GRADIENT)
 
@@ -161,35 +144,12 @@ class KLConstraint(PolicyUpdate):
         if solution.status in (CGStatus.NON_POSITIVE_CURVATURE, CGStatus.NON_FINITE):
             return result._replace(status=UpdateStatus[f"CG_{solution.status.name}"])
         scale = solution.curvature if self.damped_scale else curvature
-        # Where the KL does not feel the direction at all, rounding leaves a remainder of either sign
+        # Where the KL does not change along the direction, rounding leaves a remainder of either sign
         full_step = math.sqrt(2 * target_kl / scale) if scale > 0 else math.inf
         if not math.isfinite(full_step):
             return result._replace(status=UpdateStatus.NO_CURVATURE)
 
-        old = flatten(problem.params)
-
-        @th.no_grad()
-        def evaluate(step_size: float) -> tuple[float, float]:
-            assign_(problem.params, th.add(old, direction, alpha=step_size))
-            new_objective, kl = all_mean(th.stack(problem.evaluate(None))).tolist()
-            return new_objective, kl
-
-        step_size = 0.0
-        try:
-            search = line_search(
-                evaluate,
-                objective,
-                target_kl,
-                full_step * self.first_trial,
-                self.shrinking_factor,
-                self.max_trials,
-                fill=self.fill,
-            )
-            step_size = search.step_size
-        finally:
-            # The one place that decides where the parameters end, on an exception too. Not `old + 0 * direction`: that turns
-            # -0.0 into 0.0, and an infinite direction into NaN
-            assign_(problem.params, th.add(old, direction, alpha=step_size) if step_size > 0 else old)
+        search = self._move(problem, direction, full_step, result.objective_before, target_kl)
         return result._replace(
             status=UpdateStatus[search.status.name],
             objective_after=search.objective,
@@ -200,37 +160,52 @@ class KLConstraint(PolicyUpdate):
             n_trials=search.n_trials,
         )
 
-    def _solve(self, problem: Problem, gradient: th.Tensor) -> CGResult:
-        """
-        Solve ``(F + damping I) x = gradient``.
+    def _move(
+        self, problem: Problem, direction: th.Tensor, full_step: float, objective: float, target_kl: float
+    ) -> LineSearchResult:
+        """Search along the direction, and move the parameters to where the search ends."""
+        old = flatten(problem.params)
 
-        :param problem: with the Fisher matrix
-        :param gradient: the right-hand side
-        :return: x with its status; steps are those with and without preconditioner
-        """
+        @th.no_grad()
+        def evaluate(step_size: float) -> tuple[float, float]:
+            assign_(problem.params, th.add(old, direction, alpha=step_size))
+            return _evaluated(problem)
+
+        first, step_size = full_step * self.first_trial, 0.0
+        try:
+            search = line_search(evaluate, objective, target_kl, first, self.shrinking_factor, self.max_trials, fill=self.fill)
+            step_size = search.step_size
+        finally:
+            # The one place that decides where the parameters end, after an exception too. Not `old + 0 * direction`: that
+            # turns -0.0 into 0.0, and an infinite direction into NaN
+            assign_(problem.params, th.add(old, direction, alpha=step_size) if step_size > 0 else old)
+        return search
+
+    def _solve(self, problem: Problem, gradient: th.Tensor) -> CGResult:
+        """Solve ``(F + damping I) x = gradient``."""
         fisher = problem.fisher()
-        damped = Damped(Averaged(fisher), self.cg_damping)
-        if not self.precondition or problem.preconditioner is None or self.cg_damping == 0:
-            return conjugate_gradient(damped, gradient, self.cg_max_steps, self.cg_tolerance)
-        # The same on all processes, whose numbers of samples may differ: all have to come to the same decision
-        cost = round(float(all_mean(th.tensor(float(problem.preconditioner_cost(fisher))))))
-        n_steps = self.cg_max_steps if cost >= self.cg_max_steps else min(cost, _PROBE)
-        solution = conjugate_gradient(damped, gradient, n_steps, self.cg_tolerance)
-        if solution.status is CGStatus.MAX_STEPS and _remaining_steps(solution, self.cg_tolerance) <= cost:
-            n_steps = min(cost, self.cg_max_steps - solution.n_steps)
-            solution = _continued(conjugate_gradient(damped, gradient, n_steps, self.cg_tolerance, start=solution), solution)
+        damped = Damped(Averaged(fisher, problem.shares), self.cg_damping)
+
+        def run(n_steps: int, start: CGResult | None = None, preconditioner: LinearOperator | None = None) -> CGResult:
+            return conjugate_gradient(damped, gradient, n_steps, self.cg_tolerance, preconditioner, start)
+
+        # The mean over processes, whose numbers of samples may differ: all have to come to the same decision
+        cost = float(problem.shares.mean(th.tensor(float(fisher.preconditioner_cost))))
+        n_worth = round(cost) if math.isfinite(cost) else self.cg_max_steps
+        if not self.precondition or self.cg_damping == 0 or n_worth >= self.cg_max_steps:
+            return run(self.cg_max_steps)
+        solution = run(min(n_worth, _PROBE))
+        if solution.status is CGStatus.MAX_STEPS and _remaining_steps(solution, self.cg_tolerance) <= n_worth:
+            solution = run(min(n_worth, self.cg_max_steps - solution.n_steps), solution)
         n_steps = self.cg_max_steps - solution.n_steps
         if solution.status is CGStatus.MAX_STEPS and n_steps > 0:
-            preconditioner = problem.preconditioner(fisher, self.cg_damping)
-            solution = _continued(
-                conjugate_gradient(damped, gradient, n_steps, self.cg_tolerance, preconditioner, start=solution), solution
-            )
+            solution = run(n_steps, solution, fisher.preconditioner(self.cg_damping))
         return solution
 
 
 class AdaptiveKLPenalty(PolicyUpdate):
     """
-    The penalised form: maximise ``objective - beta KL(old || new)`` by Adam, with a beta that keeps the KL near its target.
+    The penalized form: maximize ``objective - beta KL(old || new)`` by Adam, with a beta that keeps the KL near its target.
 
     Schulman et al. (2017), section 4: after each update beta is doubled if the KL came out above 1.5 times the target and
     halved if it came out below the target divided by 1.5. The KL is not bounded; an update that ends in a NaN is undone.
@@ -259,36 +234,22 @@ class AdaptiveKLPenalty(PolicyUpdate):
         self.optimizer = th.optim.Adam(params, lr=learning_rate, eps=1e-5)
 
     def update(self, problem: Problem, target_kl: float) -> UpdateResult:
-        """
-        Run the epochs of Adam, then adapt beta.
-
-        :param problem: objective and KL; its parameters are moved in place
-        :param target_kl: what the KL of an update should be
-        :return: what happened
-        """
-        objective, gradient, grad_norm = _objective_and_gradient(problem)
-        result = UpdateResult(UpdateStatus.ACCEPTED, objective, objective, grad_norm=grad_norm, beta=self.beta)
-        if not math.isfinite(objective):
-            return result._replace(status=UpdateStatus.NON_FINITE_OBJECTIVE)
-        if not math.isfinite(result.grad_norm):
-            return result._replace(status=UpdateStatus.NON_FINITE_GRADIENT)
-
+        """Run the epochs of Adam, then adapt beta."""
+        gradient, result = _before_update(problem)
+        result = result._replace(beta=self.beta)
+        if not result.is_accepted:
+            return result
         old = flatten(problem.params)
-        old_optimizer = copy.deepcopy(self.optimizer.state_dict())
-        is_accepted = False
-        try:
+        with Transaction(problem.params, self.optimizer) as transaction:
             self._run_epochs(problem)
             with th.no_grad():
-                new_objective, kl = all_mean(th.stack(problem.evaluate(None))).tolist()
+                objective, kl = _evaluated(problem)
                 moved = flatten(problem.params) - old
-            is_accepted = math.isfinite(new_objective) and math.isfinite(kl) and bool(th.isfinite(moved).all())
-        finally:
-            self.optimizer.zero_grad(set_to_none=True)
-            if not is_accepted:
-                assign_(problem.params, old)
-                self.optimizer.load_state_dict(old_optimizer)
-        if not is_accepted:
-            # Too far is the one way to get here from finite gradients: penalise more
+            is_finite = math.isfinite(objective) and math.isfinite(kl) and bool(th.isfinite(moved).all())
+            if is_finite:
+                transaction.commit()
+        if not is_finite:
+            # Too far is the one way to get here from finite gradients: raise the penalty
             self._multiply_beta(2.0)
             return result._replace(status=UpdateStatus.NON_FINITE)
         if kl > 1.5 * target_kl:
@@ -296,96 +257,62 @@ class AdaptiveKLPenalty(PolicyUpdate):
         elif kl < target_kl / 1.5:
             self._multiply_beta(0.5)
         return result._replace(
-            objective_after=new_objective,
+            objective_after=objective,
             predicted_improvement=float(th.dot(gradient, moved)),
             kl=kl,
             step_size=1.0,
         )
 
     def _multiply_beta(self, factor: float) -> None:
-        """
-        Adapt beta, within bounds from which it can come back.
-
-        :param factor: what it is multiplied by
-        """
+        """Adapt beta, within bounds from which it can come back."""
         self.beta = min(max(self.beta * factor, 1e-10), 1e10)
 
     def _run_epochs(self, problem: Problem) -> None:
-        """
-        Maximise the penalised objective over shuffled minibatches.
-
-        :param problem: objective and KL
-        """
+        """Maximize the penalized objective over shuffled minibatches."""
         self.optimizer.zero_grad(set_to_none=True)
-        sizes = minibatch_sizes(problem.n_samples, self.batch_size)
-        shares = minibatch_shares(problem.n_samples, self.batch_size)
+        sizes = problem.shares.minibatch_sizes(problem.n_samples, self.batch_size)
+        weights = problem.shares.minibatch_weights(problem.n_samples, self.batch_size)
         for _ in range(self.n_epochs):
             order = sent_to(problem.params[0].device, th.randperm(problem.n_samples))
-            for indices, share in zip(order.split(sizes), shares, strict=True):
+            for indices, weight in zip(order.split(sizes), weights, strict=True):
                 objective, kl = problem.evaluate(indices)
                 loss = self.beta * kl - objective
                 gradient = gradient_by_backward(loss, problem.params)
-                average_(gradient, share)
+                average_(gradient, weight)
                 for param, part in zip(problem.params, unflatten(gradient, problem.params), strict=True):
                     param.grad = part
                 self.optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """
-        Beta and Adam's moments.
-
-        :return: the state
-        """
+        """Beta and Adam's moments."""
         return {"beta": self.beta, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
-        """
-        Restore what :meth:`state_dict` returned.
-
-        :param state_dict: the state
-        :param strict: not used, there are no optional entries: SB3 passes it as it does to a module
-        """
+        """Restore what :meth:`state_dict` returned."""
         self.beta = state_dict["beta"]
         self.optimizer.load_state_dict(state_dict["optimizer"])
 
 
 def _remaining_steps(solution: CGResult, tolerance: float) -> float:
-    """
-    How many more steps conjugate gradient will need, if the residual goes on to shrink by the same factor per step.
-
-    :param solution: so far
-    :param tolerance: where it ends
-    :return: the number; infinite if it does not shrink
-    """
+    """How many more steps conjugate gradient needs if the residual goes on shrinking at the same rate; may be infinite."""
     if solution.n_steps == 0 or solution.residual_norm >= 1 or tolerance == 0:
         return math.inf
     return solution.n_steps * (math.log(tolerance) / math.log(solution.residual_norm) - 1)
 
 
-def _continued(second: CGResult, first: CGResult) -> CGResult:
-    """
-    The result of two runs, one after the other.
-
-    :param second: what the second run returned
-    :param first: where it started
-    :return: the same with the steps of both
-    """
-    return second._replace(n_steps=first.n_steps + second.n_steps)
+def _evaluated(problem: Problem) -> tuple[float, float]:
+    """Objective and KL at the current parameters, over the samples of all processes."""
+    objective, kl = problem.shares.mean(th.stack(problem.evaluate())).tolist()
+    return objective, kl
 
 
-def _objective_and_gradient(problem: Problem) -> tuple[float, th.Tensor, float]:
-    """
-    Objective of the whole batch and its flat gradient at the current parameters, averaged over the processes.
-
-    :param problem: the objective
-    :return: objective, gradient of shape ``(n_params,)`` and its norm
-    """
-    if problem.gradient is not None:
-        objective, gradient = problem.gradient()
-    else:
-        with th.enable_grad():
-            objective, _ = problem.evaluate(None)
-            gradient = flatten(th.autograd.grad(objective, problem.params, materialize_grads=True))
-    objective, gradient = all_means([objective.detach(), gradient])
+def _before_update(problem: Problem) -> tuple[th.Tensor, UpdateResult]:
+    """The flat gradient over the samples of all processes, and a result with the status ``ACCEPTED`` if all is finite."""
+    objective, gradient = problem.shares.means(problem.objective_and_gradient())
     value, norm = th.stack([objective, gradient.norm()]).tolist()
-    return value, gradient, norm
+    status = UpdateStatus.ACCEPTED
+    if not math.isfinite(value):
+        status = UpdateStatus.NON_FINITE_OBJECTIVE
+    elif not math.isfinite(norm):
+        status = UpdateStatus.NON_FINITE_GRADIENT
+    return gradient, UpdateResult(status, value, value, grad_norm=norm)

@@ -39,29 +39,17 @@ _OWN = ("env", "n_envs", "device", "verbose", "seed", "tensorboard_log", "start_
 
 
 def is_launched() -> bool:
-    """
-    Whether ``torchrun`` or another launcher has started this process as one of several.
-
-    :return: false if it is alone
-    """
+    """Whether ``torchrun`` or another launcher has started this process as one of several."""
     return all(name in os.environ for name in _LAUNCHED) and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def is_one_machine() -> bool:
-    """
-    Whether all processes of the launch are on this machine.
-
-    :return: true if the launcher does not tell
-    """
+    """Whether all processes of the launch are on this machine."""
     return os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE")) == os.environ.get("WORLD_SIZE")
 
 
 def attempt() -> int:
-    """
-    How often ``torchrun`` has started these processes again.
-
-    :return: 0 at first, and always on several machines, each of which counts its own failures only
-    """
+    """How often ``torchrun`` has started these processes again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if is_one_machine() else 0
 
 
@@ -119,12 +107,7 @@ def rank_device(device: th.device | str) -> th.device | str:
 
 
 def rank_seed(seed: int | None) -> int | None:
-    """
-    The seed of this process: different ones explore differently.
-
-    :param seed: what the user gave
-    :return: the same in the first process
-    """
+    """The seed of this process: different ones explore differently."""
     return None if seed is None else (seed + SEED_STRIDE * rank()) % 2**32
 
 
@@ -194,12 +177,7 @@ def _check_settings(model: OnPolicyAlgorithm) -> None:
 
 
 def broadcast(value: Any) -> Any:
-    """
-    Send an object from the first process to all others.
-
-    :param value: of the first process; what the others have is not used
-    :return: that of the first process; ``value`` itself on one process
-    """
+    """Send an object from the first process to all others."""
     if not is_parallel():
         return value
     payload = [value]
@@ -211,12 +189,7 @@ def broadcast(value: Any) -> Any:
 
 
 def running_statistics(model: BaseAlgorithm) -> dict[str, RunningMeanStd]:
-    """
-    The running statistics of a model's VecNormalize, by name.
-
-    :param model: any model
-    :return: no entries without one
-    """
+    """The running statistics of a model's VecNormalize, by name."""
     vec_normalize = model.get_vec_normalize_env()
     if vec_normalize is None:
         return {}
@@ -228,22 +201,13 @@ def running_statistics(model: BaseAlgorithm) -> dict[str, RunningMeanStd]:
 
 
 def _moments(stats: RunningMeanStd) -> Moments:
-    """
-    SB3's running statistics as moments.
-
-    :param stats: with mean and variance
-    :return: a copy
-    """
+    """SB3's running statistics as moments."""
     count, mean, var = (th.tensor(np.asarray(value), dtype=th.float64) for value in (stats.count, stats.mean, stats.var))
     return Moments(count, mean, var * count)
 
 
 class SharedStatistics:
-    """
-    Running statistics that go on separately in each process, and become those of all samples whenever they are merged.
-
-    :param statistics: the same on all processes now
-    """
+    """Running statistics that go on separately in each process, and become those of all samples whenever they are merged."""
 
     def __init__(self, statistics: dict[str, RunningMeanStd]):
         self._statistics = statistics
@@ -286,12 +250,7 @@ def check_identical(model: OnPolicyAlgorithm) -> None:
 
 
 def _hash(tensor: th.Tensor) -> th.Tensor:
-    """
-    A number that tells the bits of one tensor from those of another, computed where the tensor is.
-
-    :param tensor: of any type
-    :return: a scalar, at least 0
-    """
+    """A number that tells the bits of one tensor from those of another, computed where the tensor is."""
     flat = tensor.detach().contiguous().reshape(-1)
     bits = flat.view(th.int32) if flat.element_size() % 4 == 0 else flat.to(th.int32)
     # With weights, since differences of opposite signs would cancel in a plain sum
@@ -357,11 +316,7 @@ class RankCallback(BaseCallback):
             self._callback.on_rollout_start()
 
     def update_child_locals(self, locals_: dict[str, Any]) -> None:
-        """
-        Pass on the variables of the rollout.
-
-        :param locals_: the variables
-        """
+        """Pass on the variables of the rollout."""
         if self._callback is not None:
             self._callback.update_locals(locals_)
 
@@ -403,12 +358,7 @@ class RankCallback(BaseCallback):
 
 
 def _flattened(callback: BaseCallback | None) -> Iterator[BaseCallback]:
-    """
-    Go through the callbacks in lists of callbacks.
-
-    :param callback: one, or a list
-    :return: all that are no lists
-    """
+    """Go through the callbacks in lists of callbacks."""
     if isinstance(callback, CallbackList):
         for part in callback.callbacks:
             yield from _flattened(part)

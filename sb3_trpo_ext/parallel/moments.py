@@ -36,13 +36,7 @@ def moments_of(samples: th.Tensor) -> Moments:
 
 
 def joined(first: Moments, second: Moments) -> Moments:
-    """
-    Moments of two sets of samples together (Chan, Golub & LeVeque 1983, equation 2.1).
-
-    :param first: one set
-    :param second: the other; together at least one sample
-    :return: of the union
-    """
+    """Moments of two sets of samples together (Chan, Golub & LeVeque 1983, equation 2.1)."""
     count = first.n + second.n
     difference = second.mean - first.mean
     share = second.n / count
@@ -51,13 +45,7 @@ def joined(first: Moments, second: Moments) -> Moments:
 
 
 def without(total: Moments, part: Moments) -> Moments:
-    """
-    Moments of what was added to a set of samples: the inverse of :func:`joined`.
-
-    :param total: of all samples
-    :param part: of those that were there before
-    :return: of the others; all zero if there are none
-    """
+    """Moments of what was added to a set of samples: the inverse of :func:`joined`."""
     count = total.n - part.n
     if count <= 0:
         return Moments(th.zeros_like(count), th.zeros_like(total.mean), th.zeros_like(total.m2))

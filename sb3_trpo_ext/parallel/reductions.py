@@ -1,118 +1,88 @@
 """Reductions over the processes of a data-parallel run: no-ops on one process.
 
-Every process must call them in the same order, and then gets the same bits. Averages are weighted by each process's
-number of samples inside :func:`weighted_by`.
+Every process must call them in the same order, and then gets the same bits.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch as th
 import torch.distributed as dist
 
-#: Samples of each process, within `weighted_by`.
-_counts: list[int] | None = None
-
 
 def is_parallel() -> bool:
-    """
-    Whether there is more than one process to reduce over.
-
-    :return: true under an initialised process group of two or more
-    """
+    """Whether there is more than one process to reduce over."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def rank() -> int:
-    """
-    Number of this process.
-
-    :return: from 0 to ``world_size() - 1``; 0 if it is alone
-    """
+    """Number of this process."""
     return dist.get_rank() if is_parallel() else 0
 
 
 def world_size() -> int:
-    """
-    Number of processes.
-
-    :return: 1 or more
-    """
+    """Number of processes."""
     return dist.get_world_size() if is_parallel() else 1
 
 
-@contextmanager
-def weighted_by(n_samples: int) -> Iterator[None]:
-    """
-    Weight the averages of a ``with`` block by each process's number of samples; outside, all processes have the same weight.
+class Shares(NamedTuple):
+    """What each process counts in a mean over the samples of all processes: by its number of samples."""
 
-    One exchange of one number for the whole block: how many samples an update has does not change while it lasts.
+    #: Samples of each process, the same list in all processes; ``None`` if all have the same number.
+    counts: Sequence[int] | None = None
 
-    :param n_samples: of this process, at least 1
-    """
-    global _counts
-    before = _counts
-    if is_parallel():
-        _counts = [int(count) for count in all_gathered(th.tensor([n_samples])).tolist()]
-    try:
-        yield
-    finally:
-        _counts = before
+    @staticmethod
+    def of(n_samples: int) -> "Shares":
+        """Tell the other processes how many samples this one has, in one exchange of one number."""
+        return Shares(all_gathered(th.tensor([n_samples])).tolist() if is_parallel() else None)
 
+    def mean(self, tensor: th.Tensor) -> th.Tensor:
+        """Mean of a tensor over all processes."""
+        if not is_parallel():
+            return tensor
+        share = 1 / world_size() if self.counts is None else self.counts[rank()] / sum(self.counts)
+        return _reduced_(tensor * share, dist.ReduceOp.SUM)
 
-def all_mean(tensor: th.Tensor) -> th.Tensor:
-    """
-    Mean of a tensor over all processes, weighted by their numbers of samples within :func:`weighted_by`.
+    def means(self, tensors: Sequence[th.Tensor]) -> Sequence[th.Tensor]:
+        """Means of several tensors in one exchange: its latency counts once."""
+        if not is_parallel() or not tensors:
+            return tensors
+        flat = self.mean(th.cat([tensor.detach().reshape(-1) for tensor in tensors]))
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
-    :param tensor: this process's value, without a graph
-    :return: the mean; ``tensor`` itself on one process
-    """
-    if not is_parallel():
-        return tensor
-    share = 1 / world_size() if _counts is None else _counts[rank()] / sum(_counts)
-    return _reduced_(tensor * share, dist.ReduceOp.SUM)
+    def minibatch_sizes(self, n_samples: int, batch_size: int) -> list[int]:
+        """
+        Cut a batch so that every process gets the same number of minibatches, and none of them is empty.
 
+        Where all processes have the same number of samples, this is ``split(batch_size)``. Where they differ, ``batch_size``
+        is the mean size per process, and a process with twice the samples has minibatches twice as large.
 
-def all_means(tensors: Sequence[th.Tensor]) -> Sequence[th.Tensor]:
-    """
-    Means of several tensors in one exchange: its latency counts once.
+        :param n_samples: of this process
+        :param batch_size: samples in a minibatch per process
+        :return: the sizes, which add up to ``n_samples``
+        """
+        return _sizes(n_samples, batch_size, self.counts or [n_samples])
 
-    :param tensors: of one dtype, on one device
-    :return: the means as :func:`all_mean` has them; ``tensors`` itself on one process
-    """
-    if not is_parallel():
-        return tensors
-    means = all_mean(th.cat([tensor.detach().reshape(-1) for tensor in tensors])).split([tensor.numel() for tensor in tensors])
-    return [mean.view(tensor.shape) for mean, tensor in zip(means, tensors, strict=True)]
+    def minibatch_weights(self, n_samples: int, batch_size: int) -> list[float]:
+        """How much this process contributes to each joint minibatch of all processes."""
+        counts = self.counts or [n_samples] * world_size()
+        everyone = zip(*(_sizes(count, batch_size, counts) for count in counts), strict=True)
+        return [sizes[rank()] / sum(sizes) for sizes in everyone]
 
 
 def all_sum(tensor: th.Tensor) -> th.Tensor:
-    """
-    Sum of a tensor over all processes.
-
-    :param tensor: this process's value, without a graph
-    :return: the sum; ``tensor`` itself on one process
-    """
+    """Sum of a tensor over all processes."""
     return _reduced_(tensor.clone(), dist.ReduceOp.SUM) if is_parallel() else tensor
 
 
 def all_max(tensor: th.Tensor) -> th.Tensor:
-    """
-    Largest value over all processes, entry by entry.
-
-    :param tensor: this process's values, without a graph
-    :return: the maximum; ``tensor`` itself on one process
-    """
+    """Largest value over all processes, entry by entry."""
     return _reduced_(tensor.clone(), dist.ReduceOp.MAX) if is_parallel() else tensor
 
 
 def all_true(condition: bool) -> bool:
-    """
-    Whether something holds on all processes, so that they decide alike.
-
-    :param condition: on this process
-    :return: false if it is false on any
-    """
+    """Whether something holds on all processes, so that they decide alike."""
     return bool(_reduced_(th.tensor(int(condition)), dist.ReduceOp.MIN)) if is_parallel() else condition
 
 
@@ -134,43 +104,8 @@ def all_gathered(tensor: th.Tensor) -> th.Tensor:
     return th.cat(gathered).to(tensor.device)
 
 
-def minibatch_sizes(n_samples: int, batch_size: int) -> list[int]:
-    """
-    Cut a batch so that every process gets the same number of minibatches, and none of them is empty.
-
-    Where all processes have the same number of samples, this is ``split(batch_size)``. Where they differ, ``batch_size`` is
-    the mean size per process, and a process with twice the samples has minibatches twice as large.
-
-    :param n_samples: of this process, the number given to :func:`weighted_by`
-    :param batch_size: samples in a minibatch per process
-    :return: the sizes, which add up to ``n_samples``
-    """
-    counts = [n_samples] if _counts is None else _counts
-    return _sizes(n_samples, batch_size, counts)
-
-
-def minibatch_shares(n_samples: int, batch_size: int) -> list[float]:
-    """
-    How much this process contributes to each joint minibatch of all processes.
-
-    :param n_samples: of this process, the number given to :func:`weighted_by`
-    :param batch_size: as for :func:`minibatch_sizes`
-    :return: for each minibatch, its size over that of the joint minibatch; 1 on one process
-    """
-    counts = [n_samples] * world_size() if _counts is None else _counts
-    everyone = zip(*(_sizes(count, batch_size, counts) for count in counts), strict=True)
-    return [sizes[rank()] / sum(sizes) for sizes in everyone]
-
-
 def _sizes(n_samples: int, batch_size: int, counts: Sequence[int]) -> list[int]:
-    """
-    Sizes of the minibatches of a process.
-
-    :param n_samples: of that process
-    :param batch_size: mean size per process
-    :param counts: samples of all processes
-    :return: the sizes
-    """
+    """Sizes of the minibatches of a process."""
     if min(counts) == max(counts):
         return [batch_size] * (n_samples // batch_size) + [n_samples % batch_size] * (n_samples % batch_size > 0)
     n_minibatches = min(-(-sum(counts) // (batch_size * len(counts))), min(counts))
@@ -179,23 +114,14 @@ def _sizes(n_samples: int, batch_size: int, counts: Sequence[int]) -> list[int]:
 
 
 @th.no_grad()
-def average_(gradient: th.Tensor, share: float) -> None:
-    """
-    Make of the gradient of a minibatch that of the joint minibatch of all processes, in place and in one exchange.
-
-    :param gradient: of the mean over the minibatch of this process; left alone on one process
-    :param share: of this process, from :func:`minibatch_shares`
-    """
+def average_(gradient: th.Tensor, weight: float) -> None:
+    """Make of the gradient of a minibatch that of the joint minibatch of all processes, in place and in one exchange."""
     if is_parallel():
-        gradient.copy_(_reduced_(gradient.mul_(share), dist.ReduceOp.SUM))
+        gradient.copy_(_reduced_(gradient.mul_(weight), dist.ReduceOp.SUM))
 
 
 def lost_process() -> RuntimeError:
-    """
-    What to raise where an exchange has failed.
-
-    :return: the error, to be raised from the one that PyTorch gave
-    """
+    """What to raise where an exchange has failed."""
     return RuntimeError(
         f"Process {dist.get_rank()} of {dist.get_world_size()} has lost the connection to another one, which has died or was "
         "silent for longer than the timeout of the process group; look for the first error in the output of the others. The "
@@ -204,12 +130,7 @@ def lost_process() -> RuntimeError:
 
 
 def _device_for(tensor: th.Tensor) -> th.device:
-    """
-    Where a tensor must be for an exchange.
-
-    :param tensor: to be sent
-    :return: its own device, but for a group that has NCCL alone the present GPU
-    """
+    """Where a tensor must be for an exchange."""
     is_gpu_only = tensor.device.type == "cpu" and dist.get_backend() == "nccl"
     return th.device("cuda", th.cuda.current_device()) if is_gpu_only else tensor.device
 

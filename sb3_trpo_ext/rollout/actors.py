@@ -1,12 +1,10 @@
 """How a policy acts during a rollout: with a module call per step, or for a plain MLP with the bare products."""
 
-import copy
 import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch as th
@@ -48,12 +46,13 @@ _METHODS = (
     "extract_features",
     "_get_action_dist_from_latent",
 )
-#: Modules that are known to be functions of each observation by itself.
+#: Modules known to be functions of each observation alone.
 _PURE_MODULES: tuple[type[nn.Module], ...] = (
     *(FlattenExtractor, NatureCNN, CombinedExtractor, MlpExtractor),
-    *(nn.Sequential, nn.ModuleDict, nn.Flatten, nn.Linear, nn.Conv2d, *ELEMENTWISE_ACTIVATIONS),
+    *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Flatten, nn.Linear, nn.Conv1d, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d),
+    *(nn.LayerNorm, nn.GroupNorm, nn.Sigmoid, nn.Softplus, nn.SELU, nn.Mish, *ELEMENTWISE_ACTIVATIONS),
 )
-_NAN = "The actor's network puts out a NaN: its parameters or the observations are not finite."
+_NAN = "The actor's network returns a NaN: its parameters or the observations are not finite."
 #: Multiplications per step up to which a network runs on one thread, for about 0.2 ms at most.
 _MAX_SIZE_FOR_ONE_THREAD = 2**22
 #: With PyTorch's other backend the number of threads cannot be changed once they run.
@@ -65,11 +64,11 @@ def one_thread() -> Iterator[None]:
     """
     Let PyTorch compute with one thread for a while, at the cost of a microsecond.
 
-    The results are the same to the last bit. Small products are hardly faster on two threads, but OpenMP's threads go on
-    waiting at full speed after them, on the cores that the processes of ``SubprocVecEnv`` need.
+    The results are the same to the last bit. Small products are hardly faster on two threads, but OpenMP's threads spin after
+    them, on the cores that the processes of ``SubprocVecEnv`` need.
 
-    The number of threads belongs to the whole process: in any but the main thread it stays as it is, since two trainings that
-    overlap would each put back what the other one has set.
+    The number of threads belongs to the whole process, so only the main thread changes it: two trainings that overlap would
+    each restore what the other one has set.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -82,97 +81,35 @@ def one_thread() -> Iterator[None]:
         th.set_num_threads(before)
 
 
-def is_deferrable_policy(policy: ActorCriticPolicy, observations: PyTorchObs) -> bool:
+def is_deferrable_policy(policy: ActorCriticPolicy) -> bool:
     """
-    Whether a policy gives the same values and log-probabilities at the end of a rollout as in the middle, in any batch.
+    Whether a policy is known to give the same values and log-probabilities at the end of a rollout as in the middle.
 
-    An SB3 policy does, unless a method or the distribution is a user's own, or something hooks into its modules. Modules of a
-    user's own are tried: they must change nothing, draw no random numbers, and treat each observation by itself.
-
-    :param policy: any policy
-    :param observations: a batch to try with
-    :return: false if there is any doubt
+    An SB3 policy does, unless a method, a module or the distribution is the user's own, or something hooks into its modules: a
+    module may draw random numbers, keep a state or mix the observations of a batch.
     """
-    if not has_stock_methods(policy, *_METHODS):
-        return False
-    if type(policy.action_dist) not in _DISTRIBUTIONS:
-        return False
-    if _has_any_global_hook() or any(
-        module._forward_hooks or module._forward_pre_hooks or has_own_forward(module) for module in policy.modules()
-    ):
-        return False
-    if policy.share_features_extractor:
-        is_one = policy.features_extractor is policy.pi_features_extractor is policy.vf_features_extractor
-        if not is_one:
-            return False
-    networks = _networks(policy)
-    is_known = all(type(module) in _PURE_MODULES for network in networks for module in network.modules())
-    return (is_known and type(policy.mlp_extractor) is MlpExtractor) or _is_pure(policy, networks, observations)
-
-
-def _networks(policy: ActorCriticPolicy) -> list[Any]:
-    """
-    All that observations go through.
-
-    :param policy: any policy
-    :return: two features extractors, the extractor of latents, and the two last layers
-    """
-    extractors = [policy.pi_features_extractor, policy.vf_features_extractor]
-    return [*extractors, policy.mlp_extractor, policy.action_net, policy.value_net]
-
-
-@th.no_grad()
-def _is_pure(policy: ActorCriticPolicy, networks: list[Any], observations: PyTorchObs) -> bool:
-    """
-    Try whether networks are functions of each observation by itself.
-
-    :param policy: says how observations are preprocessed
-    :param networks: as :func:`_networks` returns them
-    :param observations: a batch
-    :return: whether they seem to be
-    """
-    try:
-        # Copies: what is tried may change itself, and that must not be felt
-        copies: list[Any] = list(copy.deepcopy(nn.ModuleList(networks)).eval())
-    except Exception:
-        # What cannot be copied cannot be tried
-        return False
-    pi_extractor, vf_extractor, latents, action_net, value_net = copies
-
-    def outputs(batch: PyTorchObs, at_once: bool) -> th.Tensor:
-        inputs = preprocess_obs(batch, policy.observation_space, normalize_images=policy.normalize_images)
-        if at_once and policy.share_features_extractor:
-            latent_pi, latent_vf = latents(pi_extractor(inputs))
-        else:
-            latent_pi, latent_vf = latents.forward_actor(pi_extractor(inputs)), latents.forward_critic(vf_extractor(inputs))
-        return th.cat([action_net(latent_pi), value_net(latent_vf)], dim=1)
-
-    with th.random.fork_rng([policy.device] if policy.device.type == "cuda" else []):
-        generator = th.get_rng_state()
-        as_usual = outputs(observations, True)
-        deferred = outputs(_with_zeros(observations), False)[: len(as_usual)]
-        is_silent = th.equal(th.get_rng_state(), generator)
-    return is_silent and th.allclose(as_usual, deferred, rtol=1e-4, atol=1e-5)
-
-
-def _with_zeros(observations: PyTorchObs) -> PyTorchObs:
-    """
-    Make a batch twice as large.
-
-    :param observations: a batch
-    :return: the batch, followed by as many observations that are all zeros
-    """
-    if isinstance(observations, dict):
-        return {key: _with_zeros(value) for key, value in observations.items()}  # type: ignore[misc]
-    return th.cat([observations, th.zeros_like(observations)])
+    networks = [
+        *(policy.pi_features_extractor, policy.vf_features_extractor),
+        *(policy.mlp_extractor, policy.action_net, policy.value_net),
+    ]
+    has_own_extractors = policy.share_features_extractor and not (
+        policy.features_extractor is policy.pi_features_extractor is policy.vf_features_extractor
+    )
+    return (
+        has_stock_methods(policy, *_METHODS)
+        and type(policy.action_dist) in _DISTRIBUTIONS
+        and not has_own_extractors
+        and not _has_any_global_hook()
+        and not any(
+            module._forward_hooks or module._forward_pre_hooks or has_own_forward(module) for module in policy.modules()
+        )
+        and type(policy.mlp_extractor) is MlpExtractor
+        and all(type(module) in _PURE_MODULES for network in networks for module in network.modules())
+    )
 
 
 class Actor(ABC):
-    """
-    The actor of a policy, as long as its parameters stay what they are.
-
-    :param policy: in evaluation mode
-    """
+    """The actor of a policy, as long as its parameters stay what they are."""
 
     def __init__(self, policy: ActorCriticPolicy):
         self._policy = policy
@@ -193,33 +130,16 @@ class Actor(ABC):
         return np.array(self._on_host(actions).reshape(-1, *self._action_shape))
 
     def _on_host(self, actions: th.Tensor) -> np.ndarray:
-        """
-        Read what has been sampled.
-
-        :param actions: as :meth:`_sample` returned them
-        :return: the same numbers
-        """
+        """Read what :meth:`_sample` returned."""
         return actions.cpu().numpy()
 
     @abstractmethod
     def _sample(self, observations: PyTorchObs) -> th.Tensor:
-        """
-        Sample actions.
-
-        :param observations: one per environment
-        :return: actions as the distribution puts them out, without a graph
-        """
+        """Sample actions without a graph, one per environment."""
 
     @abstractmethod
     def evaluate(self, observations: PyTorchObs, begin: int, end: int) -> tuple[th.Tensor, th.Tensor]:
-        """
-        Compute what the steps from ``begin`` to ``end`` of this actor have not been asked for yet.
-
-        :param observations: of these steps, one after the other
-        :param begin: first step
-        :param end: step after the last one
-        :return: values and log-probabilities of the actions
-        """
+        """Values and log-probabilities of the actions of this actor in the steps from ``begin`` to ``end``."""
 
 
 class PolicyActor(Actor):
@@ -227,23 +147,10 @@ class PolicyActor(Actor):
 
     @th.no_grad()
     def _sample(self, observations: PyTorchObs) -> th.Tensor:
-        """
-        Sample actions.
-
-        :param observations: one per environment
-        :return: actions as the distribution puts them out
-        """
         return self._policy.get_distribution(observations).get_actions()
 
     def evaluate(self, observations: PyTorchObs, begin: int, end: int) -> tuple[th.Tensor, th.Tensor]:
-        """
-        Compute values and log-probabilities together: they may share a features extractor.
-
-        :param observations: of these steps, one after the other
-        :param begin: first step
-        :param end: step after the last one
-        :return: values and log-probabilities of the actions
-        """
+        """Values and log-probabilities together: they may share a features extractor."""
         values, log_probs, _ = self._policy.evaluate_actions(observations, th.cat(self._actions[begin:end]))
         return values, log_probs
 
@@ -275,13 +182,7 @@ class MlpActor(Actor):
         self._max_envs_for_one_thread = _MAX_SIZE_FOR_ONE_THREAD // size if is_on_cpu else 0
 
     def _sample(self, observations: PyTorchObs) -> th.Tensor:
-        """
-        Sample actions.
-
-        :param observations: one per environment
-        :return: actions as the distribution puts them out
-        :raises ValueError: if there is a NaN in what the network puts out
-        """
+        """Sample actions; raises a ``ValueError`` if the network returns a NaN."""
         if self._is_vector:
             hidden = observations.float()  # type: ignore[union-attr]
         else:
@@ -299,13 +200,7 @@ class MlpActor(Actor):
         return self._draw(output)
 
     def _on_host(self, actions: th.Tensor) -> np.ndarray:
-        """
-        Read what has been sampled, and check on an accelerator, in the one look at it, what :meth:`_sample` does on the CPU.
-
-        :param actions: as :meth:`_sample` returned them
-        :return: the same numbers
-        :raises ValueError: if there is a NaN in what the network puts out
-        """
+        """Read what has been sampled; in the same transfer from an accelerator, check for the NaN of :meth:`_sample`."""
         if actions.device.type == "cpu":
             return actions.numpy()
         has_nan = self._outputs[-1].isnan().any()
@@ -315,12 +210,7 @@ class MlpActor(Actor):
         return numbers[:-1]
 
     def _output(self, hidden: th.Tensor) -> th.Tensor:
-        """
-        Run the network.
-
-        :param hidden: features, shape ``(n_envs, n_inputs)``
-        :return: what its last layer puts out
-        """
+        """The output of the network for features of shape ``(n_envs, n_inputs)``."""
         weight, bias = self._layers[0]
         output = F.linear(hidden, weight, bias)
         for activation, (weight, bias) in zip(self._activations, self._layers[1:], strict=True):
@@ -328,14 +218,7 @@ class MlpActor(Actor):
         return output
 
     def evaluate(self, observations: PyTorchObs, begin: int, end: int) -> tuple[th.Tensor, th.Tensor]:
-        """
-        Compute values, and log-probabilities from the outputs that have been kept.
-
-        :param observations: of these steps, one after the other
-        :param begin: first step
-        :param end: step after the last one
-        :return: values and log-probabilities of the actions
-        """
+        """Values, and log-probabilities from the outputs that have been kept."""
         outputs = th.cat(self._outputs[begin:end])
         statistics = (outputs,) if self._log_std is None else (outputs, self._log_std)
         distribution = self._policy.action_dist.proba_distribution(*statistics)
@@ -343,12 +226,7 @@ class MlpActor(Actor):
 
 
 def make_actor(policy: ActorCriticPolicy) -> Actor:
-    """
-    Choose the cheapest actor that is right.
-
-    :param policy: in evaluation mode, for which :func:`is_deferrable_policy` holds
-    :return: the actor
-    """
+    """The fastest actor for a policy in evaluation mode for which :func:`is_deferrable_policy` holds."""
     structure = actor_structure(policy)
     return PolicyActor(policy) if structure is None else MlpActor(policy, structure)
 
@@ -357,12 +235,8 @@ def _sampler(policy: ActorCriticPolicy, structure: MlpStructure) -> Callable[[th
     """
     How actions are drawn from the outputs of an MLP: the same numbers from the same generator as SB3's distributions.
 
-    Operation by operation what `torch.distributions` does, to the last bit: an action that is not the same would let two runs
-    of one seed part.
-
-    :param policy: with one of the distributions that :func:`~sb3_trpo_ext.update.structure.mlp_structure` knows
-    :param structure: of its actor
-    :return: from outputs to actions
+    Operation by operation what `torch.distributions` does, to the last bit: one action that differs would make two runs with
+    the same seed diverge.
     """
     distribution = policy.action_dist
     if isinstance(distribution, DiagGaussianDistribution):
@@ -376,17 +250,12 @@ def _sampler(policy: ActorCriticPolicy, structure: MlpStructure) -> Callable[[th
     if isinstance(distribution, MultiCategoricalDistribution):
         sizes = [int(size) for size in distribution.action_dims]
         return lambda logits: th.cat([_drawn(part) for part in logits.split(sizes, dim=1)], dim=1)
-    # A GPU has no way back from a NaN here, and is asked later whether there is one
+    # A GPU cannot recover from a NaN here; whether there is one is checked later
     return lambda logits: logits.sigmoid().nan_to_num(0.0).bernoulli()
 
 
 def _drawn(logits: th.Tensor) -> th.Tensor:
-    """
-    Draw from categorical distributions.
-
-    :param logits: shape ``(n_envs, n_choices)``
-    :return: the choices, shape ``(n_envs, 1)``
-    """
+    """Draw from categorical distributions with logits of shape ``(n_envs, n_choices)``; returns shape ``(n_envs, 1)``."""
     # The shift changes nothing but the rounding
     probs = (logits - logits.logsumexp(dim=-1, keepdim=True)).softmax(dim=-1)
     # What `multinomial` does for one draw, without its checks, which take three times as long

@@ -6,7 +6,7 @@ computed in batches at its end, where a network costs a small part of what it co
 Differences from ``OnPolicyAlgorithm.collect_rollouts``:
 
 1. While callbacks run in ``on_step``, ``locals["values"]``, ``locals["log_probs"]`` and what the buffer has of values,
-   log-probabilities and bootstrapped rewards are computed when somebody looks at them (:mod:`sb3_trpo_ext.rollout.lazy`).
+   log-probabilities and bootstrapped rewards are computed when the callback reads them (:mod:`sb3_trpo_ext.rollout.lazy`).
 2. ``terminal_obs`` and ``terminal_value`` are not among the locals.
 3. Errors say what the environment did wrong.
 
@@ -100,18 +100,11 @@ def is_deferrable(model: OnPolicyAlgorithm, buffer: RolloutBuffer) -> bool:
         )
         if not is_lossless or observation.shape != (buffer.n_envs, *(space.shape or ())):
             return False
-    return is_deferrable_policy(model.policy, obs_as_tensor(observations, model.device))
+    return is_deferrable_policy(model.policy)
 
 
 class _LeanRollout:
-    """
-    One rollout.
-
-    :param model: whose policy acts
-    :param env: the training environment
-    :param callback: called at each step, and at the beginning and the end
-    :param buffer: buffer to fill
-    """
+    """One rollout."""
 
     #: The policy that acts first.
     snapshot: Snapshot
@@ -134,12 +127,7 @@ class _LeanRollout:
         self._truncated: list[tuple[int, int, PyTorchObs]] = []
 
     def collect(self, n_rollout_steps: int) -> bool:
-        """
-        Run the environment, then fill in what has been put off.
-
-        :param n_rollout_steps: number of steps per environment
-        :return: False if the callback ended the training
-        """
+        """Run the environment, then fill in what has been put off."""
         model, callback, buffer = self.model, self.callback, self.buffer
         self.policy.set_training_mode(False)
         buffer.reset()
@@ -176,15 +164,8 @@ class _LeanRollout:
         self._steps.finish(self._arrays["values"], self._arrays["log_probs"], self.model.device)
 
     def _run(self, n_rollout_steps: int) -> bool:
-        """
-        Run the environment.
-
-        :param n_rollout_steps: number of steps per environment
-        :return: False if the callback ended the training
-        :raises ValueError: if the environment returned an observation of a wrong shape
-        """
+        """Run the environment; returns False if the callback ended the training."""
         model, env, callback = self.model, self.env, self.callback
-        space = model.observation_space
         is_watched = may_look(callback)
         # What SB3 has in its local variables, under the same names
         scope: dict[str, Any] = {"self": model, "env": env, "callback": callback, "rollout_buffer": self.buffer}
@@ -195,15 +176,10 @@ class _LeanRollout:
                 self._reset_noise()
             self._observations = obs_tensor = obs_as_tensor(model._last_obs, model.device)  # type: ignore[arg-type]
             actions = self._actor.act(obs_tensor)
-            if self._action_bounds is not None:
-                clipped_actions = np.minimum(np.maximum(actions, self._action_bounds[0]), self._action_bounds[1])
-            else:
-                clipped_actions = self.policy.unscale_action(actions) if self.policy.squash_output else actions
+            clipped_actions = self._clipped(actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             model.num_timesteps += env.num_envs
-            if problem := _misfit(new_obs, space, env.num_envs):
-                raise ValueError(f"The environment returned {problem} after {model.num_timesteps} timesteps. {_INTACT}")
-
+            _check_shape(model, new_obs, env.num_envs)
             if is_watched:
                 scope["values"], scope["log_probs"] = self._steps.at(n_steps, env.num_envs, model.device)
             scope.update(
@@ -222,29 +198,33 @@ class _LeanRollout:
                 self._steps.keep(must_look=True)
                 return False
             self._steps.keep()
-
-            model._update_info_buffer(infos, dones)
-            for index in np.flatnonzero(dones):
-                terminal_observation = infos[index].get("terminal_observation")
-                if terminal_observation is not None and infos[index].get("TimeLimit.truncated", False):
-                    self._truncated.append((n_steps, int(index), self.policy.obs_to_tensor(terminal_observation)[0]))
-            self._store(n_steps, actions, rewards)
+            self._store(n_steps, actions, rewards, dones, infos)
             model._last_obs = new_obs  # type: ignore[assignment]
             model._last_episode_starts = dones
             if not self._snapshot.is_of(model.policy, in_detail=is_watched):
-                # As in SB3, an episode that is cut short now is worth what the policy says after the callback
-                present = [episode for episode in self._truncated if episode[0] == n_steps]
-                del self._truncated[len(self._truncated) - len(present) :]
-                self._complete()
-                self._truncated = present
-                before = self._snapshot
-                self._follow_policy()
-                if not self._snapshot.has_parts_of(before):
-                    # One that may not be asked later is asked at once
-                    self._is_eager = not is_deferrable(model, self.buffer)
+                self._follow_change(n_steps)
             elif self._is_eager:
                 self._complete()
         return True
+
+    def _clipped(self, actions: np.ndarray) -> np.ndarray:
+        """Actions as the environment gets them."""
+        if self._action_bounds is not None:
+            return np.minimum(np.maximum(actions, self._action_bounds[0]), self._action_bounds[1])
+        return self.policy.unscale_action(actions) if self.policy.squash_output else actions
+
+    def _follow_change(self, step: int) -> None:
+        """Complete the steps so far with the policy that made them, and go on with the policy as it is now."""
+        # As in SB3, an episode that is cut short in this step is worth what the policy says after the callback
+        present = [episode for episode in self._truncated if episode[0] == step]
+        del self._truncated[len(self._truncated) - len(present) :]
+        self._complete()
+        self._truncated = present
+        before = self._snapshot
+        self._follow_policy()
+        if not self._snapshot.has_parts_of(before):
+            # New parts may give other answers later
+            self._is_eager = not is_deferrable(self.model, self.buffer)
 
     def _reset_noise(self) -> None:
         """Draw new noise matrices for gSDE, without a graph: nobody uses it, and with it the policy could not be copied."""
@@ -252,14 +232,13 @@ class _LeanRollout:
             with th.no_grad():
                 self.model.policy.reset_noise(self.env.num_envs)
 
-    def _store(self, step: int, actions: np.ndarray, rewards: np.ndarray) -> None:
-        """
-        Put one step into the buffer, as its ``add`` would, without values and log-probabilities.
-
-        :param step: where
-        :param actions: as the policy put them out
-        :param rewards: as the environment gave them
-        """
+    def _store(self, step: int, actions: np.ndarray, rewards: np.ndarray, dones: np.ndarray, infos: list[Any]) -> None:
+        """Put one step into the buffer, as its ``add`` would, without values and log-probabilities."""
+        self.model._update_info_buffer(infos, dones)
+        for index in np.flatnonzero(dones):
+            terminal_observation = infos[index].get("terminal_observation")
+            if terminal_observation is not None and infos[index].get("TimeLimit.truncated", False):
+                self._truncated.append((step, int(index), self.policy.obs_to_tensor(terminal_observation)[0]))
         buffer, arrays = self.buffer, self._arrays
         if isinstance(arrays["observations"], dict):
             for key, stored in arrays["observations"].items():
@@ -338,83 +317,45 @@ _INTACT = "The policy is as it was after the last update and can be saved."
 
 
 def _clipping_bounds(policy: ActorCriticPolicy) -> tuple[np.ndarray, np.ndarray] | None:
-    """
-    What actions are clipped to before the environment sees them.
-
-    :param policy: any policy
-    :return: lower and upper bounds, or ``None`` if its actions are not clipped
-    """
+    """Bounds that actions are clipped to before the environment gets them, or ``None`` if they are not."""
     space = policy.action_space
     return (space.low, space.high) if isinstance(space, spaces.Box) and not policy.squash_output else None
 
 
 def _parts(observations: Any, space: spaces.Space) -> list[tuple[str, np.ndarray, spaces.Space]]:
-    """
-    Go through the entries of a dict observation, or through the one observation that there is.
-
-    :param observations: arrays
-    :param space: their space
-    :return: key (empty for the one), array and space of each
-    """
+    """Key, array and space of each part of a Dict observation; an empty key for any other observation."""
     if isinstance(space, spaces.Dict):
         return [(key, observations[key], sub) for key, sub in space.spaces.items()]
     return [("", observations, space)]
 
 
 def _concatenated(observations: tuple[PyTorchObs, ...]) -> PyTorchObs:
-    """
-    Make one batch of several.
-
-    :param observations: tensors or dicts of tensors
-    :return: the same kind
-    """
+    """One batch of several observations."""
     if isinstance(observations[0], dict):
         return {key: th.cat([part[key] for part in observations]) for key in observations[0]}  # type: ignore[index]
     return th.cat(observations)  # type: ignore[arg-type]
 
 
-def _misfit(observations: Any, space: spaces.Space, n_envs: int) -> str | None:
-    """
-    What is wrong with the shape of observations.
-
-    :param observations: of all environments
-    :param space: of one observation
-    :param n_envs: number of environments
-    :return: a description, or ``None`` if nothing is
-    """
-    if isinstance(space, spaces.Dict):
-        if missing := space.spaces.keys() - observations.keys():
-            return f"an observation without {sorted(missing)}"
-        problems = (_misfit(observations[key], sub, n_envs) for key, sub in space.spaces.items())
-        return next((f"in {key!r} {problem}" for key, problem in zip(space.spaces, problems, strict=True) if problem), None)
-    expected = (n_envs, *(space.shape or ()))
-    if observations.shape == expected:
-        return None
-    return f"observations of shape {observations.shape} for {n_envs} environments, where its space has {space.shape}"
+def _check_shape(model: OnPolicyAlgorithm, observations: Any, n_envs: int, cause: Exception | None = None) -> None:
+    """Raise a ``ValueError`` if observations do not have the shape of their space."""
+    problem = ""
+    if isinstance(model.observation_space, spaces.Dict) and (missing := set(model.observation_space) - observations.keys()):
+        problem = f"an observation without {sorted(missing)}"
+    else:
+        for key, observation, space in _parts(observations, model.observation_space):
+            if observation.shape != (n_envs, *(space.shape or ())):
+                where = f" in {key!r}" if key else ""
+                problem = f"observations of shape {observation.shape}{where} for {n_envs} environments of shape {space.shape}"
+                break
+    if problem:
+        raise ValueError(f"The environment returned {problem} after {model.num_timesteps} timesteps. {_INTACT}") from cause
 
 
 def _explain_observation(model: OnPolicyAlgorithm, env: VecEnv, error: Exception) -> None:
-    """
-    Raise a clearer error if the last observation explains this one.
-
-    :param model: in the middle of a rollout
-    :param env: the training environment
-    :param error: what was raised
-    :raises ValueError: if the observation has a NaN, an infinity or a wrong shape
-    """
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    if traceback is not None and traceback.tb_frame.f_code.co_name == "_save_obs":
-        # Where DummyVecEnv copies an observation into an array of the space's shape
-        raise ValueError(
-            f"The environment returned an observation that does not fit its space {model.observation_space} after "
-            f"{model.num_timesteps} timesteps: {error}. {_INTACT}"
-        ) from error
+    """Raise a ``ValueError`` if a NaN, an infinity or a wrong shape of the last observation explains this error."""
     if model._last_obs is None:
         return
-    if problem := _misfit(model._last_obs, model.observation_space, env.num_envs):
-        raise ValueError(f"The environment returned {problem} after {model.num_timesteps} timesteps. {_INTACT}") from error
+    _check_shape(model, model._last_obs, env.num_envs, error)
     for key, observation, _ in _parts(model._last_obs, model.observation_space):
         # Policies raise a ValueError for a NaN
         if isinstance(error, ValueError) and not np.isfinite(observation).all():
@@ -426,14 +367,7 @@ def _explain_observation(model: OnPolicyAlgorithm, env: VecEnv, error: Exception
 
 
 def _explain_dead_worker(model: OnPolicyAlgorithm, env: VecEnv, error: Exception) -> None:
-    """
-    Raise a clearer error if a worker of ``SubprocVecEnv`` has died.
-
-    :param model: in the middle of a rollout
-    :param env: the training environment
-    :param error: what was raised when the worker did not answer
-    :raises RuntimeError: if one has
-    """
+    """Raise a ``RuntimeError`` if a worker of ``SubprocVecEnv`` has died."""
     inner: Any = env
     while hasattr(inner, "venv"):
         inner = inner.venv

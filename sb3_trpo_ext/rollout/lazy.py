@@ -38,15 +38,7 @@ class LazyTensor(th.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """
-        Call a function, method or attribute of PyTorch on the tensors themselves.
-
-        :param func: what is called
-        :param types: of the arguments
-        :param args: of the call
-        :param kwargs: of the call
-        :return: what ``func`` returns
-        """
+        """Call a function, method or attribute of PyTorch on the tensors themselves."""
         return func(*_present(args), **_present(kwargs or {}))
 
     # What Python does not see of PyTorch, such as `th.tensor(values)` and compiled functions
@@ -54,12 +46,7 @@ class LazyTensor(th.Tensor):
 
 
 def _present(value: Any) -> Any:
-    """
-    Put tensors in their places.
-
-    :param value: a lazy tensor, or some in lists, tuples and dicts, or anything else
-    :return: the same with tensors that are there
-    """
+    """Put tensors in their places."""
     if isinstance(value, LazyTensor):
         return value.source()
     if type(value) in (list, tuple):
@@ -70,12 +57,7 @@ def _present(value: Any) -> Any:
 
 
 class _Step:
-    """
-    Values and log-probabilities of one step.
-
-    :param steps: computes them
-    :param number: of the step
-    """
+    """Values and log-probabilities of one step."""
 
     __slots__ = ("_steps", "number", "pair")
 
@@ -139,11 +121,7 @@ class LazySteps:
         return LazyTensor.of(both.values, (n_envs, 1), device), LazyTensor.of(both.log_probs, (n_envs,), device)
 
     def keep(self, must_look: bool = False) -> None:
-        """
-        End the present step: what somebody has made of its tensors in place goes into the buffer, as in SB3.
-
-        :param must_look: for a step that the buffer will not have
-        """
+        """End the present step: what somebody has made of its tensors in place goes into the buffer, as in SB3."""
         step, self._present = self._present, None
         if step is not None and must_look:
             step.look()
@@ -180,12 +158,7 @@ class LazySteps:
 
 
 def may_look(callback: Any) -> bool:
-    """
-    Whether a callback may look at values and log-probabilities: those of SB3, RL-Zoo and this package do not.
-
-    :param callback: of a training
-    :return: true if it, or a callback in it, is a user's own
-    """
+    """Whether a callback may look at values and log-probabilities: those of SB3, RL-Zoo and this package do not."""
     if isinstance(callback, ConvertCallback) and callback.callback is not None:
         return True
     if type(callback).__module__.partition(".")[0] not in ("stable_baselines3", "sb3_contrib", "rl_zoo3", "sb3_trpo_ext"):
@@ -197,12 +170,7 @@ def may_look(callback: Any) -> bool:
 
 @contextmanager
 def lazy_buffer(buffer: RolloutBuffer, complete: Callable[[], None]) -> Iterator[None]:
-    """
-    Let a buffer complete its values, log-probabilities and rewards whenever somebody asks for them.
-
-    :param buffer: during a rollout
-    :param complete: writes what is missing so far
-    """
+    """Let a buffer complete its values, log-probabilities and rewards whenever somebody asks for them."""
     original = type(buffer)
     vars(buffer)["_complete"] = complete
     buffer.__class__ = _lazy_class(original)
@@ -215,12 +183,7 @@ def lazy_buffer(buffer: RolloutBuffer, complete: Callable[[], None]) -> Iterator
 
 @functools.cache
 def _lazy_class(original: type[RolloutBuffer]) -> type[RolloutBuffer]:
-    """
-    The class that a buffer has during a rollout.
-
-    :param original: its own class
-    :return: a subclass
-    """
+    """The class that a buffer has during a rollout."""
 
     def reduce(self: Any, _: Any) -> Any:
         vars(self)["_complete"]()
@@ -233,12 +196,7 @@ def _lazy_class(original: type[RolloutBuffer]) -> type[RolloutBuffer]:
 
 
 def _lazy_array(name: str) -> property:
-    """
-    An array that is completed when somebody asks for it.
-
-    :param name: of the array
-    :return: the property
-    """
+    """An array that is completed when somebody asks for it."""
 
     def get(self: Any) -> Any:
         vars(self)["_complete"]()

@@ -66,13 +66,7 @@ class Snapshot:
                 handle.remove()
 
     def is_of(self, policy: nn.Module, in_detail: bool = True) -> bool:
-        """
-        Whether a policy is the one of this snapshot, and has not changed since.
-
-        :param policy: the policy now
-        :param in_detail: whether to look for more than operations of PyTorch in place and new memory
-        :return: false if there is any change
-        """
+        """Whether a policy is the one of this snapshot, and has not changed since."""
         if policy is not self._policy or self._versions != self._versions_now():
             return False
         if in_detail and self._details != self._details_now():
@@ -82,36 +76,19 @@ class Snapshot:
         return not self._has_stepped
 
     def has_parts_of(self, other: "Snapshot") -> bool:
-        """
-        Whether two snapshots differ by numbers at most.
-
-        :param other: an earlier one
-        :return: false if it is of another policy, or of one with other parts
-        """
+        """Whether two snapshots differ by numbers at most."""
         return self._policy is other._policy and self._ids == other._ids
 
     def _versions_now(self) -> list[int]:
-        """
-        What operations of PyTorch change.
-
-        :return: versions and addresses of all tensors
-        """
+        """What operations of PyTorch change."""
         return [number for tensor in self._tensors for number in (tensor._version, tensor.data_ptr())]
 
     def _details_now(self) -> list[Any]:
-        """
-        What else may change.
-
-        :return: the identities of all parts, and the first numbers of all tensors
-        """
+        """What else may change."""
         return [*self._ids_now(), *(array[0] for array in self._arrays)]
 
     def _ids_now(self) -> list[int]:
-        """
-        What changes with the parts.
-
-        :return: the identities of all
-        """
+        """What changes with the parts."""
         return list(map(id, itertools.chain.from_iterable(self._parts)))
 
     @contextmanager
@@ -132,12 +109,7 @@ class Snapshot:
 
 
 def _array(tensor: th.Tensor) -> Any:
-    """
-    The numbers of a tensor on the CPU, in its own memory.
-
-    :param tensor: contiguous, with at least one number
-    :return: a flat view; bits where NumPy does not know the type
-    """
+    """The numbers of a tensor on the CPU, in its own memory."""
     flat = tensor.detach().reshape(-1)
     try:
         return memoryview(flat.numpy())  # type: ignore[arg-type]
@@ -146,11 +118,7 @@ def _array(tensor: th.Tensor) -> Any:
 
 
 def _fill(tree: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    """
-    Put networks together again.
-
-    :param tree: dictionaries of parts, with what is to be in them
-    """
+    """Put networks together again."""
     for branch, parts in tree:
         branch.clear()
         branch.update(parts)

@@ -18,7 +18,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.preprocessing import get_action_dim
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.arguments import closest
+from sb3_trpo_ext._checks import closest
 from sb3_trpo_ext.zoo.command import KEY, linear_schedule, load_hyperparams
 from sb3_trpo_ext.zoo.options import check_env
 

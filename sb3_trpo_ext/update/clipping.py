@@ -22,13 +22,7 @@ class ActionBounds(NamedTuple):
 
 
 def action_bounds(policy: ActorCriticPolicy) -> ActionBounds | None:
-    """
-    Find out to what the actions of a policy are clipped before the environment gets them.
-
-    :param policy: the policy
-    :return: the bounds; ``None`` if there are none, or if the policy's distribution is not one of SB3's own Gaussians: what
-        another does beyond its bounds is not known here
-    """
+    """Find out to what the actions of a policy are clipped before the environment gets them."""
     space, kind = policy.action_space, type(policy.action_dist)
     if (
         not isinstance(space, spaces.Box)
@@ -51,12 +45,7 @@ class ClippedActions(NamedTuple):
     is_between: th.Tensor
 
     def part(self, part: th.Tensor | slice) -> "ClippedActions":
-        """
-        Some of the samples.
-
-        :param part: indices or slice
-        :return: these
-        """
+        """Some of the samples."""
         return ClippedActions(*(tensor[part] for tensor in self))
 
 
@@ -97,13 +86,7 @@ class _ClippedNormal(th.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: th.Tensor) -> tuple[th.Tensor, th.Tensor, None]:
-        """
-        Gradient in mean and std.
-
-        :param ctx: from :meth:`forward`
-        :param cotangent: of the result
-        :return: cotangents of the arguments
-        """
+        """Gradient in mean and std."""
         distance, std, tail, side, is_between = ctx.saved_tensors
         # Density over probability, as the difference of their logarithms: either may underflow by itself
         hazard = distance.square().mul_(-0.5).sub_(tail).sub_(_HALF_LOG_2_PI).exp_()

@@ -10,11 +10,9 @@ register a better one with :func:`register_family`.
 
 import copy
 import math
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch as th
 from stable_baselines3.common.distributions import (
@@ -27,35 +25,35 @@ from stable_baselines3.common.distributions import (
     StateDependentNoiseDistribution,
 )
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sb3_trpo_ext.optim.devices import sent_to
 
 Statistics = tuple[th.Tensor, ...]
+#: What a family reads off a distribution: `Statistics`, or any object if `is_batched` is false.
+StatisticsT = TypeVar("StatisticsT")
 
 
-class Family(ABC):
+class Family(ABC, Generic[StatisticsT]):
     """
-    A kind of distribution, described through tensors whose first axis is the batch.
+    A kind of distribution, described by its statistics: as a rule a tuple of tensors whose first axis is the batch.
 
-    ``statistics`` are the numbers that the KL is a smooth function of. They need not be minimal (logits are defined up to a
-    constant per state), but ``fisher`` must be the Hessian of ``kl(old, new)`` in those of ``new``, at ``new = old``.
+    They are the numbers that the KL is a smooth function of. They need not be minimal (logits are defined up to a constant per
+    state), but ``fisher`` must be the Hessian of ``kl(old, new)`` in those of ``new``, at ``new = old``.
     """
 
-    #: Whether :meth:`fisher` is there; if not, the Fisher matrix is the Hessian of the KL by double backpropagation.
+    #: Whether the statistics are a tuple of tensors with the batch as first axis, which can be cut into minibatches.
+    is_batched = True
+    #: Whether there is :meth:`fisher`; if not, the Fisher matrix is the Hessian of the KL by double backpropagation.
     has_fisher = True
+    #: Whether the entropy has no closed form and is estimated with reparameterized noise.
+    needs_noise = False
 
     @abstractmethod
-    def statistics(self, distribution: Distribution) -> Any:
-        """
-        Read the statistics off a distribution.
-
-        :param distribution: as ``policy.get_distribution`` returned it
-        :return: a tuple of tensors with first axis ``n_batch``, with their graph
-        """
+    def statistics(self, distribution: Distribution) -> StatisticsT:
+        """Read the statistics off a distribution."""
 
     @abstractmethod
-    def kl(self, old: Any, new: Any) -> th.Tensor:
+    def kl(self, old: StatisticsT, new: StatisticsT) -> th.Tensor:
         """
         KL(old || new) per state, summed over action dimensions.
 
@@ -65,21 +63,18 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def entropy(self, statistics: Any, noise: th.Tensor | None = None) -> th.Tensor | None:
+    def entropy(self, statistics: StatisticsT, noise: th.Tensor | None = None) -> th.Tensor | None:
         """
         Entropy per state in nats, summed over action dimensions.
 
-        That of the action as the policy puts it out, which is in [-1, 1] if it is squashed.
+        That of the action as the policy returns it, which is in [-1, 1] if it is squashed.
 
         :param statistics: of the distribution
         :param noise: standard normal numbers of shape ``(n_batch, n_actions)``, for a family with ``needs_noise``
-        :return: shape ``(n_batch,)``; ``None`` if there is no way to tell
+        :return: shape ``(n_batch,)``; ``None`` if it is not known
         """
 
-    #: Whether the entropy has no closed form and is estimated with reparametrised noise.
-    needs_noise = False
-
-    def fisher(self, statistics: Any, tangents: Statistics) -> Statistics:
+    def fisher(self, statistics: StatisticsT, tangents: Statistics) -> Statistics:
         """
         Multiply with the Fisher matrix in output space, state by state.
 
@@ -89,7 +84,7 @@ class Family(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no Fisher matrix in output space")
 
-    def sample_score(self, statistics: Any, generator: th.Generator) -> th.Tensor | None:
+    def sample_score(self, statistics: StatisticsT, generator: th.Generator) -> th.Tensor | None:
         """
         Gradient of the log-probability of a sampled action in the first statistic: its covariance is that block of `fisher`.
 
@@ -99,7 +94,7 @@ class Family(ABC):
         """
         return None
 
-    def std(self, statistics: Any) -> th.Tensor | None:
+    def std(self, statistics: StatisticsT) -> th.Tensor | None:
         """
         Standard deviation of the exploration noise, for logging.
 
@@ -109,7 +104,7 @@ class Family(ABC):
         return None
 
 
-class GaussianFamily(Family):
+class GaussianFamily(Family[Statistics]):
     """
     Diagonal Gaussian with statistics ``(mean, log_std)``, each of shape ``(n_batch, n_actions)``.
 
@@ -123,12 +118,7 @@ class GaussianFamily(Family):
         self.needs_noise = squashed
 
     def statistics(self, distribution: Distribution) -> Statistics:
-        """
-        Mean and log std of the Gaussian (before the tanh, if there is one).
-
-        :param distribution: one of SB3's three kinds of Gaussian
-        :return: ``(mean, log_std)``
-        """
+        """Mean and log std of the Gaussian (before the tanh, if there is one)."""
         normal = distribution.distribution
         assert isinstance(normal, th.distributions.Normal)
         return normal.loc, normal.scale.log()
@@ -149,13 +139,7 @@ class GaussianFamily(Family):
         return 0.5 * (th.expm1(twice) - twice + shift.square()).sum(dim=1)
 
     def entropy(self, statistics: Statistics, noise: th.Tensor | None = None) -> th.Tensor:
-        """
-        ``sum_i log_std_i + 1/2 log(2 pi e)``; squashed, plus the mean of ``log(1 - tanh(u)^2)``, with one u per state.
-
-        :param statistics: ``(mean, log_std)``
-        :param noise: ``(u - mean) / std``, of shape ``(n_batch, n_actions)``
-        :return: shape ``(n_batch,)``
-        """
+        """``sum_i log_std_i + 1/2 log(2 pi e)``; squashed, plus the mean of ``log(1 - tanh(u)^2)``, with one u per state."""
         mean, log_std = statistics
         entropy = log_std + 0.5 * math.log(2 * math.pi * math.e)
         if self.needs_noise:
@@ -166,63 +150,32 @@ class GaussianFamily(Family):
         return entropy.sum(dim=1)
 
     def fisher(self, statistics: Statistics, tangents: Statistics) -> Statistics:
-        """
-        ``diag(1 / std^2, 2)``.
-
-        :param statistics: ``(mean, log_std)``
-        :param tangents: of mean and log std
-        :return: cotangents of mean and log std
-        """
+        """``diag(1 / std^2, 2)``."""
         _, log_std = statistics
         return tangents[0] * th.exp(-2 * log_std), 2 * tangents[1]
 
     @th.no_grad()
     def sample_score(self, statistics: Statistics, generator: th.Generator) -> th.Tensor:
-        """
-        ``noise / std``, the score of the action ``mean + std noise``.
-
-        :param statistics: ``(mean, log_std)``
-        :param generator: on the CPU
-        :return: shape ``(n_batch, n_actions)``
-        """
+        """``noise / std``, the score of the action ``mean + std noise``."""
         return standard_normal(statistics[0], generator) * th.exp(-statistics[1])
 
     def std(self, statistics: Statistics) -> th.Tensor:
-        """
-        Standard deviation before the tanh, if there is one.
-
-        :param statistics: ``(mean, log_std)``
-        :return: shape ``(n_batch, n_actions)``
-        """
+        """Standard deviation before the tanh, if there is one."""
         return statistics[1].exp()
 
 
-class CategoricalFamily(Family):
-    """
-    One or several independent categorical distributions, with the logits side by side: ``(logits,)``.
-
-    :param action_dims: number of actions of each
-    """
+class CategoricalFamily(Family[Statistics]):
+    """One or several independent categorical distributions, with the logits side by side: ``(logits,)``."""
 
     def __init__(self, action_dims: Sequence[int]):
         self.action_dims = [int(dim) for dim in action_dims]
 
     def _log_probs(self, statistics: Statistics) -> list[th.Tensor]:
-        """
-        Normalised log-probabilities, one tensor per categorical.
-
-        :param statistics: ``(logits,)``
-        :return: tensors of shape ``(n_batch, action_dim)``
-        """
+        """Normalized log-probabilities, one tensor per categorical."""
         return [th.log_softmax(logits, dim=1) for logits in statistics[0].split(self.action_dims, dim=1)]
 
     def statistics(self, distribution: Distribution) -> Statistics:
-        """
-        The logits of all categoricals side by side.
-
-        :param distribution: categorical or multi-categorical
-        :return: ``(logits,)`` of shape ``(n_batch, sum(action_dims))``
-        """
+        """The logits of all categoricals side by side."""
         inner = distribution.distribution
         categoricals: Any = inner if isinstance(inner, list) else [inner]
         return (th.cat([categorical.logits for categorical in categoricals], dim=1),)
@@ -244,13 +197,7 @@ class CategoricalFamily(Family):
         return total
 
     def entropy(self, statistics: Statistics, noise: th.Tensor | None = None) -> th.Tensor:
-        """
-        ``-sum p log p``.
-
-        :param statistics: ``(logits,)``
-        :param noise: not used
-        :return: shape ``(n_batch,)``
-        """
+        """``-sum p log p``."""
         total = statistics[0].new_zeros(statistics[0].shape[0])
         for log_prob in self._log_probs(statistics):
             prob = log_prob.exp()
@@ -258,13 +205,7 @@ class CategoricalFamily(Family):
         return total
 
     def fisher(self, statistics: Statistics, tangents: Statistics) -> Statistics:
-        """
-        ``diag(p) - p p^T`` for each categorical.
-
-        :param statistics: ``(logits,)``
-        :param tangents: of the logits
-        :return: cotangent of the logits
-        """
+        """``diag(p) - p p^T`` for each categorical."""
         parts = []
         for log_prob, tangent in zip(self._log_probs(statistics), tangents[0].split(self.action_dims, dim=1), strict=True):
             weighted = log_prob.exp() * tangent
@@ -273,13 +214,7 @@ class CategoricalFamily(Family):
 
     @th.no_grad()
     def sample_score(self, statistics: Statistics, generator: th.Generator) -> th.Tensor:
-        """
-        ``one_hot(action) - p`` for each categorical, with an action sampled from p.
-
-        :param statistics: ``(logits,)``
-        :param generator: on the CPU
-        :return: shape ``(n_batch, sum(action_dims))``
-        """
+        """``one_hot(action) - p`` for each categorical, with an action sampled from p."""
         parts = []
         for log_prob in self._log_probs(statistics):
             # The first of exponential clocks with these rates to ring is a sample (the Gumbel-max trick)
@@ -289,27 +224,16 @@ class CategoricalFamily(Family):
         return th.cat(parts, dim=1)
 
 
-class BernoulliFamily(Family):
+class BernoulliFamily(Family[Statistics]):
     """Independent binary actions, with statistics ``(logits,)`` of shape ``(n_batch, n_actions)``."""
 
     def statistics(self, distribution: Distribution) -> Statistics:
-        """
-        The logits.
-
-        :param distribution: Bernoulli
-        :return: ``(logits,)``
-        """
+        """The logits."""
         assert isinstance(distribution.distribution, th.distributions.Bernoulli)
         return (distribution.distribution.logits,)
 
     def kl(self, old: Statistics, new: Statistics) -> th.Tensor:
-        """
-        The categorical form for both outcomes, whose log-probabilities are ``-softplus(-z)`` and ``-softplus(z)`` of logits z.
-
-        :param old: ``(logits,)``
-        :param new: ``(logits,)``
-        :return: shape ``(n_batch,)``
-        """
+        """The categorical form for both outcomes; their log-probabilities are ``-softplus(-z)`` and ``-softplus(z)``."""
         (z_old,), (z_new,) = old, new
         kl = th.zeros_like(z_old)
         for sign in (1, -1):
@@ -317,36 +241,18 @@ class BernoulliFamily(Family):
         return kl.sum(dim=1)
 
     def entropy(self, statistics: Statistics, noise: th.Tensor | None = None) -> th.Tensor:
-        """
-        ``sum_i softplus(z) - p z``.
-
-        :param statistics: ``(logits,)``
-        :param noise: not used
-        :return: shape ``(n_batch,)``
-        """
+        """``sum_i softplus(z) - p z``."""
         (z,) = statistics
         return (F.softplus(z) - th.sigmoid(z) * z).sum(dim=1)
 
     def fisher(self, statistics: Statistics, tangents: Statistics) -> Statistics:
-        """
-        ``diag(p (1 - p))``.
-
-        :param statistics: ``(logits,)``
-        :param tangents: of the logits
-        :return: cotangent of the logits
-        """
+        """``diag(p (1 - p))``."""
         (z,) = statistics
         return (th.sigmoid(z) * th.sigmoid(-z) * tangents[0],)
 
     @th.no_grad()
     def sample_score(self, statistics: Statistics, generator: th.Generator) -> th.Tensor:
-        """
-        ``action - p`` with an action sampled from p.
-
-        :param statistics: ``(logits,)``
-        :param generator: on the CPU
-        :return: shape ``(n_batch, n_actions)``
-        """
+        """``action - p`` with an action sampled from p."""
         probs = th.sigmoid(statistics[0])
         uniform = th.rand(probs.shape, generator=generator, dtype=probs.dtype)
         return (sent_to(probs.device, uniform) < probs).to(probs.dtype) - probs
@@ -376,32 +282,22 @@ def _kl_terms(old_log_prob: th.Tensor, new_log_prob: th.Tensor) -> th.Tensor:
 
 
 def standard_normal(like: th.Tensor, generator: th.Generator) -> th.Tensor:
-    """
-    Standard normal numbers from a generator of their own, the same on every device.
-
-    :param like: tensor whose shape, type and device are taken
-    :param generator: on the CPU
-    :return: the numbers
-    """
+    """Standard normal numbers from a generator of their own, the same on every device."""
     return sent_to(like.device, th.randn(like.shape, generator=generator, dtype=like.dtype))
 
 
-class TorchFamily(Family):
+class TorchFamily(Family[Distribution]):
     """
     Any SB3 distribution around a ``torch.distributions`` object, by that object's own KL and entropy.
 
     The statistics are the SB3 distribution itself. KL and entropy with one number per action dimension are summed.
     """
 
+    is_batched = False
     has_fisher = False
 
     def statistics(self, distribution: Distribution) -> Distribution:
-        """
-        A copy, because SB3 puts the next distribution into the same object.
-
-        :param distribution: SB3's
-        :return: a shallow copy
-        """
+        """A copy, because SB3 puts the next distribution into the same object."""
         return copy.copy(distribution)
 
     def kl(self, old: Distribution, new: Distribution) -> th.Tensor:
@@ -423,13 +319,7 @@ class TorchFamily(Family):
         return kl.flatten(start_dim=1).sum(dim=1) if kl.dim() > 1 else kl
 
     def entropy(self, statistics: Distribution, noise: th.Tensor | None = None) -> th.Tensor | None:
-        """
-        The distribution's own.
-
-        :param statistics: SB3 distribution
-        :param noise: not used
-        :return: shape ``(n_batch,)``, or ``None`` if it has no closed form
-        """
+        """The distribution's own."""
         try:
             entropy = statistics.entropy()
         except NotImplementedError:
@@ -439,26 +329,16 @@ class TorchFamily(Family):
         return entropy.flatten(start_dim=1).sum(dim=1)
 
 
-_FAMILIES: dict[type[Distribution], Callable[[Any], Family]] = {}
+_FAMILIES: dict[type[Distribution], Callable[[Any], Family[Any]]] = {}
 
 
-def register_family(distribution_class: type[Distribution], make_family: Callable[[Any], Family]) -> None:
-    """
-    Say how TRPO handles a kind of distribution. Not inherited: a subclass may differ in what matters here.
-
-    :param distribution_class: an SB3 distribution class
-    :param make_family: makes the family from a policy's ``action_dist``, an instance of that class
-    """
+def register_family(distribution_class: type[Distribution], make_family: Callable[[Any], Family[Any]]) -> None:
+    """Say how TRPO handles a kind of distribution. Not inherited: a subclass may differ in what matters here."""
     _FAMILIES[distribution_class] = make_family
 
 
-def family_of(distribution: Distribution) -> Family:
-    """
-    The family of a distribution: the one registered for its class, else :class:`TorchFamily`.
-
-    :param distribution: SB3 distribution
-    :return: its family
-    """
+def family_of(distribution: Distribution) -> Family[Any]:
+    """The family of a distribution: the one registered for its class, else :class:`TorchFamily`."""
     make_family = _FAMILIES.get(type(distribution))
     return TorchFamily() if make_family is None else make_family(distribution)
 
@@ -469,52 +349,3 @@ register_family(StateDependentNoiseDistribution, lambda dist: GaussianFamily(squ
 register_family(CategoricalDistribution, lambda dist: CategoricalFamily([dist.action_dim]))
 register_family(MultiCategoricalDistribution, lambda dist: CategoricalFamily(dist.action_dims))
 register_family(BernoulliDistribution, lambda _: BernoulliFamily())
-
-
-class _Shared:
-    """
-    A setting of the whole process that is changed while any thread wants it so, and is as before when none does.
-
-    With a plain "set it, and put back what was there" two threads that overlap leave it changed: the second one finds, and
-    later puts back, what the first one has set.
-
-    :param make_context: changes the setting on entry and restores it on exit
-    """
-
-    def __init__(self, make_context: Callable[[], AbstractContextManager[Any]]):
-        self._make_context = make_context
-        self._lock = threading.Lock()
-        self._n_inside = 0
-        self._stack = ExitStack()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._n_inside == 0:
-                self._stack.enter_context(self._make_context())
-            self._n_inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._n_inside -= 1
-            if self._n_inside == 0:
-                self._stack.close()
-
-
-@contextmanager
-def _checks_off() -> Iterator[None]:
-    """Switch off the argument checks of ``torch.distributions``."""
-    before = th.distributions.Distribution._validate_args
-    th.distributions.Distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        th.distributions.Distribution.set_default_validate_args(before)
-
-
-#: Within it the argument checks of ``torch.distributions`` are off. A trial step of a line search may well give a NaN or a std
-#: of zero. That must come out as a non-finite KL, which rejects the trial, and not as an exception. The checks also make the
-#: host wait for the accelerator.
-no_argument_checks = _Shared(_checks_off)
-#: Within it ``scaled_dot_product_attention`` is computed by the only kernel that can be differentiated twice, as products with
-#: the Fisher matrix are (PyTorch's issue 116350).
-twice_differentiable_attention = _Shared(lambda: sdpa_kernel(SDPBackend.MATH))

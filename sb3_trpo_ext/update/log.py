@@ -1,6 +1,5 @@
-"""What an update leaves in the log, and what the user hears of one that went wrong."""
+"""What an update logs, and warnings about one that went wrong."""
 
-import math
 import warnings
 
 from stable_baselines3.common.logger import Logger
@@ -10,12 +9,7 @@ from sb3_trpo_ext.update.critic import CriticResult
 
 
 def warn_if_rejected(result: UpdateResult, critic: CriticResult) -> None:
-    """
-    Warn of an update that failed for a reason outside the algorithm.
-
-    :param result: of the policy update
-    :param critic: of the critic's fit
-    """
+    """Warn of an update that failed for a reason outside the algorithm."""
     if result.status.advice:
         warnings.warn(
             f"The policy update was rejected: {result.status!s}. The policy is unchanged; {result.status.advice}.",
@@ -28,13 +22,7 @@ def warn_if_rejected(result: UpdateResult, critic: CriticResult) -> None:
 
 
 def record_update(logger: Logger, result: UpdateResult, critic: CriticResult) -> None:
-    """
-    Log an update, under sb3-contrib's names where it has one.
-
-    :param logger: SB3's
-    :param result: of the policy update
-    :param critic: of the critic's fit
-    """
+    """Log an update, under sb3-contrib's names where it has one."""
     record = logger.record
     record("train/policy_objective", result.objective_after)
     record("train/policy_objective_before", result.objective_before)
@@ -48,7 +36,7 @@ def record_update(logger: Logger, result: UpdateResult, critic: CriticResult) ->
         record(key, int(status))
         # A number too, for code that averages all that is logged; printed and in a CSV file it is the name
         record(f"{key}_name", status, exclude=("tensorboard", "json"))
-    if math.isnan(result.beta):
+    if result.beta is None:
         record("train/line_search_trials", result.n_trials)
         record("train/cg_steps", result.cg_steps)
         record("train/cg_residual", result.cg_residual)

@@ -36,14 +36,7 @@ def follow_(optimizer: th.optim.Optimizer, before: Mapping[str, th.Tensor], now:
 
 
 def expanded_state(state: dict[str, Any], params: Sequence[th.Tensor], all_params: Sequence[th.Tensor]) -> dict[str, Any]:
-    """
-    Make the state of an optimizer over some parameters one of an optimizer over all of them.
-
-    :param state: state dict of an optimizer with one group, over ``params``
-    :param params: in that optimizer's order
-    :param all_params: with all of these in them, in the order wanted
-    :return: state dict of an optimizer over ``all_params``
-    """
+    """Make the state of an optimizer over some parameters one of an optimizer over all of them."""
     position = {id(param): index for index, param in enumerate(all_params)}
     (group,) = state["param_groups"]
     return {

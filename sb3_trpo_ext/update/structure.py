@@ -1,6 +1,6 @@
 """What an update has to know of a policy's structure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -42,12 +42,7 @@ class PolicyParts(NamedTuple):
 
 
 def _example_observation(policy: ActorCriticPolicy) -> PyTorchObs:
-    """
-    A batch of one observation that is all zeros.
-
-    :param policy: whose observation space and device are used
-    :return: the observation as a tensor or a dict of tensors
-    """
+    """A batch of one observation that is all zeros."""
     space = policy.observation_space
     if isinstance(space, spaces.Dict):
         zeros: Any = {key: np.zeros(sub.shape, dtype=sub.dtype) for key, sub in space.spaces.items()}
@@ -58,12 +53,7 @@ def _example_observation(policy: ActorCriticPolicy) -> PyTorchObs:
 
 @contextmanager
 def _recorded_modules(policy: nn.Module) -> Iterator[set[nn.Module]]:
-    """
-    Collect the modules that are called inside the block.
-
-    :param policy: whose modules are watched
-    :return: a set that fills up
-    """
+    """Collect the modules that are called inside the block."""
     called: set[nn.Module] = set()
     hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in policy.modules()]
     try:
@@ -121,12 +111,7 @@ def split_policy(policy: ActorCriticPolicy) -> PolicyParts:
 
 
 def unfrozen_parts(policy: ActorCriticPolicy) -> PolicyParts:
-    """
-    The parts that a policy would have if nothing were frozen.
-
-    :param policy: any policy
-    :return: its parts
-    """
+    """The parts that a policy would have if nothing were frozen."""
     frozen = [param for param in policy.parameters() if not param.requires_grad]
     for param in frozen:
         param.requires_grad_(True)
@@ -222,7 +207,7 @@ def actor_structure(policy: ActorCriticPolicy) -> MlpStructure | None:
     return None if found is None else MlpStructure(*found, getattr(policy, "log_std", None))
 
 
-def mlp_structure(policy: ActorCriticPolicy, actor_params: list[nn.Parameter]) -> MlpStructure | None:
+def mlp_structure(policy: ActorCriticPolicy, actor_params: Sequence[th.Tensor]) -> MlpStructure | None:
     """
     Recognize an actor whose Jacobian :class:`~sb3_trpo_ext.optim.mlp.MlpJacobian` knows.
 
@@ -241,14 +226,8 @@ def mlp_structure(policy: ActorCriticPolicy, actor_params: list[nn.Parameter]) -
     return structure if _is_same(expected, actor_params) else None
 
 
-def critic_structure(policy: ActorCriticPolicy, critic_params: list[nn.Parameter]) -> MlpStructure | None:
-    """
-    Recognize a critic whose gradient :class:`~sb3_trpo_ext.optim.regression.MlpRegression` knows.
-
-    :param policy: the policy
-    :param critic_params: its critic's parameters
-    :return: the structure, or ``None`` for anything unusual
-    """
+def critic_structure(policy: ActorCriticPolicy, critic_params: Sequence[th.Tensor]) -> MlpStructure | None:
+    """Recognize a critic whose gradient :class:`~sb3_trpo_ext.optim.regression.MlpRegression` knows."""
     if (
         not has_stock_methods(policy, "predict_values")
         or type(policy.vf_features_extractor) is not FlattenExtractor
@@ -268,13 +247,7 @@ def critic_structure(policy: ActorCriticPolicy, critic_params: list[nn.Parameter
 
 
 def has_stock_methods(policy: ActorCriticPolicy, *names: str) -> bool:
-    """
-    Whether a policy does what SB3's does when these methods are called.
-
-    :param policy: the policy
-    :param names: of the methods
-    :return: false if its class or its user has put another one in the place of any of them
-    """
+    """Whether a policy does what SB3's does when these methods are called."""
     return all(
         name not in vars(policy) and getattr(type(policy), name, None) is getattr(ActorCriticPolicy, name) for name in names
     )
@@ -283,14 +256,7 @@ def has_stock_methods(policy: ActorCriticPolicy, *names: str) -> bool:
 def _plain_layers(
     body: nn.Module, head: nn.Module, activation_types: tuple[type[nn.Module], ...]
 ) -> tuple[list[nn.Linear], list[nn.Module]] | None:
-    """
-    Take a network apart into linear layers with an activation between each two of them.
-
-    :param body: all but the last layer
-    :param head: the last layer
-    :param activation_types: which activations are acceptable
-    :return: layers and activations, or ``None`` if there is anything else in it
-    """
+    """Take a network apart into linear layers with an activation between each two of them."""
     if not _is_plain(body, (nn.Sequential,)):
         return None
     layers: list[nn.Linear] = []
@@ -306,24 +272,13 @@ def _plain_layers(
     return layers, activations
 
 
-def _is_same(expected: list[nn.Parameter], params: list[nn.Parameter]) -> bool:
-    """
-    Whether two lists hold the same parameters, in any order.
-
-    :param expected: a list; a parameter that two layers share is there twice
-    :param params: a list
-    :return: whether they do, each as often
-    """
+def _is_same(expected: Sequence[th.Tensor], params: Sequence[th.Tensor]) -> bool:
+    """Whether two lists hold the same parameters, in any order."""
     return sorted(map(id, expected)) == sorted(map(id, params))
 
 
 def _has_hooks(*modules: nn.Module) -> bool:
-    """
-    Whether there is more to a pass through a module, forwards or backwards, than its class's ``forward``.
-
-    :param modules: any modules
-    :return: true if one of them has a hook or a ``forward`` of its own, or if there are hooks for all modules
-    """
+    """Whether there is more to a pass through a module, forwards or backwards, than its class's ``forward``."""
     attached = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return bool(_has_any_global_hook()) or any(
         has_own_forward(module) or any(getattr(module, name) for name in attached) for module in modules
@@ -331,31 +286,15 @@ def _has_hooks(*modules: nn.Module) -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """
-    Whether somebody has put another function into the place of a module's ``forward``, or of one like ``forward_actor``.
-
-    :param module: any module
-    :return: true if so
-    """
+    """Whether somebody has put another function into the place of a module's ``forward``, or of one like ``forward_actor``."""
     return any(name.startswith("forward") for name in vars(module))
 
 
 def has_gradient_hooks(param: th.Tensor) -> bool:
-    """
-    Whether somebody is to hear of a parameter's gradient, or to change it.
-
-    :param param: the parameter
-    :return: true if there are hooks (``register_hook``, ``register_post_accumulate_grad_hook``)
-    """
+    """Whether somebody is to hear of a parameter's gradient, or to change it."""
     return bool(param._backward_hooks or param._post_accumulate_grad_hooks)
 
 
 def _is_plain(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
-    """
-    Whether a module is exactly of one of these types and nothing has been attached to it.
-
-    :param module: any module
-    :param types: exact types
-    :return: true for a plain one
-    """
+    """Whether a module is exactly of one of these types and nothing has been attached to it."""
     return type(module) in types and not is_parametrized(module) and not _has_hooks(module)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch as th
@@ -16,17 +16,17 @@ from sb3_trpo_ext.optim import (
     ChunkedOperator,
     GaussNewtonFisher,
     HessianFisher,
-    KroneckerPreconditioner,
     LinearOperator,
+    MlpFisher,
     MlpJacobian,
     Problem,
     Projected,
 )
 from sb3_trpo_ext.optim.vectors import gradient_by_backward
-from sb3_trpo_ext.parallel.reductions import all_mean
+from sb3_trpo_ext.parallel.reductions import Shares
 from sb3_trpo_ext.update.batch import Batch, numbers_per_sample, take
 from sb3_trpo_ext.update.clipping import ActionBounds, clip, clipped_log_prob
-from sb3_trpo_ext.update.distributions import Family, TorchFamily, family_of, standard_normal
+from sb3_trpo_ext.update.distributions import Family, family_of, standard_normal
 from sb3_trpo_ext.update.structure import has_gradient_hooks, mlp_structure
 
 
@@ -46,55 +46,58 @@ _CPU_LIMITS = Limits(4096, 2**25)
 _ACCELERATOR_LIMITS = Limits(65536, 2**28)
 
 
-class Surrogate:
+class Surrogate(Problem):
     """
-    What TRPO maximises on a rollout, and what it stays close to.
+    What TRPO maximizes on a rollout, and the KL that it stays within.
 
     ``objective(theta) = mean(ratio * advantage) + ent_coef * mean(entropy)`` with ``ratio = pi(a|s) / pi_old(a|s)``; Schulman
     et al. (2015), equation 14, with an entropy bonus. Statistics of the old distribution are those at construction.
 
     :param policy: in evaluation mode, as during the rollout: dropout and BatchNorm must act as they did then
-    :param actor_params: the parameters to optimise, each reachable from the action distribution
-    :param batch: the rollout, with advantages that are normalised already if they are to be
+    :param params: the parameters to optimize, each reachable from the action distribution
+    :param batch: the rollout, with advantages that are normalized already if they should be
     :param ent_coef: weight of the entropy
-    :param fisher_stride: the Fisher matrix is taken on every so many-th sample only; objective and KL see all of them
+    :param fisher_stride: the Fisher matrix is taken on every k-th sample; objective and KL see all of them
     :param noise_seed: of the noise with which an entropy without closed form is estimated: the same for all evaluations, so
         that the line search compares like with like, and from a generator of its own, so that no global random number is used
     :param bounds: to which the actions were clipped before the environment got them, if the ratio is to be that of the
         clipped actions (:func:`~sb3_trpo_ext.update.clipping.clipped_log_prob`). The policy must then be that of the rollout
+    :param shares: what each process counts in the means over samples
     """
 
     def __init__(
         self,
         policy: ActorCriticPolicy,
-        actor_params: list[nn.Parameter],
+        params: Sequence[th.Tensor],
         batch: Batch,
         ent_coef: float = 0.0,
         fisher_stride: int = 1,
         noise_seed: int = 0,
         bounds: ActionBounds | None = None,
+        shares: Shares = Shares(),  # noqa: B008 it is immutable
     ):
         self.policy = policy
-        self.actor_params = actor_params
+        self.params = list(params)
         self.batch = batch
+        self.n_samples = batch.n_samples
+        self.shares = shares
         self.ent_coef = ent_coef
         self.fisher_stride = fisher_stride
         self._clipped = None if bounds is None else clip(batch.actions, bounds)
-        self._structure = mlp_structure(policy, actor_params)
-        #: Whether hooks are to hear of the gradient, or to change it: then autograd computes it, on the parameters themselves.
-        self._has_gradient_hooks = any(has_gradient_hooks(param) for param in actor_params)
+        self._structure = mlp_structure(policy, self.params)
+        #: Whether there are hooks that see or change the gradient: then autograd computes it, on the parameters themselves.
+        self._has_gradient_hooks = any(has_gradient_hooks(param) for param in self.params)
         self._generator = th.Generator().manual_seed(noise_seed)
         if self._structure is None:
             with th.no_grad():
-                self.family: Family = family_of(policy.get_distribution(take(batch.observations, slice(1))))
+                self.family: Family[Any] = family_of(policy.get_distribution(take(batch.observations, slice(1))))
         else:
             self.family = family_of(policy.action_dist)
         limits = _CPU_LIMITS if policy.device.type == "cpu" else _ACCELERATOR_LIMITS
         #: Of how many samples the graph is kept for the Fisher-vector products.
         self._n_kept = max(limits.n_numbers // numbers_per_sample(batch.observations), 1)
         n_at_once = min(limits.n_samples, self._n_kept)
-        if isinstance(self.family, TorchFamily):
-            # Its statistics cannot be cut
+        if not self.family.is_batched:
             n_at_once = self._n_kept = batch.n_samples
         self._chunks = [slice(i, min(i + n_at_once, batch.n_samples)) for i in range(0, batch.n_samples, n_at_once)]
         #: Of the actions at the old parameters. The rollout's are those of the actions before they were clipped.
@@ -104,11 +107,7 @@ class Surrogate:
         self._old, self._noise, self._objective_and_gradient = self._first_pass()
 
     def _first_pass(self) -> tuple[Any, th.Tensor | None, tuple[th.Tensor, th.Tensor]]:
-        """
-        Go through the batch once, forwards and backwards.
-
-        :return: old statistics; noise for the entropy, if it needs any; objective and its flat gradient
-        """
+        """Go through the batch once, forwards and backwards."""
         statistics, noises, objectives, gradients = [], [], [], []
         for chunk in self._chunks:
             with th.enable_grad():
@@ -129,7 +128,7 @@ class Surrogate:
             if len(self._chunks) == 1:
                 self._jacobian = jacobian
         old: Any
-        if isinstance(self.family, TorchFamily):
+        if not self.family.is_batched:
             with th.no_grad():
                 old = self.family.statistics(self.policy.get_distribution(self.batch.observations))
         else:
@@ -142,15 +141,15 @@ class Surrogate:
         """
         The action distribution, and what its graph starts at.
 
-        For an MLP actor autograd goes from the objective to what the network puts out, and no further: the rest of the way is
-        the Jacobian's. For any other actor it goes to the parameters.
+        For an MLP actor autograd goes from the objective to the network's output and no further: the rest is the Jacobian's.
+        For any other actor it goes to the parameters.
 
         :param observations: a chunk
         :return: Jacobian, if the actor is an MLP; leaves; distribution
         """
         jacobian = None if self._has_gradient_hooks else self._mlp_jacobian(observations)
         if jacobian is None:
-            return None, self.actor_params, self.policy.get_distribution(observations)
+            return None, self.params, self.policy.get_distribution(observations)
         leaves = [jacobian.output.detach().requires_grad_()]
         assert self._structure is not None
         if self._structure.log_std is not None:
@@ -158,12 +157,7 @@ class Surrogate:
         return jacobian, leaves, self.policy.action_dist.proba_distribution(*leaves)
 
     def _mlp_jacobian(self, observations: PyTorchObs) -> MlpJacobian | None:
-        """
-        The hand-written Jacobian at the present parameters.
-
-        :param observations: the samples to take it on
-        :return: the Jacobian; ``None`` if the actor is no MLP
-        """
+        """The hand-written Jacobian at the current parameters on some observations; ``None`` if the actor is no MLP."""
         if self._structure is None:
             return None
         # As `get_distribution` does: `ActorCriticPolicy.extract_features` would run the critic's extractor too
@@ -171,41 +165,14 @@ class Surrogate:
             features = super(ActorCriticPolicy, self.policy).extract_features(observations, self.policy.pi_features_extractor)
         layers, activations, log_std = self._structure
         # Contiguous samples are worth a copy to the products to come
-        return MlpJacobian(features.contiguous(), layers, activations, self.actor_params, log_std)
+        return MlpJacobian(features.contiguous(), layers, activations, self.params, log_std)
 
     def _share(self, chunk: slice) -> float:
-        """
-        How much of the batch a chunk is.
-
-        :param chunk: of the batch
-        :return: from 0 to 1
-        """
+        """What part of the batch a chunk is, from 0 to 1."""
         return (chunk.stop - chunk.start) / self.batch.n_samples
 
-    def problem(self) -> Problem:
-        """
-        This surrogate in the form that a policy update takes.
-
-        :return: objective, KL and Fisher matrix
-        """
-        return Problem(
-            self.actor_params,
-            self.batch.n_samples,
-            self.evaluate,
-            self.fisher,
-            None if self._structure is None else self.preconditioner,
-            self.gradient,
-            self.preconditioner_cost,
-        )
-
     def evaluate(self, indices: th.Tensor | None = None) -> tuple[th.Tensor, th.Tensor]:
-        """
-        Objective and mean KL(old || new) at the policy's present parameters.
-
-        :param indices: of the samples to average over, or ``None`` for all
-        :return: two scalars, with a graph if gradients are enabled
-        :raises ValueError: if ``ent_coef`` is not zero and the distribution cannot tell its entropy
-        """
+        """Objective and mean KL(old || new) at the policy's current parameters, the whole batch in chunks."""
         if indices is not None:
             return self._evaluate_part(indices)
         parts = [th.stack(self._evaluate_part(chunk)) * self._share(chunk) for chunk in self._chunks]
@@ -213,12 +180,7 @@ class Surrogate:
         return objective, kl
 
     def _evaluate_part(self, part: th.Tensor | slice) -> tuple[th.Tensor, th.Tensor]:
-        """
-        Objective and mean KL(old || new) of some samples.
-
-        :param part: indices or slice of the samples
-        :return: two scalars, with a graph if gradients are enabled
-        """
+        """Objective and mean KL(old || new) of some samples, given by indices or a slice."""
         distribution = self.policy.get_distribution(take(self.batch.observations, part))
         new = self.family.statistics(distribution)
         noise = None if self._noise is None else self._noise[part]
@@ -226,36 +188,27 @@ class Surrogate:
         return objective, self.family.kl(self._old_at(part), new).mean()
 
     def _old_at(self, part: th.Tensor | slice) -> Any:
-        """
-        Statistics of the old distribution at some samples.
-
-        :param part: indices or slice of the samples; all of them where the statistics cannot be cut
-        :return: the statistics
-        """
-        if isinstance(self.family, TorchFamily):
-            # The constructor of TRPO refuses the combination of a penalty with a distribution that cannot be cut
+        """Statistics of the old distribution at some samples; at all of them if the statistics cannot be cut."""
+        if not self.family.is_batched:
+            # The constructor of TRPO refuses the combination of a penalty with such a distribution
             assert isinstance(part, slice)
             return self._old
         return tuple(statistic[part] for statistic in self._old)
 
-    def gradient(self) -> tuple[th.Tensor, th.Tensor]:
-        """
-        Objective of the whole batch and its gradient at the old parameters.
-
-        :return: scalar, and vector of shape ``(n_params,)``
-        """
+    def objective_and_gradient(self) -> tuple[th.Tensor, th.Tensor]:
+        """From the first pass through the batch, in which the old statistics were computed too."""
         return self._objective_and_gradient
 
     def _objective(self, log_prob: th.Tensor, part: th.Tensor | slice, new: Any, noise: th.Tensor | None) -> th.Tensor:
         """
-        ``mean(ratio * advantage) + ent_coef * mean(entropy)``.
+        ``mean(ratio * advantage) + ent_coef * mean(entropy)`` of some samples.
 
-        :param log_prob: of the rollout's actions at some samples, by the new distribution
-        :param part: indices or slice of these samples
-        :param new: its statistics
+        :param log_prob: of the rollout's actions, by the new distribution
+        :param part: indices or slice of the samples
+        :param new: statistics of the new distribution
         :param noise: for an entropy without closed form
         :return: scalar
-        :raises ValueError: if ``ent_coef`` is not zero and the distribution cannot tell its entropy
+        :raises ValueError: if ``ent_coef`` is not zero and the distribution has no entropy
         """
         log_ratio = log_prob - self._old_log_prob[part]
         objective = (th.exp(log_ratio) * self.batch.advantages[part]).mean()
@@ -270,13 +223,7 @@ class Surrogate:
         return objective + self.ent_coef * entropy.mean()
 
     def _log_prob(self, distribution: Distribution, part: th.Tensor | slice) -> th.Tensor:
-        """
-        Log-probabilities of the rollout's actions, or those of what the environment saw of them.
-
-        :param distribution: at some samples
-        :param part: indices or slice of these samples
-        :return: shape ``(n_samples,)``
-        """
+        """Log-probabilities of the rollout's actions at some samples, or of the clipped actions; shape ``(n_samples,)``."""
         if self._clipped is None:
             return distribution.log_prob(self.batch.actions[part])
         return clipped_log_prob(distribution, self._clipped.part(part))
@@ -285,62 +232,55 @@ class Surrogate:
         """
         The Fisher matrix of the mean KL at the old parameters, in the cheapest form that is exact for this policy.
 
-        Hooks on parameters hear of gradients, and not of the products with this matrix. Where a hook has set a gradient to
-        zero, the matrix has zeros too: that number must stay where it is.
-
-        Call it before the parameters move.
-
-        :return: the operator, without damping
+        Hooks on parameters see gradients, but not the products with this matrix. Where a hook has set a gradient to zero, the
+        matrix has zeros too: that parameter must stay where it is.
         """
-        fisher = self._unprojected_fisher()
+        if self._structure is not None:
+            fisher: LinearOperator = self._mlp_fisher()
+        else:
+            n_samples = -(-self.n_samples // self.fisher_stride)
+            starts = range(0, n_samples, self._n_kept)
+            ends = [min(start + self._n_kept, n_samples) for start in starts]
+            if len(starts) == 1:
+                fisher = self._autograd_fisher(0, n_samples)
+            else:
+                fisher = ChunkedOperator(
+                    [functools.partial(self._autograd_fisher, *ends_of) for ends_of in zip(starts, ends, strict=True)],
+                    [(end - start) / n_samples for start, end in zip(starts, ends, strict=True)],
+                )
         if not self._has_gradient_hooks:
             return fisher
         gradient = self._objective_and_gradient[1]
-        hooked = th.cat([th.full((param.numel(),), has_gradient_hooks(param)) for param in self.actor_params])
+        hooked = th.cat([th.full((param.numel(),), has_gradient_hooks(param)) for param in self.params])
         return Projected(fisher, (gradient != 0) | hooked.logical_not().to(gradient.device))
 
-    def _unprojected_fisher(self) -> LinearOperator:
-        """
-        The Fisher matrix for all directions.
-
-        :return: the operator, without damping
-        """
-        if self._structure is not None:
-            jacobian = self._jacobian
-            if jacobian is None:
-                thin = take(self.batch.observations, slice(None, None, self.fisher_stride))
-                jacobian = self._mlp_jacobian(thin)
-                assert jacobian is not None
-            else:
-                jacobian = jacobian.thinned(self.fisher_stride)
-            return GaussNewtonFisher(jacobian, self._output_fisher)
-        n_samples = -(-self.batch.n_samples // self.fisher_stride)
-        if n_samples <= self._n_kept:
-            return self._autograd_fisher(0, n_samples)
-        starts = range(0, n_samples, self._n_kept)
-        ends = [min(start + self._n_kept, n_samples) for start in starts]
-        return ChunkedOperator(
-            [functools.partial(self._autograd_fisher, start, end) for start, end in zip(starts, ends, strict=True)],
-            [(end - start) / n_samples for start, end in zip(starts, ends, strict=True)],
+    def _mlp_fisher(self) -> MlpFisher:
+        """The Fisher matrix of an MLP actor, by products on cached activations."""
+        thin = slice(None, None, self.fisher_stride)
+        if self._jacobian is not None:
+            jacobian: MlpJacobian | None = self._jacobian.thinned(self.fisher_stride)
+        else:
+            jacobian = self._mlp_jacobian(take(self.batch.observations, thin))
+        assert jacobian is not None
+        old = self._old_at(thin)
+        return MlpFisher(
+            jacobian,
+            functools.partial(self.family.fisher, old),
+            lambda: self.family.sample_score(old, self._generator),
+            self.shares,
         )
 
     def _autograd_fisher(self, start: int, end: int) -> LinearOperator:
-        """
-        The Fisher matrix of some samples by automatic differentiation.
-
-        :param start: the first sample, of those that the Fisher matrix is taken on
-        :param end: the one after the last
-        :return: the operator, with its graph
-        """
+        """By automatic differentiation, on samples ``start`` to ``end`` of those that the Fisher matrix is taken on."""
         part = slice(start * self.fisher_stride, end * self.fisher_stride, self.fisher_stride)
         observations = take(self.batch.observations, part)
-        outputs, params = _Outputs(self.policy, self.family), list[th.Tensor](self.actor_params)
+        outputs, params = _Outputs(self.policy, self.family), list[th.Tensor](self.params)
         with th.enable_grad():
             if self._has_gradient_hooks:
                 # The same numbers in other leaves, which have no hooks
                 params = [param.detach().requires_grad_() for param in params]
                 names = {id(param): name for name, param in outputs.named_parameters()}
-                aliases = {names[id(param)]: alias for param, alias in zip(self.actor_params, params, strict=True)}
+                aliases = {names[id(param)]: alias for param, alias in zip(self.params, params, strict=True)}
                 statistics = th.func.functional_call(outputs, aliases, (observations,))
             else:
                 statistics = outputs(observations)
@@ -352,105 +292,27 @@ class Surrogate:
                 old = outputs(observations)
             return HessianFisher(self.family.kl(old, statistics).mean(), params)
 
-    def preconditioner_cost(self, fisher: LinearOperator) -> int:
-        """
-        What building the preconditioner takes.
-
-        :param fisher: what :meth:`fisher` returned
-        :return: number of Fisher-vector products that take the same time
-        """
-        jacobian = _mlp_jacobian_of(fisher)
-        return 0 if jacobian is None else KroneckerPreconditioner.cost(jacobian)
-
-    def preconditioner(self, fisher: LinearOperator, damping: float) -> Callable[[th.Tensor], th.Tensor] | None:
-        """
-        An approximate inverse of the damped Fisher matrix.
-
-        :param fisher: what :meth:`fisher` returned
-        :param damping: added to the diagonal
-        :return: the preconditioner; ``None`` where there is none, which is for actors that are no MLP, for distributions that
-            cannot sample their score, without damping, and for a factor that is not finite
-        """
-        jacobian = _mlp_jacobian_of(fisher)
-        if jacobian is None or damping <= 0:
-            return None
-        score = self.family.sample_score(self._thinned_old, self._generator)
-        if score is None:
-            return None
-        try:
-            preconditioner = KroneckerPreconditioner(jacobian, self._output_fisher, score, damping)
-        except th.linalg.LinAlgError:  # type: ignore[attr-defined]
-            # The square of an observation of 1e20 is infinite in single precision, and has no eigenvalues
-            return None
-        if not isinstance(fisher, Projected):
-            return preconditioner
-        is_kept = fisher.is_kept
-        # Conjugate gradient stays among the vectors that the projection keeps, where this is positive definite
-        return lambda vector: preconditioner(vector * is_kept) * is_kept
-
-    @property
-    def _thinned_old(self) -> tuple[th.Tensor, ...]:
-        """Statistics of the old distribution at the samples that the Fisher matrix is taken on."""
-        thinned: tuple[th.Tensor, ...] = self._old_at(slice(None, None, self.fisher_stride))
-        return thinned
-
-    def _output_fisher(self, tangents: tuple[th.Tensor, ...]) -> tuple[th.Tensor, ...]:
-        """
-        Multiply with the output-space Fisher matrix of the old distribution.
-
-        :param tangents: of the statistics
-        :return: cotangents
-        """
-        return self.family.fisher(self._thinned_old, tangents)
-
     @th.no_grad()
     def summary(self) -> tuple[float, float]:
-        """
-        Entropy and std at the policy's present parameters, for logging: over 256 samples or a few more of each process.
-
-        :return: mean entropy and mean std; NaN where the distribution has none
-        """
-        # With 1,024 it took 7% of an update on 2,048 samples, to tell the mean of numbers that hardly differ between samples
+        """Entropy and std at the policy's current parameters, for logging, over about 256 samples of each process."""
+        # With 1,024 samples it took 7% of an update on 2,048; the numbers hardly differ between samples
         every = slice(None, None, max(self.batch.n_samples // 256, 1))
         new = self.family.statistics(self.policy.get_distribution(take(self.batch.observations, every)))
         entropy, std = self.family.entropy(new, None if self._noise is None else self._noise[every]), self.family.std(new)
         unknown = self.batch.advantages.new_full((), math.nan)
         means = th.stack([unknown if values is None else values.mean() for values in (entropy, std)]).tolist()
-        mean_entropy, mean_std = all_mean(th.tensor(means, dtype=th.float64)).tolist()
+        mean_entropy, mean_std = self.shares.mean(th.tensor(means, dtype=th.float64)).tolist()
         return mean_entropy, mean_std
 
 
 class _Outputs(nn.Module):
-    """
-    From observations to the statistics of the action distribution, as a module.
+    """From observations to the statistics of the action distribution, as a module."""
 
-    :param policy: the policy
-    :param family: of its distribution
-    """
-
-    def __init__(self, policy: ActorCriticPolicy, family: Family):
+    def __init__(self, policy: ActorCriticPolicy, family: Family[Any]):
         super().__init__()
         self.policy = policy
         self._family = family
 
     def forward(self, observations: PyTorchObs) -> Any:
-        """
-        Compute the statistics.
-
-        :param observations: a batch
-        :return: the statistics, with their graph
-        """
+        """The statistics, with their graph."""
         return self._family.statistics(self.policy.get_distribution(observations))
-
-
-def _mlp_jacobian_of(fisher: LinearOperator) -> MlpJacobian | None:
-    """
-    The hand-written Jacobian in the Fisher matrix of an MLP actor.
-
-    :param fisher: what :meth:`Surrogate.fisher` returned
-    :return: its Jacobian, or ``None`` for any other actor
-    """
-    if isinstance(fisher, Projected):
-        fisher = fisher.operator
-    is_mlp = isinstance(fisher, GaussNewtonFisher) and isinstance(fisher.jacobian, MlpJacobian)
-    return fisher.jacobian if is_mlp else None  # type: ignore[attr-defined]

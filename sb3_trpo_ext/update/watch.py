@@ -22,13 +22,7 @@ class PolicyWatch:
         self._warned: set[str] = set()
 
     def parts(self, policy: ActorCriticPolicy, optimizers: Iterable[th.optim.Optimizer] = ()) -> PolicyParts:
-        """
-        Actor and critic as they are now. After a change optimizers follow, and what will not be trained is warned of.
-
-        :param policy: the policy
-        :param optimizers: over its parameters
-        :return: its parts
-        """
+        """Actor and critic as they are now. After a change optimizers follow, and what will not be trained is warned of."""
         now, before = contents(policy), self._contents
         is_same = len(now) == len(before) and all(new is old for new, old in zip(now, before, strict=True))
         if self._parts is None or not is_same:
@@ -45,12 +39,7 @@ class PolicyWatch:
 
 
 def contents(policy: nn.Module) -> list[Any]:
-    """
-    What a policy consists of now: if this list changes, its parts may have.
-
-    :param policy: any policy
-    :return: the policy, its modules, their parameters, and which of these require a gradient; compare by identity
-    """
+    """What a policy consists of now: if this list changes, its parts may have."""
     found: list[Any] = []
     for module in policy.modules():
         found.append(module)
@@ -60,13 +49,7 @@ def contents(policy: nn.Module) -> list[Any]:
 
 
 def frozen_statistics(policy: nn.Module, actor_modules: Sequence[nn.Module]) -> list[str]:
-    """
-    Modules of the actor with running statistics, which never learn: the actor always runs in evaluation mode.
-
-    :param policy: the policy
-    :param actor_modules: modules that the action distribution goes through
-    :return: a description of each, such as "BatchNorm1d mlp_extractor.policy_net.1"
-    """
+    """Modules of the actor with running statistics, which never learn: the actor always runs in evaluation mode."""
     names = {id(module): name for name, module in policy.named_modules()}
     return [
         f"{type(module).__name__} {names[id(module)]}"
@@ -78,13 +61,7 @@ def frozen_statistics(policy: nn.Module, actor_modules: Sequence[nn.Module]) -> 
 
 
 def _untrained(policy: ActorCriticPolicy, parts: PolicyParts) -> list[str]:
-    """
-    What in the policy will not be trained, though one might think so.
-
-    :param policy: the policy
-    :param parts: of it
-    :return: a warning for each
-    """
+    """What in the policy will not be trained, though one might think so."""
     name = type(policy).__name__
     messages = [
         f"The {what} of {name} depends on no parameter of its own that requires a gradient: it will not be trained."

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import gymnasium as gym
 
-from sb3_trpo_ext.arguments import closest
+from sb3_trpo_ext._checks import closest
 
 #: For the end of every command's help.
 COMMON_HELP = """options of every command:

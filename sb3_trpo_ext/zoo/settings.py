@@ -9,7 +9,7 @@ from typing import Any
 
 from rl_zoo3 import utils
 
-from sb3_trpo_ext.arguments import closest
+from sb3_trpo_ext._checks import closest
 
 #: What RL-Zoo takes out of the settings before it makes the model.
 OF_RL_ZOO = (

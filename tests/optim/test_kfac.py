@@ -18,6 +18,7 @@ from sb3_trpo_ext.optim import (
     conjugate_gradient,
 )
 from sb3_trpo_ext.optim.vectors import flatten
+from sb3_trpo_ext.parallel.reductions import Shares
 from sb3_trpo_ext.update.distributions import CategoricalFamily, Family, GaussianFamily
 from sb3_trpo_ext.update.structure import split_policy
 from sb3_trpo_ext.update.surrogate import Surrogate
@@ -49,7 +50,7 @@ class Preconditioned:
         assert score is not None
         self.score = score
         self.fisher = GaussNewtonFisher(self.jacobian, self.output_fisher)
-        self.preconditioner = KroneckerPreconditioner(self.jacobian, self.output_fisher, score, DAMPING)
+        self.preconditioner = KroneckerPreconditioner(self.jacobian, self.output_fisher, score, DAMPING, Shares())
 
     def output_fisher(self, tangents: tuple[th.Tensor, ...]) -> tuple[th.Tensor, ...]:
         return self.family.fisher(self.statistics, tangents)
@@ -59,7 +60,7 @@ class Preconditioned:
         return len(flatten(self.params))
 
     def matrix(self) -> th.Tensor:
-        return th.stack([self.preconditioner(basis) for basis in th.eye(self.n_params)], dim=1)
+        return th.stack([self.preconditioner @ basis for basis in th.eye(self.n_params)], dim=1)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -112,7 +113,7 @@ def test_each_block_is_the_inverse_of_a_damped_kronecker_product(hidden: Sequenc
 
     vector = th.randn(actor.n_params)
     matrices, log_std = actor.jacobian.to_layers(vector)
-    solved, solved_log_std = actor.jacobian.to_layers(actor.preconditioner(vector))
+    solved, solved_log_std = actor.jacobian.to_layers(actor.preconditioner @ vector)
     for block, matrix, result in zip(blocks, matrices, solved, strict=True):
         assert relative_error(result.flatten(), block @ matrix.flatten()) < 1e-10
     if log_std is not None:
@@ -161,9 +162,9 @@ def test_singular_factors_are_no_obstacle() -> None:
         actor.layers[0].bias[2] = 1e3
     jacobian = MlpJacobian(inputs, actor.layers, [nn.Tanh()], actor.params, actor.log_std)
     # Less than what rounding leaves of these eigenvalues
-    preconditioner = KroneckerPreconditioner(jacobian, actor.output_fisher, actor.score, 1e-20)
+    preconditioner = KroneckerPreconditioner(jacobian, actor.output_fisher, actor.score, 1e-20, Shares())
     for vector in (*th.eye(actor.n_params), *th.randn(20, actor.n_params)):
-        assert 0 < th.dot(vector, preconditioner(vector)) < math.inf
+        assert 0 < th.dot(vector, preconditioner @ vector) < math.inf
 
 
 @pytest.mark.parametrize("stride", [1, 3])
@@ -173,10 +174,10 @@ def test_surrogate_makes_it_of_the_samples_that_the_fisher_matrix_is_of(stride: 
     params = split_policy(policy).actor_params
     surrogate = Surrogate(policy, params, make_batch(policy, 20), fisher_stride=stride)
     fisher = surrogate.fisher()
-    preconditioner = surrogate.preconditioner(fisher, DAMPING)
+    preconditioner = fisher.preconditioner(DAMPING)
     assert preconditioner is not None
     vector = th.randn(flatten(params).shape)
-    assert relative_error(preconditioner(Damped(fisher, DAMPING) @ vector), vector) < 1e-10
+    assert relative_error(preconditioner @ (Damped(fisher, DAMPING) @ vector), vector) < 1e-10
 
 
 def test_surrogate_makes_it_without_global_random_numbers_and_reproducibly() -> None:
@@ -187,9 +188,9 @@ def test_surrogate_makes_it_without_global_random_numbers_and_reproducibly() -> 
     results = []
     for seed in (0, 0, 1):
         surrogate = Surrogate(policy, params, batch, noise_seed=seed)
-        preconditioner = surrogate.preconditioner(surrogate.fisher(), DAMPING)
+        preconditioner = surrogate.fisher().preconditioner(DAMPING)
         assert preconditioner is not None
-        results.append(preconditioner(vector))
+        results.append(preconditioner @ vector)
     assert th.equal(th.get_rng_state(), state)
     assert th.equal(results[0], results[1])
     assert not th.equal(results[0], results[2])
@@ -204,22 +205,23 @@ def test_surrogate_has_none_of_what_is_not_finite(size: float) -> None:
     observations = batch.observations.double()
     observations[2, 1] = size
     surrogate = Surrogate(policy, split_policy(policy).actor_params, batch._replace(observations=observations))
-    assert surrogate.preconditioner(surrogate.fisher(), DAMPING) is None
+    assert surrogate.fisher().preconditioner(DAMPING) is None
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "damping"),
-    [({}, 0.0), ({"use_sde": True}, DAMPING), ({"activation_fn": nn.Softplus}, DAMPING)],
-    ids=["no_damping", "gsde", "unknown_activation"],
+    "kwargs",
+    [{"use_sde": True}, {"activation_fn": nn.Softplus}],
+    ids=["gsde", "unknown_activation"],
 )
-def test_surrogate_has_none_where_there_is_none(kwargs: dict[str, Any], damping: float) -> None:
+def test_surrogate_has_none_where_there_is_none(kwargs: dict[str, Any]) -> None:
     policy = make_policy(**kwargs)
     surrogate = Surrogate(policy, split_policy(policy).actor_params, make_batch(policy))
-    assert surrogate.preconditioner(surrogate.fisher(), damping) is None
+    assert surrogate.fisher().preconditioner(DAMPING) is None
+    assert surrogate.fisher().preconditioner_cost == math.inf
 
 
 def test_surrogate_has_none_for_a_family_that_cannot_sample_its_score(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GaussianFamily, "sample_score", Family.sample_score)
     policy = make_policy()
     surrogate = Surrogate(policy, split_policy(policy).actor_params, make_batch(policy))
-    assert surrogate.preconditioner(surrogate.fisher(), DAMPING) is None
+    assert surrogate.fisher().preconditioner(DAMPING) is None

@@ -33,6 +33,7 @@ from sb3_trpo_ext.optim import (
     MlpJacobian,
 )
 from sb3_trpo_ext.optim.vectors import flatten
+from sb3_trpo_ext.parallel.reductions import Shares
 from sb3_trpo_ext.policies import CnnPolicy, MultiInputPolicy, SquashedMlpPolicy
 from sb3_trpo_ext.update.distributions import BernoulliFamily, CategoricalFamily, Family, GaussianFamily, family_of
 from sb3_trpo_ext.update.structure import mlp_structure, split_policy
@@ -355,4 +356,4 @@ def test_damped_adds_to_the_diagonal() -> None:
 
 def test_averaged_is_the_operator_itself_on_one_process() -> None:
     matrix, vector = th.randn(4, 4), th.randn(4)
-    assert th.equal(Averaged(Dense(matrix)) @ vector, matrix @ vector)
+    assert th.equal(Averaged(Dense(matrix), Shares()) @ vector, matrix @ vector)

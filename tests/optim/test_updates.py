@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch as th
-from helpers import Dense, relative_error
+from helpers import Dense, Preconditioned, ScriptedProblem, relative_error
 from torch import nn
 
 from sb3_trpo_ext.optim import AdaptiveKLPenalty, KLConstraint, LinearOperator, Problem, UpdateResult, UpdateStatus
@@ -47,7 +47,7 @@ class GaussianMean:
         return Dense(th.diag(STD**-2))
 
     def problem(self, **replacements: Any) -> Problem:
-        return Problem(self.params, 4, self.evaluate, self.fisher)._replace(**replacements)
+        return ScriptedProblem(self.params, 4, **{"evaluate": self.evaluate, "fisher": self.fisher, **replacements})
 
 
 def natural_gradient(damping: float) -> th.Tensor:
@@ -109,13 +109,13 @@ def test_preconditioner_changes_the_number_of_products_only(damping: float) -> N
     def step(inverse: th.Tensor | None, **kwargs: Any) -> tuple[th.Tensor, UpdateResult]:
         gaussian = GaussianMean()
 
-        def preconditioner(fisher: LinearOperator, given: float) -> Callable[[th.Tensor], th.Tensor] | None:
-            assert isinstance(fisher, Dense)
+        def make_inverse(given: float) -> th.Tensor | None:
             assert given == damping
-            return None if inverse is None else lambda vector: inverse @ vector
+            return inverse
 
         update = KLConstraint(cg_damping=damping, cg_tolerance=1e-10, **kwargs)
-        result = update.update(gaussian.problem(preconditioner=preconditioner), TARGET_KL)
+        fisher = Preconditioned(th.diag(STD**-2), make_inverse)
+        result = update.update(gaussian.problem(fisher=lambda: fisher), TARGET_KL)
         # The direction alone: whether the first trial, on the edge of the region, is within it is a matter of rounding
         return gaussian.step / gaussian.step.norm(), result
 
@@ -144,7 +144,7 @@ def test_accepted_step_keeps_its_promises_where_the_kl_is_not_quadratic(seed: in
         return new.exp() @ advantages, old.exp() @ (old - new)
 
     p = old.exp()
-    problem = Problem([logits], 1, evaluate, lambda: Dense(th.diag(p) - th.outer(p, p)))
+    problem = ScriptedProblem([logits], 1, evaluate, lambda: Dense(th.diag(p) - th.outer(p, p)))
     result = KLConstraint(cg_damping=1e-3, fill=fill).update(problem, 0.5)
     objective, kl = (value.item() for value in evaluate(None))
     assert result.is_accepted
@@ -210,7 +210,7 @@ class Hostile:
         return self.objective(vector), kl
 
     def problem(self) -> Problem:
-        return Problem(self.params, 4, self.evaluate, lambda: Dense(self.matrix))
+        return ScriptedProblem(self.params, 4, self.evaluate, lambda: Dense(self.matrix))
 
 
 START = flatten(hostile_params())
@@ -322,7 +322,7 @@ class Regression:
         return (shift.exp() * self.advantages[index]).mean(), shift.square().mean() / 2
 
     def problem(self) -> Problem:
-        return Problem(self.params, len(self.advantages), self.evaluate, lambda: Dense(th.eye(3)))
+        return ScriptedProblem(self.params, len(self.advantages), self.evaluate, lambda: Dense(th.eye(3)))
 
 
 def test_penalty_is_adam_on_shuffled_minibatches() -> None:
@@ -457,28 +457,19 @@ def test_only_an_accepted_update_says_that_it_moved_the_parameters() -> None:
 
 @pytest.mark.parametrize(("cost", "plain", "preconditioned"), [(0, 0, 1), (1, 1, 1), (2, 2, 1), (100, 3, 0)])
 def test_preconditioner_is_built_when_plain_steps_have_cost_as_much(cost: int, plain: int, preconditioned: int) -> None:
-    gaussian, fisher = GaussianMean(), Dense(th.diag(STD**-2))
-    built_after: list[int] = []
-
-    def preconditioner(operator: LinearOperator, damping: float) -> Callable[[th.Tensor], th.Tensor]:
-        assert operator is fisher
-        built_after.append(fisher.n_products)
-        return lambda vector: vector / (STD**-2 + damping)
-
-    problem = gaussian.problem(fisher=lambda: fisher, preconditioner=preconditioner, preconditioner_cost=lambda _: cost)
-    result = KLConstraint(cg_damping=0.1, cg_tolerance=1e-6).update(problem, TARGET_KL)
+    gaussian = GaussianMean()
+    fisher = Preconditioned(th.diag(STD**-2), lambda damping: th.diag(1 / (STD**-2 + damping)), cost)
+    result = KLConstraint(cg_damping=0.1, cg_tolerance=1e-6).update(gaussian.problem(fisher=lambda: fisher), TARGET_KL)
     assert result.cg_steps == fisher.n_products == plain + preconditioned
-    assert built_after == ([plain] if preconditioned else [])
+    assert fisher.built_after == ([plain] if preconditioned else [])
     direction = natural_gradient(0.1)
     assert relative_error(gaussian.step / gaussian.step.norm(), direction / direction.norm()) < 1e-5
 
 
 def test_steps_with_and_without_preconditioner_are_bounded_together() -> None:
-    gaussian, fisher = GaussianMean(), Dense(th.diag(STD**-2))
-    problem = gaussian.problem(
-        fisher=lambda: fisher, preconditioner=lambda *_: lambda vector: vector, preconditioner_cost=lambda _: 1
-    )
-    result = KLConstraint(cg_damping=0.1, cg_tolerance=1e-9, cg_max_steps=2).update(problem, TARGET_KL)
+    gaussian, fisher = GaussianMean(), Preconditioned(th.diag(STD**-2), lambda _: th.eye(3), cost=1)
+    update = KLConstraint(cg_damping=0.1, cg_tolerance=1e-9, cg_max_steps=2)
+    result = update.update(gaussian.problem(fisher=lambda: fisher), TARGET_KL)
     assert result.cg_steps == fisher.n_products == 2
 
 

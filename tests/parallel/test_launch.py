@@ -17,6 +17,7 @@ from torch.multiprocessing.spawn import spawn
 
 from sb3_trpo_ext.parallel import launch, moments, reductions
 from sb3_trpo_ext.parallel.launch import SharedStatistics, rank_device, rank_seed
+from sb3_trpo_ext.parallel.reductions import Shares
 
 Outcomes = list[dict[str, Any]]
 
@@ -201,21 +202,18 @@ def test_formula_knows_the_shapes_of_the_networks(name: str, policy: str) -> Non
 def test_one_process_reduces_nothing() -> None:
     """Every reduction hands back the very tensor, and no process group is needed."""
     tensor = th.ones(2)
-    assert all(
-        f(tensor) is tensor for f in (reductions.all_mean, reductions.all_sum, reductions.all_max, reductions.all_gathered)
-    )
+    assert all(f(tensor) is tensor for f in (Shares().mean, Shares.of(5).mean, reductions.all_sum, reductions.all_max))
+    assert reductions.all_gathered(tensor) is tensor
     tensors = [tensor]
-    assert reductions.all_means(tensors) is tensors
+    assert Shares().means(tensors) is tensors
     part = moments.moments_of(tensor)
     assert moments.all_joined(part) is part
     assert reductions.all_true(True)
     assert not reductions.all_true(False)
     reductions.average_(tensor, 0.5)
     assert tensor.tolist() == [1, 1]
-    assert reductions.minibatch_shares(10, 4) == [1, 1, 1]
+    assert Shares().minibatch_weights(10, 4) == [1, 1, 1]
     assert (reductions.rank(), reductions.world_size(), rank_seed(3), rank_seed(None)) == (0, 1, 3, None)
-    with reductions.weighted_by(5):
-        assert reductions.all_mean(tensor) is tensor
     assert rank_device("auto") == "auto"
     model = make_model(random_vec_env(1))
     launch.check_identical(model)
@@ -233,11 +231,11 @@ def test_one_process_reduces_nothing() -> None:
     ],
 )
 def test_minibatches_are_as_many_on_all_processes_and_never_empty(
-    monkeypatch: pytest.MonkeyPatch, counts: list[int], batch_size: int, sizes: list[list[int]]
+    counts: list[int], batch_size: int, sizes: list[list[int]]
 ) -> None:
-    monkeypatch.setattr(reductions, "_counts", counts)
-    assert [reductions.minibatch_sizes(count, batch_size) for count in counts] == sizes
-    assert reductions.minibatch_shares(counts[0], batch_size) == [
+    shares = Shares(counts)
+    assert [shares.minibatch_sizes(count, batch_size) for count in counts] == sizes
+    assert shares.minibatch_weights(counts[0], batch_size) == [
         first / (first + second) for first, second in zip(*sizes, strict=True)
     ]
 

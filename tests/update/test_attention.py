@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.update.distributions import twice_differentiable_attention
+from sb3_trpo_ext.update.settings import twice_differentiable_attention
 from sb3_trpo_ext.update.surrogate import Surrogate
 
 TOKENS = spaces.Box(-1.0, 1.0, (4, 8))

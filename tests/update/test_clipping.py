@@ -135,7 +135,7 @@ def clipped_surrogate(**kwargs: Any) -> Surrogate:
 def test_surrogate_has_the_ratio_of_the_clipped_actions(kwargs: dict[str, Any]) -> None:
     surrogate = clipped_surrogate(**kwargs)
     policy, batch = surrogate.policy, surrogate.batch
-    old = flatten(surrogate.actor_params)
+    old = flatten(surrogate.params)
 
     def log_probs() -> th.Tensor:
         return clipped_log_prob(policy.get_distribution(batch.observations), clip(batch.actions, BOUNDS))
@@ -147,9 +147,9 @@ def test_surrogate_has_the_ratio_of_the_clipped_actions(kwargs: dict[str, Any]) 
         assert surrogate.evaluate()[0].item() == pytest.approx(batch.advantages.mean().item(), rel=1e-12)
         if not policy.use_sde:
             # SB3 keeps the gradient of gSDE's std from the features, which differences do not
-            expected_gradient = finite_difference(lambda: surrogate.evaluate()[0].item(), surrogate.actor_params)
-            assert relative_error(surrogate.gradient()[1], expected_gradient) < 1e-8
-        assign_(surrogate.actor_params, old + 0.2 * th.randn_like(old))
+            expected_gradient = finite_difference(lambda: surrogate.evaluate()[0].item(), surrogate.params)
+            assert relative_error(surrogate.objective_and_gradient()[1], expected_gradient) < 1e-8
+        assign_(surrogate.params, old + 0.2 * th.randn_like(old))
         expected = ((log_probs() - before).exp() * batch.advantages).mean()
         assert surrogate.evaluate()[0].item() == pytest.approx(expected.item(), rel=1e-12)
         indices = th.tensor([1, 5, 7])
@@ -161,13 +161,13 @@ def test_surrogate_has_the_ratio_of_the_clipped_actions(kwargs: dict[str, Any]) 
 def test_parts_of_the_batch_make_the_same_surrogate(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = clipped_surrogate()
     monkeypatch.setattr("sb3_trpo_ext.update.surrogate._CPU_LIMITS", Limits(5, 2**25))
-    chunked = Surrogate(whole.policy, whole.actor_params, whole.batch, bounds=BOUNDS)
+    chunked = Surrogate(whole.policy, whole.params, whole.batch, bounds=BOUNDS)
     assert len(chunked._chunks) == 3
-    for actual, expected in zip(chunked.gradient(), whole.gradient(), strict=True):
+    for actual, expected in zip(chunked.objective_and_gradient(), whole.objective_and_gradient(), strict=True):
         assert relative_error(actual, expected) < 1e-12
-    old = flatten(whole.actor_params)
+    old = flatten(whole.params)
     with th.no_grad():
-        assign_(whole.actor_params, old + 0.2)
+        assign_(whole.params, old + 0.2)
         assert chunked.evaluate()[0].item() == pytest.approx(whole.evaluate()[0].item(), rel=1e-12)
 
 

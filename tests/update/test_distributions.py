@@ -24,14 +24,8 @@ from torch.nn import functional as F
 from sb3_trpo_ext import Family, register_family
 from sb3_trpo_ext.optim import HessianFisher
 from sb3_trpo_ext.update import distributions
-from sb3_trpo_ext.update.distributions import (
-    BernoulliFamily,
-    CategoricalFamily,
-    GaussianFamily,
-    TorchFamily,
-    family_of,
-    no_argument_checks,
-)
+from sb3_trpo_ext.update.distributions import BernoulliFamily, CategoricalFamily, GaussianFamily, TorchFamily, family_of
+from sb3_trpo_ext.update.settings import no_argument_checks
 
 Statistics = tuple[th.Tensor, ...]
 N_SAMPLES = 5

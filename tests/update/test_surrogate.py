@@ -52,7 +52,7 @@ def make_surrogate(name: str, **kwargs: Any) -> Surrogate:
 
 def move(surrogate: Surrogate, distance: float) -> None:
     """Take the actor away from the old parameters, in a random direction."""
-    params = surrogate.actor_params
+    params = surrogate.params
     old = flatten(params)
     assign_(params, old + distance * th.randn_like(old))
 
@@ -109,7 +109,7 @@ def test_gradient_is_that_of_finite_differences(name: str, ent_coef: float, dist
     """Of the objective, with or without entropy, and of the KL; away from the old parameters too, where it is not zero."""
     surrogate = make_surrogate(name, ent_coef=ent_coef)
     move(surrogate, distance)
-    params = surrogate.actor_params
+    params = surrogate.params
     if name.startswith("gsde"):
         # SB3 blocks the gradient from the std to the features that it depends on, so that for the layers below these there
         # is no function that the gradient would be of
@@ -127,14 +127,12 @@ def test_gradient_is_that_of_finite_differences(name: str, ent_coef: float, dist
 def test_gradient_of_the_first_pass_is_that_of_autograd(name: str, ent_coef: float) -> None:
     surrogate = make_surrogate(name, ent_coef=ent_coef)
     expected_objective, _ = surrogate.evaluate()
-    expected = flatten(th.autograd.grad(expected_objective, surrogate.actor_params))
-    objective, gradient = surrogate.gradient()
+    expected = flatten(th.autograd.grad(expected_objective, surrogate.params))
+    objective, gradient = surrogate.objective_and_gradient()
     assert objective.item() == expected_objective.item()
     assert not objective.requires_grad and not gradient.requires_grad
     assert relative_error(gradient, expected) < 1e-12
-    problem = surrogate.problem()
-    assert problem.gradient is not None
-    assert th.equal(problem.gradient()[1], gradient)
+    assert th.equal(surrogate.objective_and_gradient()[1], gradient)
 
 
 class MeanAndStd(GaussianFamily):
@@ -162,7 +160,7 @@ def test_fisher_of_a_users_family_for_a_stock_distribution_is_right(monkeypatch:
     distributions.register_family(DiagGaussianDistribution, lambda _: MeanAndStd())
     th.manual_seed(0)
     surrogate = make_surrogate("gaussian")
-    vector = th.randn(sum(param.numel() for param in surrogate.actor_params))
+    vector = th.randn(sum(param.numel() for param in surrogate.params))
     assert isinstance(surrogate.family, MeanAndStd)
     assert relative_error(surrogate.fisher() @ vector, expected @ vector) < 1e-10
 
@@ -182,10 +180,10 @@ def test_chunks_change_nothing(
         # Drawn chunk by chunk, other noise would come out
         pieces = iter(noise.split(min(4, n_at_once)))
         monkeypatch.setattr("sb3_trpo_ext.update.surrogate.standard_normal", lambda *_: next(pieces))
-    chunked = Surrogate(whole.policy, whole.actor_params, whole.batch, ent_coef=ent_coef, fisher_stride=stride)
+    chunked = Surrogate(whole.policy, whole.params, whole.batch, ent_coef=ent_coef, fisher_stride=stride)
     assert len(chunked._chunks) == (1 if name == "users" else -(-N_SAMPLES // min(4, n_at_once)))
-    vector = th.randn(flatten(whole.actor_params).shape)
-    for fast, expected in zip(chunked.gradient(), whole.gradient(), strict=True):
+    vector = th.randn(flatten(whole.params).shape)
+    for fast, expected in zip(chunked.objective_and_gradient(), whole.objective_and_gradient(), strict=True):
         assert relative_error(fast, expected) < 1e-12
     assert relative_error(chunked.fisher() @ vector, whole.fisher() @ vector) < 1e-12
     move(whole, 0.3)
@@ -277,8 +275,8 @@ def test_summary_has_no_std_of_discrete_actions() -> None:
 
 def test_problem_is_the_surrogate() -> None:
     surrogate = make_surrogate("gaussian")
-    problem = surrogate.problem()
-    assert problem.params is surrogate.actor_params
+    problem = surrogate
+    assert problem.params is surrogate.params
     assert problem.n_samples == N_SAMPLES
     assert th.equal(th.stack(problem.evaluate(None)), th.stack(surrogate.evaluate()))
     vector = th.randn(flatten(problem.params).shape)

@@ -1,0 +1,56 @@
+"""Settings of the whole process that an update changes while it lasts."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch as th
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class _Shared:
+    """
+    A setting that is changed while any thread needs it, and restored when none does.
+
+    If each thread restored what it had found, two threads that overlap would leave the setting changed.
+
+    :param make_context: changes the setting on entry and restores it on exit
+    """
+
+    def __init__(self, make_context: Callable[[], AbstractContextManager[Any]]):
+        self._make_context = make_context
+        self._lock = threading.Lock()
+        self._n_inside = 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._n_inside == 0:
+                self._stack.enter_context(self._make_context())
+            self._n_inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._n_inside -= 1
+            if self._n_inside == 0:
+                self._stack.close()
+
+
+@contextmanager
+def _checks_off() -> Iterator[None]:
+    """Switch off the argument checks of ``torch.distributions``."""
+    before = th.distributions.Distribution._validate_args
+    th.distributions.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        th.distributions.Distribution.set_default_validate_args(before)
+
+
+#: Within it ``torch.distributions`` does not check its arguments: a trial step of a line search may give a NaN or a std of
+#: zero, which must become a non-finite KL that rejects the trial, and not an exception. The checks also make the host wait.
+no_argument_checks = _Shared(_checks_off)
+#: Within it ``scaled_dot_product_attention`` uses the only kernel that can be differentiated twice, as products with the
+#: Fisher matrix are (PyTorch's issue 116350).
+twice_differentiable_attention = _Shared(lambda: sdpa_kernel(SDPBackend.MATH))
