@@ -5,8 +5,8 @@
     python -m benchmarks.returns draw
 
 ``add`` lets each trained agent act for 100 deterministic episodes in Gymnasium's environment, with a seed that no training has
-used. It replaces the rows of that run in ``results/suite.csv``: one for each evaluation during training, and one for these
-episodes. A run that is there already, with the same settings, is left out, so that an interrupted ``add`` can be repeated.
+used, and puts rows into ``results/suite.csv``: one for each evaluation during training, and one for these episodes. A run that
+is there with the same settings is left out, so that an interrupted ``add`` can be repeated; delete its rows to measure it anew.
 ``draw`` writes ``results/humanoid.png`` and ``results/suite.png``; ``python -m benchmarks.tables`` writes the tables.
 """
 
