@@ -1,4 +1,4 @@
-"""Breakout from pixels: needs `pip install "sb3-trpo-ext[atari]"`, and ten million steps or more for a good agent."""
+"""Breakout from pixels (`pip install "sb3-trpo-ext[atari]"`). A good agent takes ten million steps or more."""
 
 import argparse
 
@@ -29,7 +29,7 @@ def main() -> None:
         make_env(args.game, n_envs=8, seed=args.seed),
         n_steps=128,
         batch_size=256,
-        # Actor and critic have a convolutional network each; a quarter of the samples is enough for the Fisher matrix
+        # Fisher-vector products of a convolutional network are expensive: compute them on every fourth sample
         sub_sampling_factor=4,
         n_critic_updates=4,
         learning_rate=2.5e-4,
@@ -37,7 +37,7 @@ def main() -> None:
         seed=args.seed,
         verbose=1,
     )
-    model.learn(args.steps, progress_bar=True)
+    model.learn(args.steps)
 
     mean, std = evaluate_policy(model, make_env(args.game, n_envs=1, seed=args.seed + 1000), n_eval_episodes=5)
     print(f"mean return: {mean:.1f} +- {std:.1f}")

@@ -17,13 +17,14 @@ def main() -> None:
 
     env = make_vec_env("Pendulum-v1", n_envs=8, seed=args.seed)
     eval_env = make_vec_env("Pendulum-v1", seed=args.seed + 1000)
+    # Only 25 updates each, so the trust region is twice the default
     settings = {"n_steps": 256, "gamma": 0.9, "target_kl": 0.02, "n_critic_updates": 15}
     theirs = sb3_contrib.TRPO("MlpPolicy", env, seed=args.seed, **settings).learn(args.steps)
     theirs.save("trpo_contrib")
     print(f"mean return by sb3-contrib's TRPO: {evaluate_policy(theirs, eval_env, n_eval_episodes=10)[0]:.1f}")
 
-    # Networks, the critic's optimizer and settings come from the file; with several actions, `target_kl` and `cg_damping` are
-    # converted to units of the joint KL, with a warning that says so
+    # Networks, optimizer and settings come from the file. With several action dimensions, `target_kl` and `cg_damping` are
+    # converted to units of the joint KL, with a warning
     model = TRPO.load("trpo_contrib", env=env)
     model.learn(args.steps, reset_num_timesteps=False)
     mean, std = evaluate_policy(model, eval_env, n_eval_episodes=10)

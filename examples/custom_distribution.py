@@ -1,4 +1,4 @@
-"""A distribution of one's own: Laplace instead of Gaussian noise, which explores farther now and then."""
+"""A custom distribution: Laplace instead of Gaussian noise, which has heavier tails."""
 
 import argparse
 
@@ -46,9 +46,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    # Without this line it works as well, by the KL of `torch.distributions` and double backpropagation
+    # Optional: without a family, TRPO uses the KL of `torch.distributions` and double backpropagation
     register_family(LaplaceDistribution, lambda distribution: LaplaceFamily())
     env = make_vec_env("Pendulum-v1", n_envs=8, seed=args.seed)
+    # Only 50 updates, so the trust region is five times the default
     model = TRPO(LaplacePolicy, env, n_steps=256, gamma=0.9, target_kl=0.05, cg_damping=0.05, seed=args.seed, verbose=1)
     model.learn(args.steps)
     mean, std = evaluate_policy(model, make_vec_env("Pendulum-v1", seed=args.seed + 1000), n_eval_episodes=10)

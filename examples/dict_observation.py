@@ -1,4 +1,4 @@
-"""Dict observations: an image and a vector of a small maze, each with the network that suits it."""
+"""Dict observations: an image and a vector of a small maze, each with its own network."""
 
 import argparse
 
@@ -22,6 +22,7 @@ def main() -> None:
         "MultiInputPolicy",
         env,
         n_steps=64,
+        # Only 16 updates, so longer steps than the default, which decay to zero
         target_kl=LinearSchedule(0.05, 0.0, 1.0),
         n_critic_updates=4,
         policy_kwargs={"net_arch": [32], "features_extractor_kwargs": {"cnn_output_dim": 32}},
@@ -30,8 +31,8 @@ def main() -> None:
     )
     model.learn(args.steps)
 
-    # The shortest way through the maze gets about 0, a lost agent -10 and less. Its own choice of action, and not always the
-    # likeliest one: an agent that runs into a wall sees the same again and would stay there
+    # The shortest way through the maze gets about 0, a lost agent -10 or less. Actions are sampled: a deterministic agent that
+    # runs into a wall would stay there
     mean, std = evaluate_policy(model, env, n_eval_episodes=10, deterministic=False)
     print(f"mean return: {mean:.1f} +- {std:.1f}")
 

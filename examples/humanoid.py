@@ -1,4 +1,4 @@
-"""Humanoid: normalised observations and rewards, with the settings of hyperparams/trpo_ext.yml."""
+"""Humanoid with the settings of hyperparams/trpo_ext.yml, without RL-Zoo (`pip install "sb3-trpo-ext[mujoco]"`)."""
 
 import argparse
 
@@ -23,21 +23,24 @@ def main() -> None:
         n_steps=64,
         batch_size=256,
         gamma=0.99,
-        gae_lambda=0.8,
-        # In units of the joint KL of 17 actions; sb3-contrib's numbers would be a 17th of these. It falls to zero in the end
+        gae_lambda=0.5,
+        clip_advantage=0.5,
+        # Summed over 17 action dimensions: a 17th of it in sb3-contrib's units. It decays, since every update fills the region
         target_kl=LinearSchedule(0.5, 0.0, 1.0),
         cg_damping=5.0,
+        cg_max_steps=15,
         sub_sampling_factor=2,
         learning_rate=3e-4,
+        n_critic_updates=10,
         policy_kwargs={"log_std_init": -1, "net_arch": {"pi": [256, 256], "vf": [256, 256]}},
         seed=args.seed,
         verbose=1,
     )
-    model.learn(args.steps, progress_bar=True)
+    model.learn(args.steps)
     model.save("trpo_humanoid")
     env.save("vecnormalize_humanoid.pkl")
 
-    # The agent knows normalised observations only, by the statistics of training, which must not move on
+    # The agent knows observations only as they were normalized in training: load the statistics, and freeze them
     eval_env = VecNormalize.load("vecnormalize_humanoid.pkl", make_vec_env("Humanoid-v5", seed=args.seed + 1000))
     eval_env.training = eval_env.norm_reward = False
     mean, std = evaluate_policy(model, eval_env, n_eval_episodes=10)

@@ -1,4 +1,4 @@
-"""Pendulum: a continuous action, and exploration that depends on the state (gSDE)."""
+"""Pendulum: a continuous action with state-dependent exploration (gSDE)."""
 
 import argparse
 
@@ -20,6 +20,7 @@ def main() -> None:
         make_vec_env("Pendulum-v1", n_envs=8, seed=args.seed),
         n_steps=256,
         gamma=0.9,
+        # Only 50 updates, so longer steps than the default, which decay to zero
         target_kl=LinearSchedule(0.06, 0.0, 1.0),
         cg_damping=0.05,
         n_critic_updates=15,

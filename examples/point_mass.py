@@ -1,4 +1,4 @@
-"""Train on the one-dimensional point mass, and draw what the policy does and how the updates went: half a minute."""
+"""Train on the one-dimensional point mass, and draw the policy and its updates (half a minute)."""
 
 import argparse
 
@@ -17,7 +17,7 @@ POSITIONS = np.linspace(-1.5, 1.5, 151, dtype=np.float32)
 
 
 class Watcher(BaseCallback):
-    """Notes after every update what the policy does at rest, the returns of the rollout, KL and std."""
+    """Records after every update the actions at rest, the returns of the rollout, the KL and the standard deviation."""
 
     def _on_training_start(self) -> None:
         self.actions, self.returns, self.kl, self.std = [], [], [], []
@@ -52,7 +52,7 @@ def draw(watcher: Watcher, target_kl: float, path: str) -> None:
     low, median, high = np.percentile(watcher.returns, [10, 50, 90], axis=1)
     returns.fill_between(updates, low, high, alpha=0.25, linewidth=0, label="10 to 90% of the episodes")
     returns.plot(updates, median, label="median")
-    # Where a single mass flies off, the band would squeeze all the rest into a line
+    # A single mass that flies off would stretch the axis
     returns.set(title="Return of an episode", xlabel="update", ylim=(max(low.min(), -500), 1.1 * max(high.max(), 0)))
     kl.plot(updates, watcher.kl, ".-", label="KL(old || new)")
     kl.axhline(target_kl, color="black", linestyle="--", linewidth=1, label="target_kl")
@@ -74,14 +74,14 @@ def main() -> None:
     parser.add_argument("--figure", default="point_mass.png")
     args = parser.parse_args()
     env = make_vec_env("sb3_trpo_ext/PointMass1D-v0", n_envs=N_ENVS, seed=args.seed)
-    # The return of a mass that flies off is a hundred times that of one that stays
+    # A mass that flies off has a return a hundred times as large as others
     env = VecNormalize(env, norm_obs=False)
     model = TRPO(
         "MlpPolicy",
         env,
         n_steps=150,  # one episode of each environment
         stats_window_size=N_ENVS,
-        target_kl=0.03,
+        target_kl=0.03,  # only 60 updates, so three times the default
         cg_damping=0.1,
         learning_rate=3e-3,
         batch_size=240,
@@ -89,7 +89,7 @@ def main() -> None:
         seed=args.seed,
     )
     watcher = Watcher()
-    model.learn(args.steps, callback=watcher, progress_bar=True)
+    model.learn(args.steps, callback=watcher)
     draw(watcher, model.target_kl, args.figure)
 
 

@@ -1,4 +1,4 @@
-"""Pretrain the actor by behavior cloning, with the policy's own optimizer, and go on with TRPO."""
+"""Pretrain the actor by behavior cloning with the policy's own optimizer, then continue with TRPO."""
 
 import argparse
 
@@ -11,7 +11,7 @@ from sb3_trpo_ext import TRPO
 
 
 def expert(observations: np.ndarray) -> np.ndarray:
-    """Push the cart to where the pole falls."""
+    """Push the cart to the side to which the pole falls."""
     return (observations[:, 2] + 0.5 * observations[:, 3] > 0).astype(int)
 
 
@@ -22,6 +22,7 @@ def main() -> None:
     args = parser.parse_args()
 
     env, eval_env = (make_vec_env("CartPole-v1", n_envs=8, seed=args.seed + offset) for offset in (0, 1000))
+    # Only 50 updates, so the trust region is twice the default
     model = TRPO("MlpPolicy", env, n_steps=128, gamma=0.98, target_kl=0.02, seed=args.seed)
 
     observations = []
@@ -38,7 +39,7 @@ def main() -> None:
         model.policy.optimizer.step()
     print(f"mean return of the clone: {evaluate_policy(model, eval_env, n_eval_episodes=10)[0]:.1f}")
 
-    # The critic knows nothing yet: fit it to the clone before its advantages move the actor
+    # The critic is untrained: fit it to the clone before its advantages move the actor
     actor = [*model.policy.mlp_extractor.policy_net.parameters(), *model.policy.action_net.parameters()]
     for param in actor:
         param.requires_grad_(False)

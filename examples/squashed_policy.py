@@ -1,4 +1,4 @@
-"""A Gaussian through a tanh: every action is within its bounds, and none has to be cut off."""
+"""A tanh-squashed Gaussian: every action is within its bounds, without clipping."""
 
 import argparse
 
@@ -22,6 +22,7 @@ def main() -> None:
         env,
         n_steps=256,
         gamma=0.9,
+        # Only 50 updates, so longer steps than the default, which decay to zero
         target_kl=LinearSchedule(0.1, 0.0, 1.0),
         cg_damping=0.05,
         n_critic_updates=15,

@@ -1,4 +1,4 @@
-"""The documentation speaks of what is there: links, names, logged keys and arguments."""
+"""The documentation agrees with the package: links, names, logged keys, arguments, and code that runs."""
 
 import importlib
 import inspect
@@ -12,7 +12,8 @@ from agents import RandomEnv
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from sb3_trpo_ext import TRPO
+import sb3_trpo_ext.envs
+from sb3_trpo_ext import TRPO, optim
 from sb3_trpo_ext.arguments import TRUST_REGION_OPTIONS
 from sb3_trpo_ext.optim import Status, UpdateStatus
 from sb3_trpo_ext.update.critic import CriticStatus
@@ -64,14 +65,33 @@ def test_links_lead_somewhere(folder: str, text: str) -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     navigation = set(re.findall(r": (\w+)\.md$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE))
-    assert navigation == set(PAGES)
+    # The home page is made of the README
+    assert navigation == {"index", *PAGES}
 
 
-def test_included_sections_are_there() -> None:
-    included = re.findall(r'^--8<-- "README\.md:(\w+)"$', PAGES["index"], flags=re.MULTILINE)
-    assert included == ["results", "differences"]
-    for name in included:
-        assert re.search(rf"<!-- --8<-- \[start:{name}\] -->\n\n\|.*?\n\n<!-- --8<-- \[end:{name}\] -->", README, re.DOTALL)
+def test_readme_can_be_read_aloud() -> None:
+    """Short, with one picture, one table of results and the two commands of the Makefile."""
+    assert len(README.splitlines()) < 150
+    assert len(re.findall(r"!\[", README)) == 1
+    results = [cell for row in rows_of(README, "1M steps") for cell in row[1:] if cell]
+    assert len(results) >= 6
+    for cell in results:
+        assert re.search(rf"(?<![\d,]){re.escape(cell.split(' (')[0])}(?![\d,])", PAGES["results"]), cell
+    for target in ("train", "test"):
+        assert f"\nmake {target} " in README
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+def test_python_of_the_first_pages_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page build on each other, as for somebody who types them."""
+    learn = TRPO.learn
+    monkeypatch.setattr(TRPO, "learn", lambda model, total_timesteps, **kwargs: learn(model, model.n_envs, **kwargs))
+    monkeypatch.chdir(tmp_path)
+    for text in (README, PAGES["getting_started"]):
+        blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+        assert blocks
+        exec("\n".join(blocks), {"__name__": "__main__"})
+    assert (tmp_path / "my_run" / "progress.csv").is_file()
 
 
 def resolve(name: str) -> Any:
@@ -95,6 +115,31 @@ def test_names_exist(page: str) -> None:
         assert len(names) >= 9
     for name in names:
         resolve(name)
+
+
+def listed_on(page: str) -> list[str]:
+    """The names that a page of the reference documents."""
+    return re.findall(r"^::: (\S+)$", PAGES[page], flags=re.MULTILINE)
+
+
+#: Public names that are not in ``sb3_trpo_ext`` itself.
+OTHER_PUBLIC_NAMES = {"callbacks.TimedEvalCallback", "envs.EnvPoolVecEnv", "envs.point_mass.PointMass1D"}
+
+
+def test_api_page_lists_the_public_names() -> None:
+    listed = listed_on("api")
+    assert sorted(listed) == sorted(f"sb3_trpo_ext.{name}" for name in {*sb3_trpo_ext.__all__, *OTHER_PUBLIC_NAMES})
+    for name in listed:
+        resolve(name)
+    for name in sb3_trpo_ext.envs.__all__:
+        assert f"sb3_trpo_ext.envs.{name}" in listed
+
+
+def test_page_of_the_mathematics_lists_the_public_names() -> None:
+    listed = listed_on("api_mathematics")
+    assert sorted(name.rpartition(".")[2] for name in listed) == sorted(optim.__all__)
+    for name in listed:
+        assert resolve(name) is getattr(optim, name.rpartition(".")[2])
 
 
 def test_algorithm_names_a_function_for_every_equation() -> None:
@@ -194,7 +239,7 @@ def test_hyperparameters_page_has_the_options_of_both_forms() -> None:
 
 
 def test_examples_page_lists_every_example() -> None:
-    listed = set(re.findall(r"\]\(\.\./examples/(\w+)\.py\)", PAGES["examples"]))
+    listed = {row[0].partition("]")[0].strip("[").removesuffix(".py") for row in rows_of(PAGES["getting_started"], "script")}
     assert listed == {path.stem for path in (ROOT / "examples").glob("*.py")}
 
 
@@ -204,6 +249,7 @@ def test_site_is_built_without_a_warning(tmp_path: Path) -> None:
     build = pytest.importorskip("mkdocs.commands.build")
     config = pytest.importorskip("mkdocs.config")
     build.build(config.load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path)))
+    assert 'href="getting_started.html"' in (tmp_path / "index.html").read_text()
     page = (tmp_path / "algorithm.html").read_text()
     assert page.count("<math") > 50
     assert "arithmatex" not in page

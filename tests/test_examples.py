@@ -1,4 +1,4 @@
-"""Every example runs, as a user would run it; those that claim to learn do, in the slow tests."""
+"""Every example runs as a user would run it, with the settings that it claims; the slow tests check that they learn."""
 
 import ast
 import re
@@ -6,15 +6,21 @@ import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch as th
+import yaml
+from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from test_architecture import count_code_lines
 
+import sb3_trpo_ext
 from sb3_trpo_ext.update import distributions
 
-FOLDER = Path(__file__).resolve().parent.parent / "examples"
-#: Steps enough for an update or more, and a floor of what an agent gets that has learned nothing.
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "examples"
+#: Steps for an update or more, and less than the return of an agent that has learned nothing.
 BUDGETS = {
     "cartpole": (2048, 8),
     "continue_contrib": (2048, -2000),
@@ -28,7 +34,7 @@ BUDGETS = {
     "pretrain": (1024, 30),
     "squashed_policy": (2048, -2000),
 }
-#: A return that is not reached by chance, for the number of steps that the example has by default; of seed 0 in brackets.
+#: A return that is not reached by chance, after the default number of steps; that of seed 0 in the comment.
 THRESHOLDS = {
     "cartpole": 475,  # 500
     "continue_contrib": -300,  # -164
@@ -41,6 +47,8 @@ THRESHOLDS = {
     "squashed_policy": -400,  # -243
 }
 FIGURES = ("kl_penalty", "point_mass")
+#: Examples with the settings of an entry in hyperparams/trpo_ext.yml.
+ENTRIES = {"humanoid": "Humanoid-v5", "point_mass": "sb3_trpo_ext/PointMass1D-v0"}
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +59,61 @@ def _no_family_stays() -> Iterator[None]:
     distributions._FAMILIES.update(before)
 
 
+class Stopped(Exception):
+    """Ends an example where its training would start."""
+
+
+class Model:
+    """Takes the place of TRPO, and keeps what an example passes."""
+
+    made: ClassVar["Model"]
+
+    def __init__(self, policy: str, env: VecEnv, **settings: Any) -> None:
+        self.policy, self.env, self.settings = policy, env, settings
+        Model.made = self
+
+    def learn(self, total_timesteps: int, **_: Any) -> None:
+        self.total_timesteps = total_timesteps
+        raise Stopped
+
+
 def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+
+
+def value_of(setting: Any) -> Any:
+    """A setting of RL-Zoo or of an example in a form that can be compared: schedules by their values."""
+    if isinstance(setting, str) and setting.startswith("lin_"):
+        setting = LinearSchedule(float(setting.removeprefix("lin_")), 0.0, 1.0)
+    elif isinstance(setting, str) and setting.startswith("dict("):
+        return eval(setting)
+    return [setting(progress) for progress in (1.0, 0.5, 0.0)] if callable(setting) else setting
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_example_has_the_settings_of_the_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sb3_trpo_ext, "TRPO", Model)
+    with pytest.raises(Stopped):
+        run(name, tmp_path, monkeypatch)
+    model = Model.made
+    assert isinstance(model.env, VecNormalize)
+    entry = yaml.safe_load((ROOT / "hyperparams" / "trpo_ext.yml").read_text())[ENTRIES[name]]
+    assert model.policy == entry.pop("policy")
+    assert model.env.num_envs == entry.pop("n_envs")
+    assert model.total_timesteps == entry.pop("n_timesteps")
+    assert entry.pop("callback") == "sb3_trpo_ext.TrainingRecorder"
+    normalize = entry.pop("normalize")
+    expected = {"norm_obs": True, "norm_reward": True} if normalize is True else value_of(normalize)
+    assert {"norm_obs": model.env.norm_obs, "norm_reward": model.env.norm_reward} == expected
+    # RL-Zoo gives the discount factor to the wrapper too
+    assert model.env.gamma == entry.get("gamma", 0.99)
+    settings = {name: value_of(setting) for name, setting in model.settings.items()}
+    # What is not a setting of the task
+    for option in ("seed", "verbose", "stats_window_size"):
+        settings.pop(option, None)
+    assert settings == {name: value_of(setting) for name, setting in entry.items()}
 
 
 def returns_in(output: str) -> list[float]:
@@ -71,7 +130,7 @@ def test_example_is_short_and_uses_the_public_names_alone(name: str) -> None:
     # The point mass draws four pictures
     assert count_code_lines(source) < (90 if name == "point_mass" else 60)
     if name != "point_mass":
-        assert len(source.splitlines()) < 60
+        assert len(source.splitlines()) <= 60
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
             assert not (node.module or "").startswith("sb3_trpo_ext.")
@@ -99,7 +158,7 @@ def test_atari_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     roms = pytest.importorskip("ale_py.roms")
     if roms.get_rom_path("pong") is None:
         pytest.skip("there is no ROM of Pong")
-    # The networks that are trained are those of pixels, which take seconds: one update shows that it works
+    # One update of convolutional networks takes seconds
     run("atari", tmp_path, monkeypatch, "--steps", "1024", "--game", "PongNoFrameskip-v4")
     (score,) = returns_in(capsys.readouterr().out)
     assert -21 <= score <= 21
@@ -132,6 +191,5 @@ def test_example_learns(
 ) -> None:
     run(name, tmp_path, monkeypatch)
     returns = returns_in(capsys.readouterr().out)
-    # Of the model that goes on, where another one was its start
-    # These two begin with an agent that is not trained to the end
+    # These two start from another agent, and print its return first
     assert min(returns[-1:] if name in ("continue_contrib", "pretrain") else returns) > THRESHOLDS[name]

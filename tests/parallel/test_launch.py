@@ -166,7 +166,7 @@ def test_advantages_are_clipped_by_the_deviation_over_all_processes(outcomes: Ou
 
 
 def test_traffic_is_what_the_formula_says(outcomes: Outcomes) -> None:
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "traffic.py"
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "studies" / "traffic.py"
     if not path.exists():
         pytest.skip("a source distribution has no benchmarks")
     formula = runpy.run_path(str(path))
@@ -185,7 +185,7 @@ def test_traffic_is_what_the_formula_says(outcomes: Outcomes) -> None:
 
 @pytest.mark.parametrize(("name", "policy"), [("humanoid", "MlpPolicy"), ("nature_cnn", "CnnPolicy")])
 def test_formula_knows_the_shapes_of_the_networks(name: str, policy: str) -> None:
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "traffic.py"
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "studies" / "traffic.py"
     if not path.exists():
         pytest.skip("a source distribution has no benchmarks")
     network = runpy.run_path(str(path))[name]()
