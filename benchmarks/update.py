@@ -275,7 +275,7 @@ def phases(model: TRPO, case: Case) -> dict[str, float]:
         return Surrogate(model.policy, model._parts.actor_params, batch, fisher_stride=model.sub_sampling_factor)
 
     surrogate = first_pass()
-    _, gradient = surrogate.gradient()
+    _, gradient = surrogate.objective_and_gradient()
     fisher = surrogate.fisher()
     result = {
         "batch": timed(model._full_batch),
@@ -284,10 +284,10 @@ def phases(model: TRPO, case: Case) -> dict[str, float]:
         "fisher_vector_product": timed(lambda: fisher @ gradient),
         "evaluation": timed(lambda: th.no_grad()(surrogate.evaluate)()),
     }
-    preconditioner = surrogate.preconditioner(fisher, model.cg_damping)
+    preconditioner = fisher.preconditioner(model.cg_damping)
     if preconditioner is not None:
-        result["preconditioner_setup"] = timed(lambda: surrogate.preconditioner(fisher, model.cg_damping))
-        result["preconditioner_product"] = timed(lambda: preconditioner(gradient))
+        result["preconditioner_setup"] = timed(lambda: fisher.preconditioner(model.cg_damping))
+        result["preconditioner_product"] = timed(lambda: preconditioner @ gradient)
         assert case.net_arch is not None
         n_samples = -(-batch.n_samples // model.sub_sampling_factor)
         sizes = [batch.observations.shape[1], *case.net_arch, model.policy.action_net.out_features]

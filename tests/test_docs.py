@@ -151,7 +151,7 @@ def test_algorithm_names_a_function_for_every_equation() -> None:
         assert re.search(r"`sb3_trpo_ext\.[\w.]+`", section), section.splitlines()[0]
     for name in (
         "update.surrogate.Surrogate.evaluate",
-        "update.surrogate.Surrogate.gradient",
+        "update.surrogate.Surrogate.objective_and_gradient",
         "optim.operators.GaussNewtonFisher",
         "optim.mlp.MlpJacobian",
         "optim.kfac.KroneckerPreconditioner",

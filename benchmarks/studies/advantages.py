@@ -26,7 +26,7 @@ from sb3_trpo_ext.optim import KLConstraint
 from sb3_trpo_ext.optim.vectors import assign_, flatten
 from sb3_trpo_ext.update.batch import Batch, rollout_batch
 from sb3_trpo_ext.update.clipping import action_bounds
-from sb3_trpo_ext.update.distributions import no_argument_checks
+from sb3_trpo_ext.update.settings import no_argument_checks
 from sb3_trpo_ext.update.surrogate import Surrogate
 
 LAMBDAS = (0.2, 0.5, 0.8, 0.95)
@@ -87,7 +87,9 @@ def gains(model: TRPO, rollouts: list[tuple[Batch, Advantages]], target_kl: floa
     with no_argument_checks:
         references = th.stack(
             [
-                Surrogate(model.policy, params, batch._replace(advantages=advantages[REFERENCE]), bounds=bounds).gradient()[1]
+                Surrogate(
+                    model.policy, params, batch._replace(advantages=advantages[REFERENCE]), bounds=bounds
+                ).objective_and_gradient()[1]
                 for batch, advantages in rollouts
             ]
         )
@@ -98,7 +100,7 @@ def gains(model: TRPO, rollouts: list[tuple[Batch, Advantages]], target_kl: floa
                 weighted = batch._replace(advantages=advantages[key])
                 surrogate = Surrogate(model.policy, params, weighted, fisher_stride=model.sub_sampling_factor, bounds=bounds)
                 update = KLConstraint(cg_damping=float(model.cg_damping), cg_max_steps=model.cg_max_steps)  # type: ignore[arg-type]
-                result = update.update(surrogate.problem(), target_kl)
+                result = update.update(surrogate, target_kl)
                 assert result.is_accepted, result.status
                 values.append(((flatten(params) - old) @ others).item())
                 assign_(params, old)

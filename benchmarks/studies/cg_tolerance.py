@@ -39,7 +39,7 @@ def surrogate_of_rollout(model: TRPO, callback: CallbackList) -> tuple[Surrogate
     model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
     surrogate = Surrogate(model.policy, model._parts.actor_params, model._full_batch())
     objective, _ = surrogate.evaluate()
-    return surrogate, flatten(th.autograd.grad(objective, surrogate.actor_params))
+    return surrogate, flatten(th.autograd.grad(objective, surrogate.params))
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
     fisher, fresh_fisher = surrogate.fisher(), fresh[0][0].fisher()
     rows = []
     for damping in DAMPINGS:
-        preconditioner = surrogate.preconditioner(fisher, damping)
+        preconditioner = fisher.preconditioner(damping)
         for tolerance, is_preconditioned in itertools.product(TOLERANCES, (False, True)):
             result = conjugate_gradient(
                 Damped(fisher, damping), gradient, 300, tolerance, preconditioner if is_preconditioned else None

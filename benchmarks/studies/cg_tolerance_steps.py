@@ -81,7 +81,7 @@ def objective_and_kl(surrogate: Surrogate, direction: th.Tensor, scale: float) -
     :param scale: of the direction
     :return: objective and mean KL
     """
-    params = surrogate.actor_params
+    params = surrogate.params
     old = flatten(params)
     assign_(params, old + scale * direction)
     objective, kl = surrogate.evaluate()
@@ -126,13 +126,16 @@ def steps(case: Case, n_updates: int) -> list[dict[str, float]]:
         model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
         for tolerance in TOLERANCES:
             surrogate = surrogate_of(model)
-            _, gradient = surrogate.gradient()
+            _, gradient = surrogate.objective_and_gradient()
             update = KLConstraint(int(model.cg_max_steps), tolerance, float(model.cg_damping))  # type: ignore[arg-type]
             started = time.perf_counter()
-            solution = update._solve(surrogate.problem(), gradient)
+            solution = update._solve(surrogate, gradient)
             seconds = time.perf_counter() - started
             scale = scale_to(surrogate, solution.x, float(model.target_kl))  # type: ignore[arg-type]
-            gains = [objective_and_kl(each, solution.x, scale)[0] - float(each.gradient()[0]) for each in (surrogate, fresh)]
+            gains = [
+                objective_and_kl(each, solution.x, scale)[0] - float(each.objective_and_gradient()[0])
+                for each in (surrogate, fresh)
+            ]
             measured[tolerance].append((*gains, solution.n_steps, seconds))
         model.train()
     rows = []

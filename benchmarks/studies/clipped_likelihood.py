@@ -26,7 +26,7 @@ from sb3_trpo_ext.optim import KLConstraint
 from sb3_trpo_ext.optim.vectors import assign_, flatten
 from sb3_trpo_ext.update.batch import Batch, rollout_batch
 from sb3_trpo_ext.update.clipping import action_bounds
-from sb3_trpo_ext.update.distributions import no_argument_checks
+from sb3_trpo_ext.update.settings import no_argument_checks
 from sb3_trpo_ext.update.surrogate import Surrogate
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -109,7 +109,7 @@ def gains(model: TRPO, batches: list[Batch], n_updates: int, target_kl: float) -
             for is_clipped, values in found.items():
                 surrogate = Surrogate(model.policy, params, batch, bounds=bounds if is_clipped else None)
                 update = KLConstraint(cg_damping=float(model.cg_damping), cg_max_steps=model.cg_max_steps)  # type: ignore[arg-type]
-                result = update.update(surrogate.problem(), target_kl)
+                result = update.update(surrogate, target_kl)
                 assert result.is_accepted, result.status
                 with th.no_grad():
                     values.append((judge.evaluate()[0] - unseen.advantages.mean()).item())

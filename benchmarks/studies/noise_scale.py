@@ -96,7 +96,7 @@ def segment_gradients(model: TRPO, n_rollouts: int) -> th.Tensor:
     for batch in batches:
         normalized = batch._replace(advantages=(batch.advantages - mean) / std)
         surrogate = Surrogate(model.policy, model._parts.actor_params, normalized, bounds=action_bounds(model.policy))
-        gradients.append(surrogate.gradient()[1])
+        gradients.append(surrogate.objective_and_gradient()[1])
     return th.stack(gradients)
 
 
