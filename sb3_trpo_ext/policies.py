@@ -3,14 +3,8 @@
 from typing import Any
 
 from gymnasium import spaces
-from stable_baselines3.common.distributions import (
-    SquashedDiagGaussianDistribution,
-)
-from stable_baselines3.common.policies import (
-    ActorCriticCnnPolicy,
-    ActorCriticPolicy,
-    MultiInputActorCriticPolicy,
-)
+from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, BasePolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import Schedule
 
@@ -19,7 +13,7 @@ MlpPolicy = ActorCriticPolicy
 
 class _OwnExtractorsMixin(ActorCriticPolicy):
     """
-    Actor and critic each have a features extractor of their own, unless asked otherwise.
+    Actor and critic have a features extractor each by default.
 
     Layers that are shared belong to the actor: only the policy update may move them, so that with a shared extractor the
     critic has to live with features that it cannot train.
@@ -31,7 +25,7 @@ class _OwnExtractorsMixin(ActorCriticPolicy):
 
 class CnnPolicy(_OwnExtractorsMixin, ActorCriticCnnPolicy):
     """
-    SB3's ``CnnPolicy`` whose actor and critic each have a features extractor of their own, unless asked otherwise.
+    SB3's ``CnnPolicy`` whose actor and critic have a features extractor each by default.
 
     :param args: as for :class:`~stable_baselines3.common.policies.ActorCriticCnnPolicy`
     :param share_features_extractor: whether the critic uses the actor's features, which it then cannot train
@@ -41,7 +35,7 @@ class CnnPolicy(_OwnExtractorsMixin, ActorCriticCnnPolicy):
 
 class MultiInputPolicy(_OwnExtractorsMixin, MultiInputActorCriticPolicy):
     """
-    SB3's ``MultiInputPolicy`` whose actor and critic each have a features extractor of their own, unless asked otherwise.
+    SB3's ``MultiInputPolicy`` whose actor and critic have a features extractor each by default.
 
     :param args: as for :class:`~stable_baselines3.common.policies.MultiInputActorCriticPolicy`
     :param share_features_extractor: whether the critic uses the actor's features, which it then cannot train
@@ -56,7 +50,7 @@ class _SquashedMixin(ActorCriticPolicy):
         """
         Put the squashed Gaussian in place of SB3's before the networks are made.
 
-        :param lr_schedule: of the optimiser
+        :param lr_schedule: of the optimizer
         :raises ValueError: for gSDE, which has a squashing of its own, and for an action space without bounds
         """
         if self.use_sde:
@@ -84,3 +78,14 @@ class SquashedCnnPolicy(_SquashedMixin, CnnPolicy):
 
 class SquashedMultiInputPolicy(_SquashedMixin, MultiInputPolicy):
     """``MultiInputPolicy`` with a tanh-squashed Gaussian for Box actions with finite bounds."""
+
+
+#: The names that :class:`~sb3_trpo_ext.trpo.TRPO` takes for its policies.
+POLICY_ALIASES: dict[str, type[BasePolicy]] = {
+    "MlpPolicy": MlpPolicy,
+    "CnnPolicy": CnnPolicy,
+    "MultiInputPolicy": MultiInputPolicy,
+    "SquashedMlpPolicy": SquashedMlpPolicy,
+    "SquashedCnnPolicy": SquashedCnnPolicy,
+    "SquashedMultiInputPolicy": SquashedMultiInputPolicy,
+}

@@ -17,37 +17,14 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_trpo_ext import arguments
 from sb3_trpo_ext._checks import ArgumentError, check_seed
 from sb3_trpo_ext._files import replacing
-from sb3_trpo_ext.arguments import (
-    check_arguments,
-    check_attributes,
-    check_env,
-    check_optimizer_states,
-    check_settings,
-    scheduled,
-)
 from sb3_trpo_ext.contrib import is_contrib_model, joint_kl_arguments, saved_attributes
 from sb3_trpo_ext.optim import AdaptiveKLPenalty, KLConstraint, PolicyUpdate, UpdateResult, UpdateStatus
-from sb3_trpo_ext.parallel.launch import (
-    RankCallback,
-    check_identical,
-    join_process_group,
-    joint_explained_variance,
-    rank_device,
-    rank_seed,
-    running_statistics,
-    start_together,
-)
+from sb3_trpo_ext.parallel import launch
 from sb3_trpo_ext.parallel.reductions import Shares, is_parallel, rank, world_size
-from sb3_trpo_ext.policies import (
-    CnnPolicy,
-    MlpPolicy,
-    MultiInputPolicy,
-    SquashedCnnPolicy,
-    SquashedMlpPolicy,
-    SquashedMultiInputPolicy,
-)
+from sb3_trpo_ext.policies import POLICY_ALIASES
 from sb3_trpo_ext.rollout.collect import collect_rollouts
 from sb3_trpo_ext.rollout.snapshot import Snapshot
 from sb3_trpo_ext.update.batch import Batch, rollout_batch
@@ -123,14 +100,7 @@ class TRPO(OnPolicyAlgorithm):
     :raises ValueError: for a bad argument, with its name
     """
 
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpPolicy": MlpPolicy,
-        "CnnPolicy": CnnPolicy,
-        "MultiInputPolicy": MultiInputPolicy,
-        "SquashedMlpPolicy": SquashedMlpPolicy,
-        "SquashedCnnPolicy": SquashedCnnPolicy,
-        "SquashedMultiInputPolicy": SquashedMultiInputPolicy,
-    }
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICY_ALIASES
 
     def __init__(
         self,
@@ -189,7 +159,7 @@ class TRPO(OnPolicyAlgorithm):
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
             verbose=verbose,
-            device=rank_device(device),
+            device=launch.rank_device(device),
             seed=seed,
             _init_setup_model=False,
         )
@@ -232,13 +202,13 @@ class TRPO(OnPolicyAlgorithm):
         :return: the environment as a ``VecEnv``
         :raises ValueError: if SB3 does not support it
         """
-        check_env(env)
+        arguments.check_env(env)
         return OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     def _setup_model(self) -> None:
         """Check the arguments, and create buffer, policy and optimizer."""
-        check_arguments(self)
-        join_process_group()
+        arguments.check_arguments(self)
+        launch.join_process_group()
         super()._setup_model()
         if issubclass(self.policy.optimizer_class, th.optim.LBFGS):
             raise ArgumentError(
@@ -275,7 +245,7 @@ class TRPO(OnPolicyAlgorithm):
 
         :raises ValueError: for a bad argument, or if no parameter of the policy requires a gradient
         """
-        check_settings(self)
+        arguments.check_settings(self)
         if (self.trust_region == "penalty") != (self.kl_penalty is not None):
             raise ArgumentError(
                 f"`trust_region` has become {self.trust_region!r}, which is decided when a model is made: save it, and load "
@@ -304,7 +274,7 @@ class TRPO(OnPolicyAlgorithm):
         """
         self._check_ready()
         is_full, self._acted = collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)
-        return is_full and not (isinstance(callback, RankCallback) and callback.is_over)
+        return is_full and not (isinstance(callback, launch.RankCallback) and callback.is_over)
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
@@ -312,7 +282,7 @@ class TRPO(OnPolicyAlgorithm):
 
         :param seed: of the first process
         """
-        super().set_random_seed(rank_seed(check_seed(seed)))
+        super().set_random_seed(launch.rank_seed(check_seed(seed)))
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         """Compute the progress remaining, from 1 to 0."""
@@ -325,7 +295,7 @@ class TRPO(OnPolicyAlgorithm):
         self._check_ready()
         parts = self._parts
         # All schedules before anything moves: a bad value must not leave half an update
-        scheduled("learning_rate", self.lr_schedule, self._current_progress_remaining, 0.0)
+        arguments.scheduled("learning_rate", self.lr_schedule, self._current_progress_remaining, 0.0)
         ent_coef, target_kl, cg_damping = (
             self._scheduled("ent_coef"),
             self._scheduled("target_kl", 0.0),
@@ -368,12 +338,12 @@ class TRPO(OnPolicyAlgorithm):
         if not math.isnan(std):
             self.logger.record("train/std", std)
         values, returns = self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
-        self.logger.record("train/explained_variance", joint_explained_variance(values, returns))
+        self.logger.record("train/explained_variance", launch.joint_explained_variance(values, returns))
         self.logger.record("train/n_accepted", self._n_accepted)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("time/policy_update", policy_done - started)
         self.logger.record("time/critic_update", critic_done - policy_done)
-        check_identical(self)
+        launch.check_identical(self)
 
     def _full_batch(self) -> Batch:
         """The whole rollout in the buffer, with its advantages normalized and clipped."""
@@ -382,7 +352,7 @@ class TRPO(OnPolicyAlgorithm):
 
     def _scheduled(self, name: str, minimum: float = -math.inf) -> float:
         """Current value of an argument that may be a schedule."""
-        return scheduled(name, getattr(self, name), self._current_progress_remaining, minimum)
+        return arguments.scheduled(name, getattr(self, name), self._current_progress_remaining, minimum)
 
     def _no_update(self, status: UpdateStatus) -> UpdateResult:
         """The result of an update that was not made."""
@@ -443,10 +413,10 @@ class TRPO(OnPolicyAlgorithm):
         """
         if is_parallel():
             # The first process decides for how long: it may have loaded a checkpoint
-            total_timesteps, log_interval, reset_num_timesteps = start_together(
+            total_timesteps, log_interval, reset_num_timesteps = launch.start_together(
                 self, (total_timesteps, log_interval, reset_num_timesteps)
             )
-            callback, progress_bar = RankCallback(running_statistics(self), callback, progress_bar), False
+            callback, progress_bar = launch.RankCallback(launch.running_statistics(self), callback, progress_bar), False
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _excluded_save_params(self) -> list[str]:
@@ -511,9 +481,9 @@ class TRPO(OnPolicyAlgorithm):
         :return: new model instance
         :raises TypeError: for an attribute that neither the constructor nor the saved model has
         """
-        device = rank_device(device)
+        device = launch.rank_device(device)
         saved = saved_attributes(path)
-        check_attributes(cls, kwargs, saved)
+        arguments.check_attributes(cls, kwargs, saved)
         if is_contrib_model(saved):
             kwargs.update(joint_kl_arguments(path, custom_objects, given=kwargs))
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
@@ -552,7 +522,7 @@ class TRPO(OnPolicyAlgorithm):
             params.pop("kl_penalty", None)
         else:
             params.setdefault("kl_penalty", self.kl_penalty.state_dict())
-        check_optimizer_states(params)
+        arguments.check_optimizer_states(params)
         super().set_parameters(params, exact_match, device)
 
 

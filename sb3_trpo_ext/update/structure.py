@@ -4,9 +4,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch as th
-from gymnasium import spaces
+from gymnasium.vector.utils import create_empty_array
 from stable_baselines3.common.distributions import (
     BernoulliDistribution,
     CategoricalDistribution,
@@ -14,11 +13,9 @@ from stable_baselines3.common.distributions import (
     MultiCategoricalDistribution,
     SquashedDiagGaussianDistribution,
 )
-from stable_baselines3.common.policies import (
-    ActorCriticPolicy,
-)
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
-from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
@@ -39,16 +36,6 @@ class PolicyParts(NamedTuple):
     actor_modules: list[nn.Module]
     #: Modules that only the values go through: they alone may be in training mode while the critic is fitted.
     critic_modules: list[nn.Module]
-
-
-def _example_observation(policy: ActorCriticPolicy) -> PyTorchObs:
-    """A batch of one observation that is all zeros."""
-    space = policy.observation_space
-    if isinstance(space, spaces.Dict):
-        zeros: Any = {key: np.zeros(sub.shape, dtype=sub.dtype) for key, sub in space.spaces.items()}
-    else:
-        zeros = np.zeros(space.shape, dtype=space.dtype)
-    return policy.obs_to_tensor(zeros)[0]
 
 
 @contextmanager
@@ -82,8 +69,8 @@ def split_policy(policy: ActorCriticPolicy) -> PolicyParts:
     was_training = policy.training
     # In training mode a BatchNorm layer would learn from, and fail on, this one observation
     policy.set_training_mode(False)
-    params = [param for param in policy.parameters() if param.requires_grad]
-    observation = _example_observation(policy)
+    zeros: Any = create_empty_array(policy.observation_space, 1)
+    observation = obs_as_tensor(zeros, policy.device)
     with th.enable_grad():
         with _recorded_modules(policy) as actor_modules:
             distribution = policy.get_distribution(observation)
@@ -92,19 +79,15 @@ def split_policy(policy: ActorCriticPolicy) -> PolicyParts:
         with _recorded_modules(policy) as critic_modules:
             values = policy.predict_values(observation)
         family = family_of(distribution)
-        statistics = family.statistics(distribution)
-        outputs = [*statistics, log_prob] if isinstance(statistics, tuple) else [log_prob]
-        for_actor = _reaches(sum((output.sum() for output in outputs), start=th.zeros(())), params)
-        for_critic = _reaches(values.sum(), params)
+        statistics = family.statistics(distribution) if family.is_batched else ()
+        for_actor = _reached_from(*statistics, log_prob)
+        for_critic = _reached_from(values) - for_actor
     policy.set_training_mode(was_training)
     drop_graph_(distribution)
+    params = [param for param in policy.parameters() if param.requires_grad]
     return PolicyParts(
-        actor_params=[param for param, is_actor in zip(params, for_actor, strict=True) if is_actor],
-        critic_params=[
-            param
-            for param, is_actor, is_critic in zip(params, for_actor, for_critic, strict=True)
-            if is_critic and not is_actor
-        ],
+        actor_params=[param for param in params if id(param) in for_actor],
+        critic_params=[param for param in params if id(param) in for_critic],
         actor_modules=[module for module in policy.modules() if module in actor_modules],
         critic_modules=[module for module in policy.modules() if module in critic_modules - actor_modules],
     )
@@ -124,10 +107,10 @@ def unfrozen_parts(policy: ActorCriticPolicy) -> PolicyParts:
 
 def drop_graph_(distribution: Any) -> None:
     """
-    Let a distribution keep its numbers, and forget where they are from.
+    Detach the tensors of a distribution.
 
-    SB3 puts the last distribution into the policy. With its graph that could not be copied (``copy.deepcopy(policy)``), and
-    would hold the activations of a whole batch.
+    SB3 keeps the last distribution in the policy. With its graph the policy could not be copied (``copy.deepcopy(policy)``),
+    and would hold the activations of a whole batch.
 
     :param distribution: SB3's, or one of PyTorch's in it
     """
@@ -139,28 +122,22 @@ def drop_graph_(distribution: Any) -> None:
                 drop_graph_(part)
 
 
-def _reaches(output: th.Tensor, params: list[nn.Parameter]) -> list[bool]:
+def _reached_from(*outputs: th.Tensor) -> set[int]:
     """
-    Which parameters a scalar depends on.
+    Identities of the leaves that tensors depend on, read off their graph.
 
-    Read off its graph. Its gradient would tell as well, but hooks on the parameters would take it for one that is meant.
-
-    :param output: scalar
-    :param params: the parameters
-    :return: one flag per parameter
+    A gradient would tell as well, but hooks on the parameters would see it.
     """
     found: set[int] = set()
-    seen: set[Any] = set()
-    nodes: list[Any] = [output.grad_fn]
+    seen: set[Any] = {None}
+    nodes: list[Any] = [output.sum().grad_fn for output in outputs]
     while nodes:
         node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        nodes += [following for following, _ in node.next_functions]
-    return [id(param) in found for param in params]
+        if node not in seen:
+            seen.add(node)
+            found.add(id(getattr(node, "variable", None)))
+            nodes += [following for following, _ in node.next_functions]
+    return found
 
 
 class MlpStructure(NamedTuple):
@@ -169,6 +146,12 @@ class MlpStructure(NamedTuple):
     layers: list[nn.Linear]
     activations: list[nn.Module]
     log_std: nn.Parameter | None
+
+    def is_all_of(self, params: Sequence[th.Tensor]) -> bool:
+        """Whether these are its parameters, in any order; a parameter that two layers share would be there twice."""
+        own = [param for layer in self.layers for param in layer.parameters()]
+        own += [] if self.log_std is None else [self.log_std]
+        return sorted(map(id, own)) == sorted(map(id, params))
 
 
 #: Distributions of which the last layer's output and the log std are the statistics. Not gSDE, whose std needs the features.
@@ -186,64 +169,42 @@ _PLAIN_FAMILIES = (GaussianFamily, CategoricalFamily, BernoulliFamily)
 
 def actor_structure(policy: ActorCriticPolicy) -> MlpStructure | None:
     """
-    Recognize an actor that is a plain multilayer perceptron, trainable or not.
+    Recognize an actor that is a plain multilayer perceptron, trainable or not; ``None`` for any other.
 
     Anything unusual (an overridden method, a hook, a parametrization, another activation) means no.
-
-    :param policy: the policy
-    :return: the structure, or ``None``
     """
-    methods = ("get_distribution", "_get_action_dist_from_latent")
     if (
-        not has_stock_methods(policy, *methods)
+        not has_stock_methods(policy, "get_distribution", "_get_action_dist_from_latent")
         or type(policy.action_dist) not in PLAIN_DISTRIBUTIONS
         or type(family_of(policy.action_dist)) not in _PLAIN_FAMILIES
-        or type(policy.pi_features_extractor) is not FlattenExtractor
-        or type(policy.mlp_extractor) is not MlpExtractor
-        or _has_hooks(policy.pi_features_extractor, policy.mlp_extractor)
     ):
         return None
-    found = _plain_layers(policy.mlp_extractor.policy_net, policy.action_net, ELEMENTWISE_ACTIVATIONS)
-    return None if found is None else MlpStructure(*found, getattr(policy, "log_std", None))
+    extractors = policy.pi_features_extractor, policy.mlp_extractor
+    log_std = getattr(policy, "log_std", None)
+    return _plain_network(extractors, "policy_net", policy.action_net, ELEMENTWISE_ACTIVATIONS, log_std)
 
 
 def mlp_structure(policy: ActorCriticPolicy, actor_params: Sequence[th.Tensor]) -> MlpStructure | None:
     """
-    Recognize an actor whose Jacobian :class:`~sb3_trpo_ext.optim.mlp.MlpJacobian` knows.
+    Recognize an actor whose Jacobian :class:`~sb3_trpo_ext.optim.mlp.MlpJacobian` knows; ``None`` for any other.
 
     Anything unusual (see :func:`actor_structure`, and frozen or further parameters) means no: then the derivatives are left to
     autograd, which is slower and always right.
-
-    :param policy: the policy
-    :param actor_params: its actor's parameters
-    :return: the structure, or ``None``
     """
     structure = actor_structure(policy)
-    if structure is None:
-        return None
-    expected = [param for layer in structure.layers for param in layer.parameters()]
-    expected += [] if structure.log_std is None else [structure.log_std]
-    return structure if _is_same(expected, actor_params) else None
+    return structure if structure is not None and structure.is_all_of(actor_params) else None
 
 
 def critic_structure(policy: ActorCriticPolicy, critic_params: Sequence[th.Tensor]) -> MlpStructure | None:
-    """Recognize a critic whose gradient :class:`~sb3_trpo_ext.optim.regression.MlpRegression` knows."""
-    if (
-        not has_stock_methods(policy, "predict_values")
-        or type(policy.vf_features_extractor) is not FlattenExtractor
-        or type(policy.mlp_extractor) is not MlpExtractor
-        or _has_hooks(policy.vf_features_extractor, policy.mlp_extractor)
-        or any(has_gradient_hooks(param) for param in critic_params)
-    ):
+    """Recognize a critic that :class:`~sb3_trpo_ext.optim.regression.MlpRegression` can train; ``None`` for any other."""
+    if not has_stock_methods(policy, "predict_values") or any(has_gradient_hooks(param) for param in critic_params):
         return None
-    found = _plain_layers(policy.mlp_extractor.value_net, policy.value_net, REGRESSION_ACTIVATIONS)
-    if found is None:
+    extractors = policy.vf_features_extractor, policy.mlp_extractor
+    structure = _plain_network(extractors, "value_net", policy.value_net, REGRESSION_ACTIVATIONS, None)
+    if structure is None or not structure.is_all_of(critic_params):
         return None
-    layers, activations = found
-    has_biases = all(layer.bias is not None for layer in layers)
-    expected = [param for layer in layers for param in layer.parameters()]
-    is_known = has_biases and layers[-1].out_features == 1 and _is_same(expected, critic_params)
-    return MlpStructure(layers, activations, None) if is_known else None
+    has_biases = all(layer.bias is not None for layer in structure.layers)
+    return structure if has_biases and structure.layers[-1].out_features == 1 else None
 
 
 def has_stock_methods(policy: ActorCriticPolicy, *names: str) -> bool:
@@ -253,28 +214,35 @@ def has_stock_methods(policy: ActorCriticPolicy, *names: str) -> bool:
     )
 
 
-def _plain_layers(
-    body: nn.Module, head: nn.Module, activation_types: tuple[type[nn.Module], ...]
-) -> tuple[list[nn.Linear], list[nn.Module]] | None:
-    """Take a network apart into linear layers with an activation between each two of them."""
-    if not _is_plain(body, (nn.Sequential,)):
+def _plain_network(
+    extractors: tuple[nn.Module, nn.Module],
+    name: str,
+    head: nn.Module,
+    activation_types: tuple[type[nn.Module], ...],
+    log_std: nn.Parameter | None,
+) -> MlpStructure | None:
+    """
+    Take a network apart into linear layers with an activation between each two of them.
+
+    :param extractors: of the features and of the latents, whose attribute ``name`` is all of the network but the last layer
+    """
+    features, latents = extractors
+    if type(features) is not FlattenExtractor or type(latents) is not MlpExtractor or _has_hooks(features, latents):
         return None
+    body = getattr(latents, name)
     layers: list[nn.Linear] = []
     activations: list[nn.Module] = []
+    if not _is_plain(body, (nn.Sequential,)):
+        return None
+    module: Any
     for module in [*body.children(), head]:
         if _is_plain(module, (nn.Linear,)) and len(activations) == len(layers):
-            assert isinstance(module, nn.Linear)
             layers.append(module)
         elif _is_plain(module, activation_types) and len(activations) == len(layers) - 1:
             activations.append(module)
         else:
             return None
-    return layers, activations
-
-
-def _is_same(expected: Sequence[th.Tensor], params: Sequence[th.Tensor]) -> bool:
-    """Whether two lists hold the same parameters, in any order."""
-    return sorted(map(id, expected)) == sorted(map(id, params))
+    return MlpStructure(layers, activations, log_std)
 
 
 def _has_hooks(*modules: nn.Module) -> bool:
@@ -286,12 +254,12 @@ def _has_hooks(*modules: nn.Module) -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether somebody has put another function into the place of a module's ``forward``, or of one like ``forward_actor``."""
+    """Whether a user has replaced a module's ``forward``, or a method such as ``forward_actor``."""
     return any(name.startswith("forward") for name in vars(module))
 
 
 def has_gradient_hooks(param: th.Tensor) -> bool:
-    """Whether somebody is to hear of a parameter's gradient, or to change it."""
+    """Whether there are hooks that see or change a parameter's gradient."""
     return bool(param._backward_hooks or param._post_accumulate_grad_hooks)
 
 
