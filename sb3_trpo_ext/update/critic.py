@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch as th
@@ -126,14 +127,15 @@ def _run_epochs(
     gradients = [param.grad for param in critic_params]
     sizes = shares.minibatch_sizes(batch.n_samples, fit.batch_size)
     weights = shares.minibatch_weights(batch.n_samples, fit.batch_size)
-    structure = critic_structure(policy, list(critic_params))
+    structure = critic_structure(policy, critic_params)
     values: _ValueGradients
     if structure is None:
-        values = _AutogradValues(batch, fit, sizes, policy, critic_params, gradient)
+        values = _AutogradValues(policy, critic_params, gradient, batch, fit, sizes)
     else:
-        values = _MlpValues(batch, fit, sizes, policy, structure)
+        values = _MlpValues(policy, structure, batch, fit, sizes)
+    losses = []
     for _ in range(fit.n_epochs):
-        values.shuffle()
+        values.shuffle(sent_to(batch.returns.device, th.randperm(batch.n_samples)))
         for index, weight in enumerate(weights):
             values.backward_(index)
             average_(gradient, weight)
@@ -144,73 +146,59 @@ def _run_epochs(
                 if param.grad is not part:
                     # An optimizer, or a hook of one, has replaced it
                     param.grad = part
-        values.end_epoch()
-    return th.stack(values.losses).mean()
+        losses.append(values.losses())
+    return th.cat(losses).mean()
 
 
 class _ValueGradients(ABC):
     """Gradients of the loss of the values, one minibatch after the other, in the critic's parameters."""
 
-    def __init__(self, batch: Batch, fit: CriticFit, sizes: list[int]):
-        self._batch = batch
-        self._fit = fit
-        self._sizes = sizes
-        #: On the device: of each minibatch, or the mean of each epoch.
-        self.losses: list[th.Tensor] = []
-
-    def _random_order(self) -> th.Tensor:
-        return sent_to(self._batch.returns.device, th.randperm(self._batch.n_samples))
-
     @abstractmethod
-    def shuffle(self) -> None:
-        """Start an epoch."""
+    def shuffle(self, order: th.Tensor) -> None:
+        """Start an epoch with the samples in this order."""
 
     @abstractmethod
     def backward_(self, index: int) -> None:
         """Overwrite the gradients of the critic's parameters with those of a minibatch."""
 
     @abstractmethod
-    def end_epoch(self) -> None:
-        """Add what is missing in ``losses``."""
+    def losses(self) -> th.Tensor:
+        """The losses of the minibatches of an epoch, or their mean, as a vector on the device."""
 
 
+@dataclass
 class _AutogradValues(_ValueGradients):
-    """Of any critic, by ``backward``, so that hooks of every kind see the gradients; ``gradient`` is all of these in one."""
+    """Of any critic, by ``backward``, so that hooks of every kind see the gradients."""
 
-    def __init__(
-        self,
-        batch: Batch,
-        fit: CriticFit,
-        sizes: list[int],
-        policy: ActorCriticPolicy,
-        critic_params: Sequence[nn.Parameter],
-        gradient: th.Tensor,
-    ):
-        super().__init__(batch, fit, sizes)
-        self._policy = policy
-        self._params = list(critic_params)
-        self._gradient = gradient
+    policy: ActorCriticPolicy
+    params: Sequence[nn.Parameter]
+    #: The gradients of all parameters, side by side in one vector.
+    gradient: th.Tensor
+    batch: Batch
+    fit: CriticFit
+    sizes: list[int]
 
-    def shuffle(self) -> None:
-        self._minibatches = self._random_order().split(self._sizes)
+    def shuffle(self, order: th.Tensor) -> None:
+        self._minibatches = order.split(self.sizes)
+        self._losses: list[th.Tensor] = []
 
     def backward_(self, index: int) -> None:
-        batch, indices = self._batch, self._minibatches[index]
-        values = self._policy.predict_values(take(batch.observations, indices)).flatten()
-        loss = _value_losses(values, batch.returns[indices], batch.old_values[indices], self._fit).mean()
-        self._gradient.zero_()
-        loss.backward(inputs=self._params)
-        self.losses.append(loss.detach())
+        indices = self._minibatches[index]
+        values = self.policy.predict_values(take(self.batch.observations, indices)).flatten()
+        loss = _value_losses(values, self.batch.returns[indices], self.batch.old_values[indices], self.fit).mean()
+        self.gradient.zero_()
+        loss.backward(inputs=list(self.params))
+        self._losses.append(loss.detach())
 
-    def end_epoch(self) -> None:
-        """Nothing is missing."""
+    def losses(self) -> th.Tensor:
+        return th.stack(self._losses)
 
 
 class _MlpValues(_ValueGradients):
     """Of a multilayer perceptron on flat features, by hand."""
 
-    def __init__(self, batch: Batch, fit: CriticFit, sizes: list[int], policy: ActorCriticPolicy, structure: MlpStructure):
-        super().__init__(batch, fit, sizes)
+    def __init__(self, policy: ActorCriticPolicy, structure: MlpStructure, batch: Batch, fit: CriticFit, sizes: list[int]):
+        self._fit = fit
         self._regression = MlpRegression(structure.layers, structure.activations)
         with th.no_grad():
             # As `predict_values` does, but once for all epochs
@@ -224,8 +212,7 @@ class _MlpValues(_ValueGradients):
         # Of each sample in the mean over minibatches of their mean losses: those of a small minibatch count more
         self._weights = th.cat([th.full_like(part[1], 1 / (len(part[1]) * len(sizes))) for part in self._minibatches])
 
-    def shuffle(self) -> None:
-        order = self._random_order()
+    def shuffle(self, order: th.Tensor) -> None:
         for source, tensor in zip(self._sources, self._shuffled, strict=True):
             th.index_select(source, 0, order, out=tensor)
 
@@ -234,9 +221,9 @@ class _MlpValues(_ValueGradients):
         self._regression.forward(inputs, out=values)
         self._regression.backward(_slope(values, targets, old_values, self._fit))
 
-    def end_epoch(self) -> None:
+    def losses(self) -> th.Tensor:
         _, targets, old_values = self._shuffled
-        self.losses.append((_value_losses(self._values, targets, old_values, self._fit) * self._weights).sum())
+        return (_value_losses(self._values, targets, old_values, self._fit) * self._weights).sum().reshape(1)
 
 
 def _value_losses(values: th.Tensor, targets: th.Tensor, old_values: th.Tensor, fit: CriticFit) -> th.Tensor:
