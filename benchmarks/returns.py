@@ -6,7 +6,7 @@
 
 ``add`` lets each trained agent act for 100 deterministic episodes in Gymnasium's environment, with a seed that no training has
 used, and puts rows into ``results/suite.csv``: one for each evaluation during training, and one for these episodes. A run that
-is there with the same settings is left out, so that an interrupted ``add`` can be repeated; delete its rows to measure it anew.
+is there with the same settings is left out, so that an interrupted ``add`` can be repeated; delete its rows to add it anew.
 ``draw`` writes ``results/humanoid.png`` and ``results/suite.png``; ``python -m benchmarks.tables`` writes the tables.
 """
 

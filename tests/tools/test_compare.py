@@ -1,6 +1,7 @@
 """The comparison: settings, trainings side by side that can be interrupted, statistics and table."""
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -63,19 +64,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             jobs = []
             for job in make_jobs(args, settings):
                 how = ends.get(f"{job.algo}_{job.seed}", "succeed")
-                command = [
-                    sys.executable,
-                    "-c",
-                    FAKE,
-                    how,
-                    str(job.folder),
-                    job.algo,
-                    args.env,
-                    str(job.seed),
-                    "--env",
-                    args.env,
-                ]
-                jobs.append(compare.Job(job.algo, job.seed, job.folder, command, job.identity))
+                command = [sys.executable, "-c", FAKE, how, str(job.folder), job.algo, args.env, str(job.seed)]
+                jobs.append(dataclasses.replace(job, command=command))
             return jobs
 
         start = compare.start
@@ -149,8 +139,10 @@ def test_equal_kl_is_ours_in_their_units() -> None:
 
 
 @pytest.mark.parametrize(("env_id", "n_dims"), [("CartPole-v1", 1), ("Hopper-v5", 3), ("Pendulum-v1", 1)])
-def test_number_of_action_dimensions(env_id: str, n_dims: int) -> None:
-    assert comparison_settings.n_action_dimensions(env_id) == n_dims
+def test_equal_kl_divides_by_the_number_of_action_dimensions(env_id: str, n_dims: int) -> None:
+    converted = comparison_settings.with_equal_kl(comparison_settings.find_settings("trpo", env_id), env_id)
+    ours = load_hyperparams()[env_id]["cg_damping"]
+    assert converted.entry["cg_damping"] == pytest.approx(ours / n_dims)
 
 
 # === Statistics ===

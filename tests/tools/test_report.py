@@ -54,7 +54,7 @@ class Idle:
 
 def test_distance_is_of_one_episode_in_each_environment() -> None:
     vec_env = DummyVecEnv([lambda: Monitor(Walker(1.0)), lambda: Monitor(Walker(-0.5))])
-    # Normalisation is a wrapper with an empty list of reset infos in front of the true one.
+    # Normalization is a wrapper with an empty list of reset infos in front of the true one.
     env = VecNormalize(vec_env, training=False, norm_reward=False)
     episodes = report.run_episodes(Idle(), env, 6, deterministic=True)  # type: ignore[arg-type]
     by_length = sorted(zip(episodes.lengths, episodes.returns, episodes.distances, strict=True))
@@ -112,7 +112,7 @@ def test_picture_of_a_long_and_a_missing_history(n_episodes: int, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny run on a task with an `x_position`, normalised, with an argument of the environment and an evaluation."""
+    """A tiny run on a task with an `x_position`, normalized, with an argument of the environment and an evaluation."""
     folder = tmp_path_factory.mktemp("report") / "logs"
     main(
         [
@@ -205,7 +205,7 @@ def test_all_plots_gathers_our_runs(logs: Path, tmp_path: Path, capsys: pytest.C
     [
         (["--env", "Ant-v5"], "there is no run of Ant-v5 in "),
         (["--env", "Ant-v55"], "--env: there is no environment 'Ant-v55'; did you mean Ant-v5"),
-        (["--env", "Swimmer-v5", "--exp-id", "7"], "Swimmer-v5_7 folder was not found (is it in another --folder"),
+        (["--env", "Swimmer-v5", "--exp-id", "7"], "Swimmer-v5_7/Swimmer-v5.zip: is it in another --folder"),
         (["--env", "Swimmer-v5", "--n-eval-episodes", "0"], "must be at least 1, got 0"),
     ],
 )
