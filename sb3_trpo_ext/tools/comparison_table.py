@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas
-from matplotlib.figure import Figure
 from rliable import library, metrics
 
-from sb3_trpo_ext.tools.plots import run_colors, style_axes
+from sb3_trpo_ext.tools.panels import Line, Panel, threshold_line
+from sb3_trpo_ext.tools.plots import draw_learning_curve, run_colors
 from sb3_trpo_ext.zoo.runs import Curve
 
 N_BOOTSTRAP = 2000
@@ -156,21 +156,17 @@ def draw_curves(path: Path, title: str, results: Mapping[str, Sequence[SeedRun]]
     :param results: finished runs by algorithm
     :param threshold: a line to draw, None for none
     """
-    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    lines = []
     for (algo, runs), color in zip(results.items(), run_colors(len(results)), strict=True):
         if not runs:
             continue
         steps, curves = common_curves(runs)
-        center, interval = interquartile_means(curves)
-        for curve in curves if len(curves) > 1 else []:
-            axes.plot(steps, curve, color=color, linewidth=0.6, alpha=0.4)
-        axes.fill_between(steps, *interval, color=color, alpha=0.2, linewidth=0)
+        center, (low, high) = interquartile_means(curves)
+        lines += [Line("faint", "", color, steps, curve) for curve in curves]
+        lines.append(Line("band", "", color, steps, low, high))
         label = f"{algo} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
-        axes.plot(steps, center, color=color, linewidth=2, marker="o", markersize=3, label=label)
+        lines.append(Line("line", label, color, steps, center, in_legend=True))
+    end = max((line.x[-1] for line in lines), default=1.0)
     if threshold is not None:
-        axes.axhline(threshold, color="#444444", linewidth=1, linestyle="--", label=f"threshold {threshold:g}")
-    style_axes(axes, title)
-    axes.set_ylabel("return of an evaluation")
-    axes.legend(fontsize=9, framealpha=0.85)
-    figure.savefig(path)
+        lines.append(threshold_line(f"threshold {threshold:g}", threshold, end))
+    draw_learning_curve(path, Panel(title, lines), end)

@@ -6,70 +6,17 @@ import argparse
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
-from sb3_trpo_ext.tools.panels import PHASE_COLORS, Bars, Panel, make_panels, phases
-from sb3_trpo_ext.tools.plots import run_colors, show_legend
+from sb3_trpo_ext.tools.panels import PHASE_COLORS, Bars, make_panels, phases
+from sb3_trpo_ext.tools.plots import draw_panel, run_colors, style
 from sb3_trpo_ext.zoo.runs import Run, read_run
 
-STYLES: dict[str, dict[str, Any]] = {
-    "line": {"linewidth": 1.6},
-    "dashed": {"linewidth": 1.2, "linestyle": "--"},
-    "faint": {"linewidth": 0.7, "alpha": 0.35},
-    "points": {"linestyle": "", "marker": ".", "markeredgewidth": 0, "alpha": 0.4, "rasterized": True},
-    "dots": {"linestyle": "", "marker": "o", "markersize": 4},
-    "crosses": {"linestyle": "", "marker": "x", "markersize": 5},
-}
 N_COLUMNS = 3
-
-
-def style(axes: Axes, title: str) -> None:
-    """Make a small diagram plain."""
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def draw_panel(axes: Axes, panel: Panel, end: float) -> None:
-    """
-    Draw a panel.
-
-    :param axes: where
-    :param panel: what
-    :param end: the last timestep of the page
-    """
-    style(axes, panel.title)
-    shown: set[str] = set()
-    for line in panel.lines:
-        # Several runs have their own legend: what a mark means is said once
-        label = line.label if line.in_legend and line.label not in shown else None
-        shown.add(line.label)
-        if line.upper is not None:
-            axes.fill_between(line.x, line.y, line.upper, color=line.color, alpha=0.2, linewidth=0, label=label)
-            continue
-        (drawn,) = axes.plot(line.x, line.y, color=line.color, label=label, **STYLES[line.kind])
-        if line.kind == "points":
-            drawn.set_markersize(4 if len(line.x) > 1000 else 7)
-    if panel.is_log:
-        axes.set_yscale("log")
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=panel.scale == "whole"))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    if panel.scale in ("whole", "zero"):
-        axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
-    if panel.limits is not None:
-        axes.set_ylim(*panel.limits)
-    axes.set_xlim(0, end)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if any(line.in_legend for line in panel.lines):
-        show_legend(axes, fontsize=8, framealpha=0.85)
 
 
 def draw_bars(axes: Axes, bars: Bars) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 import pandas
 
 from sb3_trpo_ext.optim import UpdateStatus
-from sb3_trpo_ext.tools.plots import averaging_window, moving_average
-from sb3_trpo_ext.zoo.runs import Run, reward_threshold
+from sb3_trpo_ext.zoo.runs import Curve, Run, reward_threshold
 
+#: Episodes of a moving average, at most.
+WINDOW = 100
 #: Statuses of an update with which nothing is wrong.
 NOT_REJECTED = tuple(map(str, (UpdateStatus.ACCEPTED, UpdateStatus.ZERO_TARGET_KL, UpdateStatus.NOTHING_TO_TRAIN)))
 #: A line of twice as many points has its moving average drawn over it, of a fortieth of them.
@@ -49,15 +50,19 @@ class Panel(NamedTuple):
     scale: str = "auto"
 
     @property
+    def _values(self) -> np.ndarray:
+        return np.concatenate([np.zeros(0), *(line.y[np.isfinite(line.y)] for line in self.lines)])
+
+    @property
     def is_log(self) -> bool:
         """Whether the axis is logarithmic: only where the values are positive and far apart."""
-        values = np.concatenate([line.y for line in self.lines])
+        values = self._values
         return self.scale == "log" and bool(values.min() > 0) and bool(values.max() > 20 * values.min())
 
     @property
     def limits(self) -> tuple[float, float] | None:
         """What to show where single values would hide all others; None for all."""
-        values = np.concatenate([line.y[np.isfinite(line.y)] for line in self.lines])
+        values = self._values
         if self.scale != "outliers" or len(values) == 0:
             return None
         low, high = np.quantile(values, (0.01, 0.97))
@@ -71,6 +76,11 @@ class Bars(NamedTuple):
     labels: list[str]
     seconds: dict[str, list[float]]
     title: str = "seconds of an update, by phase"
+
+
+def moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last ``window`` values up to each one, of fewer at the beginning."""
+    return pandas.Series(values).rolling(window, min_periods=1).mean().to_numpy()
 
 
 def column(run: Run, *names: str) -> tuple[np.ndarray, np.ndarray]:
@@ -90,33 +100,54 @@ def column(run: Run, *names: str) -> tuple[np.ndarray, np.ndarray]:
     return np.zeros(0), np.zeros(0)
 
 
-def returns_panel(runs: Sequence[Run], colors: Sequence[str]) -> Panel:
-    """Returns of episodes with their moving average and the middle 80%, evaluations, and the registry's threshold."""
+def return_lines(episodes: Curve, evaluations: Curve, color: str, is_single: bool) -> list[Line]:
+    """
+    Returns of a run: episodes with their moving average and the middle 80%, and evaluations.
+
+    :param episodes: of training
+    :param evaluations: during training
+    :param color: of the run
+    :param is_single: whether it is the only run of the picture, which has room for more
+    :return: the lines, none of what is empty
+    """
     lines = []
-    is_single = len(runs) == 1
+    steps, returns = episodes
+    if len(steps) > 0:
+        window = min(WINDOW, max(len(steps) // 10, 1))
+        rolling = pandas.Series(returns).rolling(window, min_periods=1)
+        if is_single:
+            lines.append(Line("points", "episode", color, steps, returns, in_legend=True))
+        # Where several environments end an episode in the same step, one point is enough
+        last = np.append(np.diff(steps) > 0, True)
+        low, high = (rolling.quantile(share).to_numpy()[last] for share in (0.1, 0.9))
+        lines.append(Line("band", "10-90%", color, steps[last], low, high, in_legend=is_single))
+        mean = moving_average(returns, window)[last]
+        lines.append(Line("line", f"mean of {window} episodes", color, steps[last], mean, in_legend=is_single))
+    steps, returns = evaluations
+    if len(steps) > 0:
+        mean, std = returns.mean(axis=1), returns.std(axis=1)
+        if is_single:
+            color = "#ff7f0e"
+            lines.append(Line("band", "evaluation, ± std", color, steps, mean - std, mean + std, in_legend=True))
+        lines.append(Line("dots", "evaluation", color, steps, mean, in_legend=True))
+    return lines
+
+
+def threshold_line(label: str, threshold: float, end: float) -> Line:
+    """A return that counts as a solution, from the first timestep to the last."""
+    return Line("dashed", label, "#444444", np.array([0.0, end]), np.full(2, threshold), in_legend=True)
+
+
+def returns_panel(runs: Sequence[Run], colors: Sequence[str]) -> Panel:
+    """Returns of episodes and of evaluations, and the registry's thresholds."""
+    lines = []
     for run, color in zip(runs, colors, strict=True):
-        steps, returns = run.episodes
-        if len(steps) > 0:
-            window = averaging_window(steps)
-            rolling = pandas.Series(returns).rolling(window, min_periods=1)
-            if is_single:
-                lines.append(Line("points", "episode", color, steps, returns, in_legend=True))
-            # Where several environments end an episode in the same step, one point is enough
-            last = np.append(np.diff(steps) > 0, True)
-            low, high = (rolling.quantile(share).to_numpy()[last] for share in (0.1, 0.9))
-            lines.append(Line("band", "10-90%", color, steps[last], low, high, is_single))
-            mean = moving_average(returns, window)[last]
-            lines.append(Line("line", f"mean of {window} episodes", color, steps[last], mean, in_legend=is_single))
-        if len(run.evaluations.steps) > 0:
-            dots = "black" if is_single else color
-            steps, returns = run.evaluations
-            lines.append(Line("dots", "evaluation", dots, steps, returns.mean(axis=1), in_legend=True))
+        lines += return_lines(run.episodes, run.evaluations, color, len(runs) == 1)
     end = max((line.x[-1] for line in lines), default=1.0)
     for env_id in sorted({run.env_id for run in runs if run.env_id}):
         threshold = reward_threshold(env_id)
         if threshold is not None:
-            ends, label = np.array([0.0, end]), f"{env_id}: solved at {threshold:g}"
-            lines.append(Line("dashed", label, "#444444", ends, np.full(2, threshold), in_legend=True))
+            lines.append(threshold_line(f"{env_id}: solved at {threshold:g}", threshold, end))
     return Panel("return of an episode", lines)
 
 

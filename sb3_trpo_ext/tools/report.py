@@ -17,7 +17,8 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
-from sb3_trpo_ext.tools.plots import plot_learning_curve
+from sb3_trpo_ext.tools.panels import Panel, return_lines
+from sb3_trpo_ext.tools.plots import draw_learning_curve
 from sb3_trpo_ext.zoo.command import KEY
 from sb3_trpo_ext.zoo.options import check_env
 from sb3_trpo_ext.zoo.runs import evaluation_curve, latest_run, read_settings, training_curve
@@ -141,8 +142,14 @@ def load_run(
         raise ValueError(f"there is no {model_path}: is it in another --folder, or of another --algo than {algo}?")
     hyperparams, stats_path = get_saved_hyperparams(str(run_path / name), norm_reward=False, test_mode=True)
     kwargs_in_training = hyperparams.pop("env_kwargs", None) or {}
-    # The command line's win
-    kwargs_in_training = read_settings(run_path / name / "args.yml").get("env_kwargs") or kwargs_in_training
+    args_path = run_path / name / "args.yml"
+    options = read_settings(args_path)
+    if args_path.is_file() and not options:
+        raise ValueError(
+            f"{args_path} is damaged, or holds what only Python can read: remove it, and give --env-kwargs if need be"
+        )
+    # Those of the command line win
+    kwargs_in_training = options.get("env_kwargs") or kwargs_in_training
     env = create_test_env(
         env_id,
         n_envs,
@@ -221,14 +228,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = {**settings, **summarize(run, episodes)}
     json_path, png_path = run.folder / "evaluation.json", run.folder / "learning_curve.png"
     write_json(json_path, summary)
-    plot_learning_curve(
-        png_path,
-        f"{args.algo} on {args.env} ({run.folder.name})",
-        training_curve(run.folder),
-        evaluation_curve(run.folder),
-        run.model.num_timesteps,
-        episodes.returns,
-    )
+    lines = return_lines(training_curve(run.folder), evaluation_curve(run.folder), "#1f77b4", is_single=True)
+    title = f"{args.algo} on {args.env} ({run.folder.name})"
+    draw_learning_curve(png_path, Panel(title, lines), run.model.num_timesteps, episodes.returns)
 
     kind = "stochastic" if args.stochastic else "deterministic"
     print(f"\n{args.algo} on {args.env} after {run.model.num_timesteps:,} steps: {args.n_eval_episodes} {kind} episodes")

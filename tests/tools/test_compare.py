@@ -413,6 +413,16 @@ def test_wrong_arguments_end_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_progress_is_read_by_the_name_of_the_column(tmp_path: Path) -> None:
+    job = compare.Job("ppo", 0, tmp_path, [], {})
+    assert job.n_steps_done() == 0
+    run = tmp_path / "ppo" / "CartPole-v1_1"
+    run.mkdir(parents=True)
+    assert job.n_steps_done() == 0
+    (run / "progress.csv").write_text("train/loss,time/total_timesteps\n0.5,50\n0.25,100\n0.1")
+    assert job.n_steps_done() == 100
+
+
 def test_command_of_a_training(tmp_path: Path) -> None:
     others = ["--eval-freq", 10, "--vec-env", "envpool"]
     args = compare._parser().parse_args([str(part) for part in arguments(tmp_path, *others)])

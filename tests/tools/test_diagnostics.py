@@ -1,6 +1,7 @@
 """The page of diagnostics: what is read from a run, what is drawn of it, and what is said where there is nothing to draw."""
 
 import importlib.util
+import subprocess
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -114,7 +115,9 @@ def test_every_quantity_has_its_panel(tmp_path: Path) -> None:
     np.testing.assert_array_equal(bound.y, [0.01] * 5)
     assert (rejected.kind, list(rejected.x)) == ("crosses", [300])
 
-    points, band, average, evaluations, solved = made[0].lines
+    points, band, average, spread, evaluations, solved = made[0].lines
+    assert spread.upper is not None
+    np.testing.assert_allclose((spread.upper - spread.y) / 2, [10, 30, 50])
     assert len(points.x) == 10
     np.testing.assert_array_equal(average.x, [100, 200, 300, 400, 500])
     assert average.y[-1] in (50.0, 51.0)
@@ -300,6 +303,11 @@ def test_damaged_file_ends_in_one_line(name: str, kind: str, tmp_path: Path, cap
     assert output.count("\n") == 1
     assert str(folder) in output
     assert "empty or damaged" in output
+
+
+def test_page_needs_no_rl_zoo() -> None:
+    code = "import sys; sys.modules['rl_zoo3'] = None; import sb3_trpo_ext.tools.diagnostics"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_missing_run_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

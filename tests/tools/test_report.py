@@ -12,7 +12,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_trpo_ext.tools import plots, report
+from sb3_trpo_ext.tools import panels, plots, report
 from sb3_trpo_ext.zoo import runs
 from sb3_trpo_ext.zoo.command import main
 
@@ -97,7 +97,7 @@ def test_curves_without_files_are_empty(tmp_path: Path) -> None:
 
 
 def test_moving_average() -> None:
-    np.testing.assert_allclose(plots.moving_average(np.array([1.0, 3.0, 5.0, 10.0]), 2), [1, 2, 4, 7.5])
+    np.testing.assert_allclose(panels.moving_average(np.array([1.0, 3.0, 5.0, 10.0]), 2), [1, 2, 4, 7.5])
 
 
 @pytest.mark.parametrize("n_episodes", [0, 1, 250])
@@ -106,7 +106,9 @@ def test_picture_of_a_long_and_a_missing_history(n_episodes: int, tmp_path: Path
     steps = np.arange(1, n_episodes + 1)
     training = runs.Curve(10 * steps, np.sqrt(steps))
     evaluations = runs.Curve(100 * steps, np.sqrt(steps)[:, None] + [0.0, 1.0, 2.0])
-    plots.plot_learning_curve(path, "a run", training, evaluations, 2500, [1.0, 2.0])
+    lines = panels.return_lines(training, evaluations, "black", is_single=True)
+    assert len(lines) == (5 if n_episodes else 0)
+    plots.draw_learning_curve(path, panels.Panel("a run", lines), 2500, [1.0, 2.0])
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -230,3 +232,15 @@ def test_arguments_of_the_environment_can_be_others(logs: Path) -> None:
     # Those of training
     assert main(arguments) == 0
     assert json.loads((logs / "trpo_ext" / "Swimmer-v5_1" / "evaluation.json").read_text())["return"]["mean"] == returns[0]
+
+
+def test_options_that_only_python_can_read_are_refused(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = logs / "trpo_ext" / "Swimmer-v5_1" / "Swimmer-v5" / "args.yml"
+    before, made = path.read_text(), logs / "made"
+    path.write_text(f"!!python/object/apply:os.mkdir ['{made}']")
+    try:
+        assert main(["report", "--env", "Swimmer-v5", "-f", str(logs), "--n-eval-episodes", "1"]) == 2
+    finally:
+        path.write_text(before)
+    assert "holds what only Python can read" in capsys.readouterr().err
+    assert not made.exists()
