@@ -6,7 +6,7 @@
 
 ``add`` lets each trained agent act for 100 deterministic episodes in Gymnasium's environment, with a seed that no training has
 used, and puts rows into ``results/suite.csv``: one for each evaluation during training, and one for these episodes. A run that
-is there with the same settings is left out, so an interrupted ``add`` can be repeated; delete its rows to measure it again.
+is there with the same settings is left out, so that an interrupted ``add`` can be repeated; delete its rows to add it anew.
 ``draw`` writes ``results/humanoid.png`` and ``results/suite.png``; ``python -m benchmarks.tables`` writes the tables.
 """
 
@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.markdown import ROOT, table
 from sb3_trpo_ext.tools.comparison_table import SeedRun, area_under, common_curves, interquartile_means
-from sb3_trpo_ext.tools.plots import style_axes
+from sb3_trpo_ext.tools.panels import Line, Panel
+from sb3_trpo_ext.tools.plots import draw_learning_curve, draw_panel
 from sb3_trpo_ext.zoo.runs import Curve
 
 RESULTS = ROOT / "results"
@@ -172,25 +172,22 @@ def tables() -> dict[str, str]:
 # === Figures ===
 
 
-def draw_curves(axes: Axes, results: Sequence[Result], color: str, label: str) -> None:
-    """Draw each seed as a thin line, and the mean over seeds."""
+def seed_lines(results: Sequence[Result], color: str, label: str) -> list[Line]:
+    """Each seed as a thin line, and the mean over seeds."""
     steps, curves = common_curves([SeedRun(result.seed, result.curve, float("nan")) for result in results])
-    for curve in curves:
-        axes.plot(steps, curve, color=color, linewidth=0.7, alpha=0.45)
-    axes.plot(steps, curves.mean(axis=0), color=color, linewidth=2.2, label=label)
+    seeds = [Line("faint", "", color, steps, curve) for curve in curves]
+    return [*seeds, Line("line", label, color, steps, curves.mean(axis=0), in_legend=True)]
 
 
 def draw_humanoid() -> None:
     """Draw the learning curves on Humanoid-v5."""
-    figure = Figure(figsize=(8, 4.6), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    lines = []
     for algorithm, label in LABELS.items():
         settings, whose = (PUBLISHED, "") if algorithm == "trpo_ext" else ("RL-Zoo", ", RL-Zoo's settings")
         results = humanoid(algorithm, settings)
-        draw_curves(axes, results, COLORS[algorithm], f"{label}{whose} ({n_seeds(results)})")
-    style_axes(axes, "Humanoid-v5: 10 deterministic episodes, each seed and the mean over seeds")
-    axes.legend(loc="center right", bbox_to_anchor=(1.0, 0.36), fontsize=9, framealpha=0.85)
-    figure.savefig(RESULTS / "humanoid.png", pil_kwargs={"optimize": True})
+        lines += seed_lines(results, COLORS[algorithm], f"{label}{whose} ({n_seeds(results)})")
+    title = "Humanoid-v5: 10 deterministic episodes, each seed and the mean over seeds"
+    draw_learning_curve(RESULTS / "humanoid.png", Panel(title, lines), 1e6)
 
 
 def draw_suite() -> None:
@@ -199,11 +196,12 @@ def draw_suite() -> None:
     n_rows = -(-len(MUJOCO + CLASSIC) // n_columns)
     figure = Figure(figsize=(4.2 * n_columns, 3.1 * n_rows), dpi=100, layout="constrained")
     for axes, task in zip(figure.subplots(n_rows, n_columns).flatten(), (*MUJOCO, *CLASSIC), strict=True):
+        lines = []
         for algorithm, label in LABELS.items():
             if results := results_of(SUITE, task=task, algorithm=algorithm):
-                draw_curves(axes, results, COLORS[algorithm], f"{label} ({len(results)})")
-        style_axes(axes, task)
-        axes.legend(fontsize=8, framealpha=0.85)
+                lines += seed_lines(results, COLORS[algorithm], f"{label} ({len(results)})")
+        draw_panel(axes, Panel(task, lines), max(line.x[-1] for line in lines))
+        axes.set_xlabel("environment steps", fontsize=9)
     figure.savefig(RESULTS / "suite.png", pil_kwargs={"optimize": True})
 
 

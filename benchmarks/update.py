@@ -77,6 +77,7 @@ class Case(NamedTuple):
 
 CASES = {
     "humanoid-8192": Case("Humanoid-v5", "MlpPolicy", 16, 512, [256, 256], {"sub_sampling_factor": 4}, True),
+    "humanoid-8192-all": Case("Humanoid-v5", "MlpPolicy", 16, 512, [256, 256], {}, True),
     "humanoid-2048": Case("Humanoid-v5", "MlpPolicy", 2, 1024, [64, 64], {"sub_sampling_factor": 4}, True),
     "humanoid-65536": Case("Humanoid-v5", "MlpPolicy", 16, 4096, [256, 256], {"sub_sampling_factor": 4}, True),
     "images-8192": Case(RandomImages, "CnnPolicy", 8, 1024, None, {"sub_sampling_factor": 4}),

@@ -20,7 +20,7 @@ import pandas
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from sb3_trpo_ext.callbacks import EVALUATION
+from sb3_trpo_ext.callbacks import EVALUATION, FILE_NAME, read_rows
 from sb3_trpo_ext.tools.comparison_settings import Settings, check_names, find_settings, with_equal_kl
 from sb3_trpo_ext.tools.comparison_table import SeedRun, as_markdown, draw_curves, make_table
 from sb3_trpo_ext.tools.report import write_json
@@ -65,29 +65,24 @@ class Job:
         :raises ValueError: if it has been finished with others
         """
         try:
-            done = json.loads((self.folder / DONE).read_text(encoding="utf-8"))
+            before = json.loads((self.folder / DONE).read_text(encoding="utf-8"))["identity"]
         except FileNotFoundError:
             return False
         except ValueError:
-            # Half a file is of an interruption
+            # Half a file: it was interrupted
             return False
-        before = done["identity"]
-        if before != self.identity:
-            different = [key for key in self.identity if before.get(key) != self.identity[key]]
+        different = [key for key in self.identity | before if before.get(key) != self.identity.get(key)]
+        if different:
             raise ValueError(
                 f"{self.folder} was trained with other settings ({', '.join(different)}): take another --folder, or remove it"
             )
         return True
 
     def n_steps_done(self) -> int:
-        """How far the training is, as far as its record of updates tells."""
+        """How far the training is, by its record of updates."""
         folder = self.run_folder()
-        try:
-            assert folder is not None
-            last = (folder / "progress.csv").read_bytes().splitlines()[-1]
-            return int(last.split(b",")[0])
-        except (AssertionError, OSError, ValueError, IndexError):
-            return 0
+        rows = [] if folder is None else read_rows(folder / FILE_NAME)
+        return int(float(rows[-1].get("time/total_timesteps") or 0)) if rows else 0
 
 
 def make_jobs(args: argparse.Namespace, settings: dict[str, Settings]) -> list[Job]:
@@ -98,14 +93,13 @@ def make_jobs(args: argparse.Namespace, settings: dict[str, Settings]) -> list[J
     :param settings: by algorithm
     :return: the jobs
     """
+    options: dict[str, Any] = {"-n": args.n_timesteps, "--eval-freq": args.eval_freq, "--device": args.device}
+    options |= {"--eval-episodes": args.eval_episodes}
+    options |= {} if args.vec_env is None else {"--vec-env": args.vec_env}
     jobs = []
     for seed in range(args.seeds):
         for algo in args.algos:
             folder = Path(args.folder) / args.env / algo / f"seed_{seed}"
-            options: dict[str, Any] = {"-n": args.n_timesteps, "--eval-freq": args.eval_freq, "--device": args.device}
-            options |= {"--eval-episodes": args.eval_episodes}
-            if args.vec_env is not None:
-                options["--vec-env"] = args.vec_env
             command = [sys.executable, "-m", "sb3_trpo_ext.zoo", "train", "--algo", algo, "--env", args.env]
             command += ["--seed", str(seed), "-f", str(folder), "--conf-file", str(folder / "settings.yml"), "--verbose", "0"]
             command += [text for option, value in options.items() for text in (option, str(value))]
@@ -121,13 +115,15 @@ def start(job: Job, lock: int | None) -> subprocess.Popen[bytes]:
     Start a training from scratch, in a process group of its own, so that Ctrl-C reaches us alone.
 
     :param job: the training
-    :param lock: file descriptor that it shall keep open
+    :param lock: file descriptor that it keeps open
     :return: its process
     """
     # What an interrupted training has left
     shutil.rmtree(job.folder, ignore_errors=True)
     job.folder.mkdir(parents=True)
-    (job.folder / "settings.yml").write_text(yaml.safe_dump({_env_of(job): job.identity["settings"]}), encoding="utf-8")
+    # The folder is that of the environment, the algorithm and the seed
+    entries = {job.folder.parent.parent.name: job.identity["settings"]}
+    (job.folder / "settings.yml").write_text(yaml.safe_dump(entries), encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with job.log.open("wb") as log:
         return subprocess.Popen(
@@ -141,24 +137,14 @@ def start(job: Job, lock: int | None) -> subprocess.Popen[bytes]:
         )
 
 
-def _env_of(job: Job) -> str:
-    return job.command[job.command.index("--env") + 1]
-
-
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """
-    End a training and everything that it has started.
-
-    :param process: of :func:`start`
-    """
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(5)
-    except subprocess.TimeoutExpired:
+    """End a training and everything that it has started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+            return
 
 
 @contextlib.contextmanager
@@ -190,18 +176,22 @@ def locked(folder: Path) -> Iterator[int | None]:
 
 
 @contextlib.contextmanager
-def interrupted_afterwards() -> Iterator[None]:
-    """Put Ctrl-C and SIGTERM off: a training that is not yet known as running would outlive us, and keep the folder locked."""
+def noted_interruptions() -> Iterator[list[int]]:
+    """
+    Note Ctrl-C and SIGTERM instead of raising an error.
+
+    A training that has been started and is not yet known as running would outlive us, and keep the folder locked.
+
+    :return: the signals that came
+    """
     came: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda number, _: came.append(number)) for number in signals]
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
     try:
-        yield
+        yield came
     finally:
-        for number, handler in zip(signals, before, strict=True):
+        for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
-    if came:
-        raise KeyboardInterrupt
 
 
 def run_jobs(jobs: Sequence[Job], n_parallel: int, n_timesteps: int, lock: int | None) -> list[str]:
@@ -213,21 +203,23 @@ def run_jobs(jobs: Sequence[Job], n_parallel: int, n_timesteps: int, lock: int |
     :param n_timesteps: of each, for the display
     :param lock: passed on to the trainings
     :return: a line for each training that crashed
+    :raises KeyboardInterrupt: after Ctrl-C and SIGTERM, when all trainings have been ended
     """
     waiting = list(jobs)
     running: dict[Job, tuple[subprocess.Popen[bytes], TaskID, float]] = {}
     crashed: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
+    with noted_interruptions() as came, Progress(*columns, disable=not sys.stdout.isatty()) as progress:
         total = progress.add_task("trainings", total=len(jobs))
         try:
             while waiting or running:
-                while waiting and len(running) < n_parallel:
+                while waiting and len(running) < n_parallel and not came:
                     job = waiting.pop(0)
                     bar = progress.add_task(job.name, total=n_timesteps)
-                    with interrupted_afterwards():
-                        running[job] = (start(job, lock), bar, time.perf_counter())
+                    running[job] = (start(job, lock), bar, time.perf_counter())
                 time.sleep(POLL_SECONDS)
+                if came:
+                    raise KeyboardInterrupt
                 for job, (process, bar, started) in list(running.items()):
                     progress.update(bar, completed=min(job.n_steps_done(), n_timesteps))
                     if process.poll() is None:
@@ -235,22 +227,24 @@ def run_jobs(jobs: Sequence[Job], n_parallel: int, n_timesteps: int, lock: int |
                     del running[job]
                     progress.remove_task(bar)
                     progress.advance(total)
-                    seconds = time.perf_counter() - started
-                    n_done = f"{len(jobs) - len(waiting) - len(running)} of {len(jobs)}"
                     if process.returncode == 0 and job.run_folder() is not None:
+                        seconds = time.perf_counter() - started
                         write_json(job.folder / DONE, {"seconds": seconds, "identity": job.identity})
-                        progress.console.print(f"finished {job.name} in {seconds:.0f} s ({n_done})", highlight=False)
+                        n_done = len(jobs) - len(waiting) - len(running)
+                        message = f"finished {job.name} in {seconds:.0f} s ({n_done} of {len(jobs)})"
                     else:
-                        crashed.append(f"{job.name} crashed: {_last_line(job)} (see {job.log})")
-                        progress.console.print(crashed[-1], highlight=False, soft_wrap=True)
+                        message = f"{job.name} crashed: {last_line(job.log)} (see {job.log})"
+                        crashed.append(message)
+                    progress.console.print(message, highlight=False, soft_wrap=True)
         finally:
             for process, _, _ in running.values():
                 stop(process)
     return crashed
 
 
-def _last_line(job: Job) -> str:
-    lines = job.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+def last_line(path: Path) -> str:
+    """The last line of what a training has printed."""
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1].strip() if lines else "it printed nothing"
 
 
@@ -263,11 +257,9 @@ def read_result(job: Job) -> SeedRun:
     :raises RunError: if a file is missing or damaged
     """
     folder = job.run_folder()
-    if folder is None:
-        raise RunError(f"there is no run in {job.folder}: remove it, and run the same command again")
-    run = read_run(folder)
-    if len(run.evaluations.steps) == 0:
-        raise RunError(f"there are no evaluations in {folder}: remove it, and run the same command again")
+    run = None if folder is None else read_run(folder)
+    if run is None or len(run.evaluations.steps) == 0:
+        raise RunError(f"there are no evaluations in {folder or job.folder}: remove it, and run the same command again")
     return SeedRun(job.seed, run.evaluations, speed_of(run.updates))
 
 
@@ -295,10 +287,10 @@ def write_comparison(
     :param settings: by algorithm
     :param crashed: lines about those that crashed
     """
-    finished = [job for job in jobs if job.is_done()]
-    results: dict[str, Sequence[SeedRun]] = {
-        algo: [read_result(job) for job in finished if job.algo == algo] for algo in args.algos
-    }
+    results: dict[str, list[SeedRun]] = {algo: [] for algo in args.algos}
+    for job in jobs:
+        if job.is_done():
+            results[job.algo].append(read_result(job))
     threshold = reward_threshold(args.env) if args.threshold is None else args.threshold
     table = make_table(results, threshold)
     title = f"{args.env}, {args.n_timesteps:,} steps"
@@ -323,24 +315,21 @@ def _parser() -> argparse.ArgumentParser:
         description="Train several algorithms with several seeds and compare them. Run the same command again to go on.",
     )
     algos, default = [KEY, "trpo", "ppo"], " (default: %(default)s)"
+    algos_help = f"keys of the algorithms (default: {' '.join(algos)})"
+    equal_kl_help = "give sb3-contrib's trpo our trust region and damping, in its units"
+    vec_env_help = "kind of environments to train in (default: RL-Zoo's)"
     parser.add_argument("--env", required=True, help="environment id")
-    parser.add_argument(
-        "--algos", nargs="+", default=algos, metavar="ALGO", help=f"keys of the algorithms (default: {' '.join(algos)})"
-    )
+    parser.add_argument("--algos", nargs="+", default=algos, metavar="ALGO", help=algos_help)
     parser.add_argument("--seeds", type=int, default=5, help=f"number of seeds, from 0 on{default}")
     parser.add_argument("-n", "--n-timesteps", type=int, required=True, help="steps of each training")
     parser.add_argument("--jobs", type=int, default=2, help=f"trainings at a time, one core each{default}")
-    parser.add_argument(
-        "--equal-kl", action="store_true", help="give sb3-contrib's trpo our trust region and damping, in its units"
-    )
+    parser.add_argument("--equal-kl", action="store_true", help=equal_kl_help)
     parser.add_argument("--threshold", type=float, help="return for `steps to` (default: the registry's)")
     parser.add_argument("--eval-freq", type=int, help="steps between evaluations (default: a twentieth of the training)")
     parser.add_argument("--eval-episodes", type=int, default=10, help=f"episodes of an evaluation{default}")
     parser.add_argument("-f", "--folder", default="comparisons", help=f"where the trainings and the table go{default}")
     parser.add_argument("--device", default="cpu", help=f"device of the policies{default}")
-    parser.add_argument(
-        "--vec-env", choices=("dummy", "subproc", "envpool"), help="kind of environments to train in (default: RL-Zoo's)"
-    )
+    parser.add_argument("--vec-env", choices=("dummy", "subproc", "envpool"), help=vec_env_help)
     parser.add_argument("--gym-packages", nargs="+", default=[], help="modules that register environments")
     return parser
 
@@ -362,17 +351,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--eval-freq must be between 1 and --n-timesteps, got {args.eval_freq}")
     check_names(args.algos, args.env)
     settings = {algo: find_settings(algo, args.env) for algo in args.algos}
-    if args.equal_kl and "trpo" not in settings:
-        raise ValueError("--equal-kl converts the settings of sb3-contrib's trpo, which is not among --algos: leave it out")
     if args.equal_kl:
+        if "trpo" not in settings:
+            raise ValueError(
+                "--equal-kl converts the settings of sb3-contrib's trpo, which is not among --algos: leave it out"
+            )
         settings["trpo"] = with_equal_kl(settings["trpo"], args.env)
     jobs = make_jobs(args, settings)
     left = [job for job in jobs if not job.is_done()]
     try:
         with locked(Path(args.folder) / args.env) as lock:
             print(f"{len(jobs)} trainings, {len(jobs) - len(left)} of them finished before", flush=True)
-            # A child outlives its parent: end it when we are asked to end
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
             crashed = run_jobs(left, args.jobs, args.n_timesteps, lock)
             write_comparison(args, jobs, settings, crashed)
     except KeyboardInterrupt:

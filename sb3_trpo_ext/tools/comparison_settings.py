@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import re
 from pathlib import Path
@@ -11,14 +10,13 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import rl_zoo3
 import yaml
-from gymnasium import spaces
 from rl_zoo3 import ALGOS
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.preprocessing import get_action_dim
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext._checks import closest
+from sb3_trpo_ext.contrib import joint_kl_factor
 from sb3_trpo_ext.zoo.command import KEY, linear_schedule, load_hyperparams
 from sb3_trpo_ext.zoo.options import check_env
 
@@ -86,25 +84,12 @@ def find_settings(algo: str, env_id: str) -> Settings:
         name = "atari" if "atari" in entries and ExperimentManager.is_atari(env_id) else "default"
     if name not in entries:
         raise ValueError(f"--algos: {owner} has no settings of {algo} for {env_id}, nor defaults: leave it out")
-    entry = copy.deepcopy(entries[name])
+    entry = dict(entries[name])
     if issubclass(ALGOS[algo], OnPolicyAlgorithm):
         given = entry.get("callback") or []
         given = given if isinstance(given, list) else [given]
         entry["callback"] = given if RECORDER in given else [RECORDER, *given]
     return Settings(entry, f"{owner}'s {name}")
-
-
-def n_action_dimensions(env_id: str) -> int:
-    """
-    By how much sb3-contrib's average of the KL over action dimensions is smaller than the joint KL.
-
-    :param env_id: the task
-    :return: the number of dimensions for Box and MultiBinary actions, 1 for all others
-    """
-    env = gym.make(env_id)
-    space = env.action_space
-    env.close()
-    return get_action_dim(space) if isinstance(space, (spaces.Box, spaces.MultiBinary)) else 1
 
 
 def with_equal_kl(settings: Settings, env_id: str) -> Settings:
@@ -118,7 +103,9 @@ def with_equal_kl(settings: Settings, env_id: str) -> Settings:
     """
     ours = find_settings(KEY, env_id).entry
     defaults = inspect.signature(TRPO.__init__).parameters
-    n_dims = n_action_dimensions(env_id)
+    env = gym.make(env_id)
+    n_dims = joint_kl_factor(env.action_space)
+    env.close()
     converted = {}
     for name in ("target_kl", "cg_damping"):
         value = ours.get(name, defaults[name].default)

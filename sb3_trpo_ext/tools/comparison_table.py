@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas
-from matplotlib.figure import Figure
 from rliable import library, metrics
 
-from sb3_trpo_ext.tools.diagnostics import run_colors
-from sb3_trpo_ext.tools.plots import style_axes
+from sb3_trpo_ext.tools.panels import Line, Panel, threshold_line
+from sb3_trpo_ext.tools.plots import draw_learning_curve, run_colors
 from sb3_trpo_ext.zoo.runs import Curve
 
 N_BOOTSTRAP = 2000
-DASH = "-"
 
 
 class SeedRun(NamedTuple):
@@ -27,17 +23,6 @@ class SeedRun(NamedTuple):
     seed: int
     evaluations: Curve
     speed: float
-
-
-@contextmanager
-def _seeded() -> Iterator[None]:
-    """Seed NumPy's global generator, from which rliable draws, and leave it as it was."""
-    state = np.random.get_state()  # noqa: NPY002
-    np.random.seed(0)  # noqa: NPY002
-    try:
-        yield
-    finally:
-        np.random.set_state(state)  # noqa: NPY002
 
 
 def interquartile_means(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -55,9 +40,14 @@ def interquartile_means(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     stacked = scores[:, None, :]
     if len(scores) == 1:
         return means(stacked), np.full((2, scores.shape[1]), np.nan)
-    with _seeded():
-        centre, interval = library.get_interval_estimates({"": stacked}, means, reps=N_BOOTSTRAP)
-    return centre[""], interval[""]
+    # rliable draws from NumPy's global generator, whatever `random_state` says
+    state = np.random.get_state()  # noqa: NPY002
+    np.random.seed(0)  # noqa: NPY002
+    try:
+        center, interval = library.get_interval_estimates({"": stacked}, means, reps=N_BOOTSTRAP)
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+    return center[""], interval[""]
 
 
 def common_curves(runs: Sequence[SeedRun]) -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +85,12 @@ def area_under(curve: Curve) -> float:
     return float(np.trapezoid(returns, steps) / (steps[-1] - steps[0])) if len(steps) > 1 else float(returns[0])
 
 
-def make_table(results: dict[str, Sequence[SeedRun]], threshold: float | None) -> pandas.DataFrame:
+def median(values: Sequence[float]) -> float:
+    """The median, NaN of nothing."""
+    return float(np.median(values)) if values else float("nan")
+
+
+def make_table(results: Mapping[str, Sequence[SeedRun]], threshold: float | None) -> pandas.DataFrame:
     """
     The figures of a comparison, one row for each algorithm.
 
@@ -106,21 +101,18 @@ def make_table(results: dict[str, Sequence[SeedRun]], threshold: float | None) -
     rows = []
     for algo, runs in results.items():
         row: dict[str, object] = {"algorithm": algo, "seeds": len(runs)}
-        if runs:
-            final = np.array([run.evaluations.returns[-1].mean() for run in runs])
-            iqm, interval = interquartile_means(final[:, None])
-            row |= {"final return": final.mean(), "std over seeds": final.std(ddof=1) if len(runs) > 1 else np.nan}
-            row |= {"IQM": iqm[0], "IQM low": interval[0, 0], "IQM high": interval[1, 0]}
-            row |= {"area under curve": np.mean([area_under(run.evaluations) for run in runs]), "worst seed": final.min()}
-            if threshold is not None:
-                steps = np.array([steps_to(threshold, run) for run in runs])
-                reached = np.isfinite(steps)
-                row[f"steps to {threshold:g}"] = np.median(steps[reached]) if reached.any() else np.nan
-                row[f"seeds that reach {threshold:g}"] = int(reached.sum())
-            speeds = np.array([run.speed for run in runs])
-            known = np.isfinite(speeds)
-            row["steps/s"] = np.median(speeds[known]) if known.any() else np.nan
         rows.append(row)
+        if not runs:
+            continue
+        final = np.array([run.evaluations.returns[-1].mean() for run in runs])
+        iqm, interval = interquartile_means(final[:, None])
+        row |= {"final return": final.mean(), "std over seeds": final.std(ddof=1) if len(runs) > 1 else np.nan}
+        row |= {"IQM": iqm[0], "IQM low": interval[0, 0], "IQM high": interval[1, 0]}
+        row |= {"area under curve": np.mean([area_under(run.evaluations) for run in runs]), "worst seed": final.min()}
+        if threshold is not None:
+            reached = [steps for run in runs if np.isfinite(steps := steps_to(threshold, run))]
+            row |= {f"steps to {threshold:g}": median(reached), f"seeds that reach {threshold:g}": len(reached)}
+        row["steps/s"] = median([run.speed for run in runs if np.isfinite(run.speed)])
     return pandas.DataFrame(rows)
 
 
@@ -132,33 +124,30 @@ def as_markdown(table: pandas.DataFrame) -> str:
     :return: Markdown
     """
 
-    def number(value: object) -> str:
-        if not isinstance(value, (int, float, np.number)) or not np.isfinite(float(value)):
-            return DASH
-        return f"{float(value):,.0f}" if abs(float(value)) >= 100 else f"{float(value):,.3g}"
+    def cells(row: dict[str, Any]) -> dict[str, str]:
+        def number(name: str) -> str:
+            value = float(row.get(name, np.nan))
+            return "-" if not np.isfinite(value) else f"{value:,.0f}" if abs(value) >= 100 else f"{value:,.3g}"
 
-    def reached(row: pandas.Series, name: str) -> str:
-        count = number(row[name.replace("steps to", "seeds that reach")])
-        return f"{number(row[name])} ({count} of {row['seeds']} seeds)" if row["seeds"] else DASH
+        shown = {
+            "algorithm": row["algorithm"],
+            "seeds": number("seeds"),
+            "final return": f"{number('final return')} ± {number('std over seeds')}",
+            "IQM [95%]": f"{number('IQM')} [{number('IQM low')}, {number('IQM high')}]",
+            "area under the curve": number("area under curve"),
+            "worst seed": number("worst seed"),
+        }
+        for name in (name for name in row if name.startswith("steps to ")):
+            reached = f" ({number(name.replace('steps to', 'seeds that reach'))} of {row['seeds']} seeds)"
+            shown[name] = number(name) + (reached if row["seeds"] else "")
+        return {**shown, "steps/s": number("steps/s")}
 
-    plain: dict[str, Callable[[pandas.Series], str]] = {
-        "algorithm": lambda row: str(row["algorithm"]),
-        "seeds": lambda row: str(row["seeds"]),
-        "final return": lambda row: f"{number(row.get('final return'))} ± {number(row.get('std over seeds'))}",
-        "IQM [95%]": lambda row: f"{number(row.get('IQM'))} [{number(row.get('IQM low'))}, {number(row.get('IQM high'))}]",
-        "area under the curve": lambda row: number(row.get("area under curve")),
-        "worst seed": lambda row: number(row.get("worst seed")),
-    }
-    for name in table.columns:
-        if name.startswith("steps to "):
-            plain[name] = functools.partial(reached, name=name)
-    plain["steps/s"] = lambda row: number(row.get("steps/s"))
-    lines = ["| " + " | ".join(plain) + " |", "|---" * len(plain) + "|"]
-    lines += ["| " + " | ".join(cell(row) for cell in plain.values()) + " |" for _, row in table.iterrows()]
-    return "\n".join(lines)
+    rows = [cells(row) for row in table.to_dict("records")]
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)])
 
 
-def draw_curves(path: Path, title: str, results: dict[str, Sequence[SeedRun]], threshold: float | None) -> None:
+def draw_curves(path: Path, title: str, results: Mapping[str, Sequence[SeedRun]], threshold: float | None) -> None:
     """
     Draw the learning curves: the interquartile mean over seeds with its 95% interval, and each seed as a thin line.
 
@@ -167,21 +156,17 @@ def draw_curves(path: Path, title: str, results: dict[str, Sequence[SeedRun]], t
     :param results: finished runs by algorithm
     :param threshold: a line to draw, None for none
     """
-    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    lines = []
     for (algo, runs), color in zip(results.items(), run_colors(len(results)), strict=True):
         if not runs:
             continue
         steps, curves = common_curves(runs)
-        centre, interval = interquartile_means(curves)
-        for curve in curves if len(curves) > 1 else []:
-            axes.plot(steps, curve, color=color, linewidth=0.6, alpha=0.4)
-        axes.fill_between(steps, *interval, color=color, alpha=0.2, linewidth=0)
+        center, (low, high) = interquartile_means(curves)
+        lines += [Line("faint", "", color, steps, curve) for curve in curves]
+        lines.append(Line("band", "", color, steps, low, high))
         label = f"{algo} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
-        axes.plot(steps, centre, color=color, linewidth=2, marker="o", markersize=3, label=label)
+        lines.append(Line("line", label, color, steps, center, in_legend=True))
+    end = max((line.x[-1] for line in lines), default=1.0)
     if threshold is not None:
-        axes.axhline(threshold, color="#444444", linewidth=1, linestyle="--", label=f"threshold {threshold:g}")
-    style_axes(axes, title)
-    axes.set_ylabel("return of an evaluation")
-    axes.legend(fontsize=9, framealpha=0.85)
-    figure.savefig(path)
+        lines.append(threshold_line(f"threshold {threshold:g}", threshold, end))
+    draw_learning_curve(path, Panel(title, lines), end)

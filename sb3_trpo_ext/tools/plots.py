@@ -1,105 +1,93 @@
-"""The picture of a training run: returns of training and of evaluations against environment steps."""
+"""Panels as pictures, by Matplotlib. Not by way of pyplot: this needs no display, and leaves the user's backend alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, StrMethodFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
-from sb3_trpo_ext.zoo.runs import Curve
+from sb3_trpo_ext.tools.panels import Panel
 
-WINDOW = 100
-
-
-def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """
-    Mean of the last ``window`` values up to each one, of fewer at the beginning.
-
-    :param values: shape ``(n,)``
-    :param window: number of values
-    :return: shape ``(n,)``
-    """
-    return pandas.Series(values).rolling(window, min_periods=1).mean().to_numpy()
+STYLES: dict[str, dict[str, Any]] = {
+    "line": {"linewidth": 1.6},
+    "dashed": {"linewidth": 1.2, "linestyle": "--"},
+    "faint": {"linewidth": 0.7, "alpha": 0.35},
+    "points": {"linestyle": "", "marker": ".", "markeredgewidth": 0, "alpha": 0.4, "rasterized": True},
+    "dots": {"linestyle": "", "marker": "o", "markersize": 4},
+    "crosses": {"linestyle": "", "marker": "x", "markersize": 5},
+}
 
 
-def style_axes(axes: Axes, title: str) -> None:
-    """
-    Label and format the axes of a learning curve.
-
-    :param axes: environment steps against returns
-    :param title: title of the picture
-    """
-    axes.set_title(title)
-    axes.set_xlabel("environment steps")
-    axes.set_ylabel("return of an episode")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    axes.set_xlim(left=0)
+def style(axes: Axes, title: str) -> None:
+    """Make a small diagram plain."""
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def plot_learning_curve(
-    path: str | Path, title: str, training: Curve, evaluations: Curve, final_step: int, final_returns: Sequence[float]
-) -> None:
+def draw_panel(axes: Axes, panel: Panel, end: float) -> None:
     """
-    Draw the learning curve of one run.
+    Draw a panel.
 
-    :param path: where to write the picture
-    :param title: title of the picture
-    :param training: episodes of training
-    :param evaluations: evaluations during training
-    :param final_step: number of steps the agent was trained for
-    :param final_returns: returns of the trained agent
+    :param axes: where
+    :param panel: what
+    :param end: the last timestep of the page
     """
-    # Not by way of pyplot: this needs no display, and leaves the user's backend and figures alone.
+    style(axes, panel.title)
+    shown: set[str] = set()
+    for line in panel.lines:
+        # Several runs have their own legend: what a mark means is said once
+        label = line.label if line.in_legend and line.label not in shown else None
+        shown.add(line.label)
+        if line.upper is not None:
+            axes.fill_between(line.x, line.y, line.upper, color=line.color, alpha=0.2, linewidth=0, label=label)
+            continue
+        (drawn,) = axes.plot(line.x, line.y, color=line.color, label=label, **STYLES[line.kind])
+        if line.kind == "points":
+            drawn.set_markersize(4 if len(line.x) > 1000 else 7)
+    if panel.is_log:
+        axes.set_yscale("log")
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=panel.scale == "whole"))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    if panel.scale in ("whole", "zero"):
+        axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
+    if panel.limits is not None:
+        axes.set_ylim(*panel.limits)
+    axes.set_xlim(0, end)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if axes.get_legend_handles_labels()[0]:
+        for handle in axes.legend(fontsize=8, framealpha=0.85, loc="best").get_lines():
+            handle.set_alpha(1.0)
+
+
+def run_colors(n_runs: int) -> list[str]:
+    """A color for each run, the same in every panel, for Matplotlib and Plotly."""
+    palette = colormaps["tab10" if n_runs <= 10 else "tab20"]
+    return [to_hex(palette(index % palette.N)) for index in range(n_runs)]
+
+
+def draw_learning_curve(path: str | Path, panel: Panel, end: float, final: Sequence[float] = ()) -> None:
+    """
+    Draw a picture of returns against environment steps.
+
+    :param path: where to write it
+    :param panel: the returns
+    :param end: the last timestep
+    :param final: returns of the agent at the end, if there are any
+    """
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = figure.subplots()
-    if len(training.steps) > 0:
-        window = min(WINDOW, max(len(training.steps) // 10, 1))
-        axes.plot(
-            training.steps,
-            training.returns,
-            ".",
-            color="tab:blue",
-            markersize=5,
-            markeredgewidth=0,
-            alpha=0.4,
-            rasterized=True,
-            label="training episode",
-        )
-        average = moving_average(training.returns, window)
-        axes.plot(training.steps, average, color="tab:blue", linewidth=1.8, label=f"training, mean of {window} episodes")
-    if len(evaluations.steps) > 0:
-        mean, std = evaluations.returns.mean(axis=1), evaluations.returns.std(axis=1)
-        n_episodes = evaluations.returns.shape[1]
-        axes.fill_between(evaluations.steps, mean - std, mean + std, color="tab:orange", alpha=0.2, linewidth=0)
-        axes.plot(
-            evaluations.steps,
-            mean,
-            "o-",
-            color="tab:orange",
-            markersize=3.5,
-            linewidth=1.4,
-            label=f"evaluation, mean ± std of {n_episodes} episodes",
-        )
-    axes.errorbar(
-        [final_step],
-        [np.mean(final_returns)],
-        yerr=[np.std(final_returns)],
-        fmt="D",
-        color="black",
-        markersize=5,
-        capsize=4,
-        linewidth=1.4,
-        zorder=5,
-        label=f"trained agent, mean ± std of {len(final_returns)} episodes",
-    )
-    style_axes(axes, title)
-    legend = axes.legend(loc="best", frameon=True, framealpha=0.9, fontsize=9)
-    for handle in legend.get_lines():
-        handle.set_alpha(1.0)
+    if final:
+        mean, std, label = np.mean(final), np.std(final), f"trained agent, mean ± std of {len(final)} episodes"
+        axes.errorbar(end, mean, yerr=std, label=label, fmt="D", color="black", markersize=5, capsize=4, zorder=5)
+    draw_panel(axes, panel, 1.02 * end)
+    axes.set_xlabel("environment steps")
+    axes.set_ylabel("return of an episode")
     figure.savefig(path)

@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3 import ALGOS, create_test_env, get_saved_hyperparams
 from rl_zoo3.exp_manager import ExperimentManager
-from rl_zoo3.utils import get_model_path
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
-from sb3_trpo_ext.tools.plots import plot_learning_curve
+from sb3_trpo_ext.tools.panels import Panel, return_lines
+from sb3_trpo_ext.tools.plots import draw_learning_curve
 from sb3_trpo_ext.zoo.command import KEY
 from sb3_trpo_ext.zoo.options import check_env
-from sb3_trpo_ext.zoo.runs import evaluation_curve, latest_run, training_curve
+from sb3_trpo_ext.zoo.runs import evaluation_curve, latest_run, read_settings, training_curve
 from sb3_trpo_ext.zoo.settings import StoreDict
 
 
@@ -38,42 +37,33 @@ class DistanceRecorder(VecEnvWrapper):
         self._starts: list[float | None] = [None] * venv.num_envs
 
     def _start(self, index: int) -> float | None:
-        # Wrappers have a list `reset_infos` of their own, which nobody fills: only that of the innermost VecEnv is alive.
+        # Wrappers have a list `reset_infos` of their own that stays empty: only that of the innermost VecEnv is filled
         return self.unwrapped.reset_infos[index].get("x_position")
 
     def reset(self) -> VecEnvObs:
-        """
-        Reset the environments and remember where they start.
-
-        :return: the first observations
-        """
+        """Reset the environments and remember where they start."""
         observations = self.venv.reset()
         self._starts = [self._start(index) for index in range(self.num_envs)]
         return observations
 
     def step_wait(self) -> VecEnvStepReturn:
-        """
-        Wait for the step, and measure the episodes that it ends.
-
-        :return: observations, rewards, dones and infos
-        """
+        """Wait for the step, and measure the episodes that it ends."""
         observations, rewards, dones, infos = self.venv.step_wait()
         for index, info in enumerate(infos):
             position = info.get("x_position")
             if self._starts[index] is None:
-                # Not every environment reports its position on reset: count from the first step then.
+                # Not every environment reports its position on reset: count from the first step then
                 self._starts[index] = position
             if dones[index]:
-                # The environment has been reset already: `info` is of the old episode, `reset_infos` of the new one.
-                start = self._starts[index]
-                if position is not None and start is not None:
-                    info["distance"] = float(position - start)
+                # The environment has been reset already: `info` is of the old episode, `reset_infos` of the new one
+                if position is not None:
+                    info["distance"] = float(position - self._starts[index])
                 self._starts[index] = self._start(index)
         return observations, rewards, dones, infos
 
 
 class Episodes(NamedTuple):
-    """What came of some episodes."""
+    """What episodes came to."""
 
     returns: list[float]
     lengths: list[int]
@@ -86,7 +76,7 @@ def run_episodes(model: BaseAlgorithm, env: VecEnv, n_episodes: int, determinist
     Let an agent act until it has finished some episodes.
 
     :param model: the agent
-    :param env: environments, whose rewards are not normalised
+    :param env: environments, whose rewards are not normalized
     :param n_episodes: number of episodes
     :param deterministic: whether to take the mode of the distribution, not a sample
     :return: return, length and distance of each episode
@@ -146,20 +136,20 @@ def load_run(
     name = EnvironmentName(env_id)
     if exp_id == 0:
         exp_id = latest_run(Path(folder) / algo, name, [f"{name}.zip"])
-    try:
-        _, model_path, run_path = get_model_path(exp_id, folder, algo, name)
-    except AssertionError as error:
-        raise ValueError(f"{error} (is it in another --folder, or of another --algo than {algo}?)") from error
-
-    params_path = Path(run_path) / name
-    hyperparams, stats_path = get_saved_hyperparams(str(params_path), norm_reward=False, test_mode=True)
+    run_path = Path(folder) / algo / (f"{name}_{exp_id}" if exp_id > 0 else "")
+    model_path = run_path / f"{name}.zip"
+    if not model_path.is_file():
+        raise ValueError(f"there is no {model_path}: is it in another --folder, or of another --algo than {algo}?")
+    hyperparams, stats_path = get_saved_hyperparams(str(run_path / name), norm_reward=False, test_mode=True)
     kwargs_in_training = hyperparams.pop("env_kwargs", None) or {}
-    args_path = params_path / "args.yml"
-    if args_path.is_file():
-        # RL-Zoo writes the command line with Python types; it is as trustworthy as the pickles next to it.
-        saved_args = yaml.load(args_path.read_text(encoding="utf-8"), Loader=yaml.UnsafeLoader)
-        kwargs_in_training = saved_args["env_kwargs"] or kwargs_in_training
-
+    args_path = run_path / name / "args.yml"
+    options = read_settings(args_path)
+    if args_path.is_file() and not options:
+        raise ValueError(
+            f"{args_path} is damaged, or holds what only Python can read: remove it, and give --env-kwargs if need be"
+        )
+    # Those of the command line win
+    kwargs_in_training = options.get("env_kwargs") or kwargs_in_training
     env = create_test_env(
         env_id,
         n_envs,
@@ -170,10 +160,10 @@ def load_run(
         env_kwargs={**kwargs_in_training, **(env_kwargs or {})},
         vec_env_cls=ExperimentManager.default_vec_env_cls or DummyVecEnv,
     )
-    return Run(ALGOS[algo].load(model_path, device=device), Path(model_path), env)
+    return Run(ALGOS[algo].load(model_path, device=device), model_path, env)
 
 
-def summarise(run: Run, episodes: Episodes) -> dict[str, Any]:
+def summarize(run: Run, episodes: Episodes) -> dict[str, Any]:
     """
     Gather the figures of an evaluation.
 
@@ -204,26 +194,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("sb3-trpo report", description="Evaluate a trained agent and draw its learning curve.")
     default = " (default: %(default)s)"
+    exp_id_help = "number of the run (default: the latest with an agent; -1: no folder of its own)"
+    env_kwargs_help = "arguments of the environment (default: those of training)"
     parser.add_argument("--env", required=True, help="environment id")
     parser.add_argument("-f", "--folder", "--log-folder", dest="folder", default="logs", help=f"folder of all runs{default}")
     parser.add_argument("--algo", default=KEY, choices=list(ALGOS), metavar="ALGO", help=f"key of the algorithm{default}")
-    parser.add_argument(
-        "--exp-id",
-        type=int,
-        default=0,
-        help="number of the run (default: the latest with an agent; -1: no folder of its own)",
-    )
+    parser.add_argument("--exp-id", type=int, default=0, help=exp_id_help)
     parser.add_argument("--n-eval-episodes", type=int, default=20, help=f"number of episodes{default}")
     parser.add_argument("--seed", type=int, default=1000, help=f"seed of the evaluation{default}")
     parser.add_argument("--stochastic", action="store_true", help="sample the actions")
     parser.add_argument("--device", default="auto", help=f"device of the policy{default}")
-    parser.add_argument(
-        "--env-kwargs",
-        nargs="+",
-        action=StoreDict,
-        metavar="NAME:VALUE",
-        help="arguments of the environment (default: those of training)",
-    )
+    parser.add_argument("--env-kwargs", nargs="+", action=StoreDict, metavar="NAME:VALUE", help=env_kwargs_help)
     return parser
 
 
@@ -244,17 +225,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.env.close()
 
     settings = {"env": args.env, "algo": args.algo, "seed": args.seed, "deterministic": not args.stochastic}
-    summary = {**settings, **summarise(run, episodes)}
+    summary = {**settings, **summarize(run, episodes)}
     json_path, png_path = run.folder / "evaluation.json", run.folder / "learning_curve.png"
     write_json(json_path, summary)
-    plot_learning_curve(
-        png_path,
-        f"{args.algo} on {args.env} ({run.folder.name})",
-        training_curve(run.folder),
-        evaluation_curve(run.folder),
-        run.model.num_timesteps,
-        episodes.returns,
-    )
+    lines = return_lines(training_curve(run.folder), evaluation_curve(run.folder), "#1f77b4", is_single=True)
+    title = f"{args.algo} on {args.env} ({run.folder.name})"
+    draw_learning_curve(png_path, Panel(title, lines), run.model.num_timesteps, episodes.returns)
 
     kind = "stochastic" if args.stochastic else "deterministic"
     print(f"\n{args.algo} on {args.env} after {run.model.num_timesteps:,} steps: {args.n_eval_episodes} {kind} episodes")

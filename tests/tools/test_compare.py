@@ -1,6 +1,7 @@
 """The comparison: settings, trainings side by side that can be interrupted, statistics and table."""
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -63,19 +64,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             jobs = []
             for job in make_jobs(args, settings):
                 how = ends.get(f"{job.algo}_{job.seed}", "succeed")
-                command = [
-                    sys.executable,
-                    "-c",
-                    FAKE,
-                    how,
-                    str(job.folder),
-                    job.algo,
-                    args.env,
-                    str(job.seed),
-                    "--env",
-                    args.env,
-                ]
-                jobs.append(compare.Job(job.algo, job.seed, job.folder, command, job.identity))
+                command = [sys.executable, "-c", FAKE, how, str(job.folder), job.algo, args.env, str(job.seed)]
+                jobs.append(dataclasses.replace(job, command=command))
             return jobs
 
         start = compare.start
@@ -149,8 +139,10 @@ def test_equal_kl_is_ours_in_their_units() -> None:
 
 
 @pytest.mark.parametrize(("env_id", "n_dims"), [("CartPole-v1", 1), ("Hopper-v5", 3), ("Pendulum-v1", 1)])
-def test_number_of_action_dimensions(env_id: str, n_dims: int) -> None:
-    assert comparison_settings.n_action_dimensions(env_id) == n_dims
+def test_equal_kl_divides_by_the_number_of_action_dimensions(env_id: str, n_dims: int) -> None:
+    converted = comparison_settings.with_equal_kl(comparison_settings.find_settings("trpo", env_id), env_id)
+    ours = load_hyperparams()[env_id]["cg_damping"]
+    assert converted.entry["cg_damping"] == pytest.approx(ours / n_dims)
 
 
 # === Statistics ===
@@ -419,6 +411,16 @@ def test_wrong_arguments_end_in_one_line(
     assert error.startswith(f"sb3-trpo compare: error: {problem}")
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_progress_is_read_by_the_name_of_the_column(tmp_path: Path) -> None:
+    job = compare.Job("ppo", 0, tmp_path, [], {})
+    assert job.n_steps_done() == 0
+    run = tmp_path / "ppo" / "CartPole-v1_1"
+    run.mkdir(parents=True)
+    assert job.n_steps_done() == 0
+    (run / "progress.csv").write_text("train/loss,time/total_timesteps\n0.5,50\n0.25,100\n0.1")
+    assert job.n_steps_done() == 100
 
 
 def test_command_of_a_training(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_trpo_ext.tools import plots, report
+from sb3_trpo_ext.tools import panels, plots, report
 from sb3_trpo_ext.zoo import runs
 from sb3_trpo_ext.zoo.command import main
 
@@ -54,7 +54,7 @@ class Idle:
 
 def test_distance_is_of_one_episode_in_each_environment() -> None:
     vec_env = DummyVecEnv([lambda: Monitor(Walker(1.0)), lambda: Monitor(Walker(-0.5))])
-    # Normalisation is a wrapper with an empty list of reset infos in front of the true one.
+    # Normalization is a wrapper with an empty list of reset infos in front of the true one.
     env = VecNormalize(vec_env, training=False, norm_reward=False)
     episodes = report.run_episodes(Idle(), env, 6, deterministic=True)  # type: ignore[arg-type]
     by_length = sorted(zip(episodes.lengths, episodes.returns, episodes.distances, strict=True))
@@ -97,7 +97,7 @@ def test_curves_without_files_are_empty(tmp_path: Path) -> None:
 
 
 def test_moving_average() -> None:
-    np.testing.assert_allclose(plots.moving_average(np.array([1.0, 3.0, 5.0, 10.0]), 2), [1, 2, 4, 7.5])
+    np.testing.assert_allclose(panels.moving_average(np.array([1.0, 3.0, 5.0, 10.0]), 2), [1, 2, 4, 7.5])
 
 
 @pytest.mark.parametrize("n_episodes", [0, 1, 250])
@@ -106,13 +106,15 @@ def test_picture_of_a_long_and_a_missing_history(n_episodes: int, tmp_path: Path
     steps = np.arange(1, n_episodes + 1)
     training = runs.Curve(10 * steps, np.sqrt(steps))
     evaluations = runs.Curve(100 * steps, np.sqrt(steps)[:, None] + [0.0, 1.0, 2.0])
-    plots.plot_learning_curve(path, "a run", training, evaluations, 2500, [1.0, 2.0])
+    lines = panels.return_lines(training, evaluations, "black", is_single=True)
+    assert len(lines) == (5 if n_episodes else 0)
+    plots.draw_learning_curve(path, panels.Panel("a run", lines), 2500, [1.0, 2.0])
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny run on a task with an `x_position`, normalised, with an argument of the environment and an evaluation."""
+    """A tiny run on a task with an `x_position`, normalized, with an argument of the environment and an evaluation."""
     folder = tmp_path_factory.mktemp("report") / "logs"
     main(
         [
@@ -205,7 +207,7 @@ def test_all_plots_gathers_our_runs(logs: Path, tmp_path: Path, capsys: pytest.C
     [
         (["--env", "Ant-v5"], "there is no run of Ant-v5 in "),
         (["--env", "Ant-v55"], "--env: there is no environment 'Ant-v55'; did you mean Ant-v5"),
-        (["--env", "Swimmer-v5", "--exp-id", "7"], "Swimmer-v5_7 folder was not found (is it in another --folder"),
+        (["--env", "Swimmer-v5", "--exp-id", "7"], "Swimmer-v5_7/Swimmer-v5.zip: is it in another --folder"),
         (["--env", "Swimmer-v5", "--n-eval-episodes", "0"], "must be at least 1, got 0"),
     ],
 )
@@ -230,3 +232,15 @@ def test_arguments_of_the_environment_can_be_others(logs: Path) -> None:
     # Those of training
     assert main(arguments) == 0
     assert json.loads((logs / "trpo_ext" / "Swimmer-v5_1" / "evaluation.json").read_text())["return"]["mean"] == returns[0]
+
+
+def test_options_that_only_python_can_read_are_refused(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = logs / "trpo_ext" / "Swimmer-v5_1" / "Swimmer-v5" / "args.yml"
+    before, made = path.read_text(), logs / "made"
+    path.write_text(f"!!python/object/apply:os.mkdir ['{made}']")
+    try:
+        assert main(["report", "--env", "Swimmer-v5", "-f", str(logs), "--n-eval-episodes", "1"]) == 2
+    finally:
+        path.write_text(before)
+    assert "holds what only Python can read" in capsys.readouterr().err
+    assert not made.exists()
