@@ -54,7 +54,7 @@ test-core: ## Check what works with the core dependencies alone
 test-oldest: ## Run the tests with the oldest versions that pyproject.toml admits
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python .ci/oldest.py > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install -c $(OLDEST)/constraints.txt -e ".[atari,mujoco,plots,zoo]" hatchling pytest pytest-xdist
+	$(OLDEST)/bin/python -m pip install -c $(OLDEST)/constraints.txt -e ".[atari,mujoco,zoo]" hatchling pytest pytest-xdist
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(STAMP) ## Check style and formatting
