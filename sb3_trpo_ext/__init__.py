@@ -14,7 +14,7 @@ from sb3_trpo_ext.policies import (
 from sb3_trpo_ext.trpo import TRPO
 from sb3_trpo_ext.update.distributions import Family, register_family
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # By name, so that the environment is imported when somebody makes it
 register(

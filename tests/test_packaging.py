@@ -1,7 +1,10 @@
 """What is installed, and what an import costs."""
 
+import email
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -13,13 +16,22 @@ from sb3_trpo_ext.envs import EnvPoolVecEnv
 from sb3_trpo_ext.zoo.command import hyperparams_path, main
 
 ROOT = Path(__file__).resolve().parent.parent
+CORE = {"gymnasium", "numpy", "stable-baselines3", "torch"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    builder = pytest.importorskip("hatchling.builders.wheel").WheelBuilder(str(ROOT))
+    (path,) = builder.build(directory=str(tmp_path_factory.mktemp("wheel")), versions=["standard"])
+    return Path(path)
 
 
 def test_import_loads_nothing_that_it_does_not_need() -> None:
-    code = "import sb3_trpo_ext, sb3_trpo_ext.envs, sys; print(*sys.modules)"
+    # Old versions of SB3 import matplotlib and pandas themselves
+    code = "import sys, stable_baselines3; sb3 = {*sys.modules}; import sb3_trpo_ext.envs; print(*{*sys.modules} - sb3)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "sb3_trpo_ext" in modules
-    assert {"rl_zoo3", "sb3_contrib", "matplotlib", "optuna", "plotly", "envpool"}.isdisjoint(modules)
+    assert {"envpool", "matplotlib", "optuna", "pandas", "plotly", "rl_zoo3", "sb3_contrib", "yaml"}.isdisjoint(modules)
 
 
 def test_missing_envpool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,20 +45,42 @@ def test_console_script_is_installed() -> None:
     assert script.load() is main
 
 
-def test_version_is_that_of_the_distribution() -> None:
-    assert sb3_trpo_ext.__version__ == metadata.version("sb3-trpo-ext")
-
-
 def test_settings_are_found() -> None:
     assert hyperparams_path().is_file()
 
 
-def test_wheel_ships_settings_and_types(tmp_path: Path) -> None:
-    wheel = pytest.importorskip("hatchling.builders.wheel")
-    (path,) = wheel.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
-    with zipfile.ZipFile(path) as archive:
+def test_wheel_ships_settings_and_types(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         settings = archive.read("sb3_trpo_ext/hyperparams/trpo_ext.yml")
     assert settings == (ROOT / "hyperparams" / "trpo_ext.yml").read_bytes()
-    assert {"sb3_trpo_ext/__init__.py", "sb3_trpo_ext/py.typed", "sb3_trpo_ext/zoo/command.py"} <= names
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sb3_trpo_ext").rglob("*.py")}
+    assert sources | {"sb3_trpo_ext/py.typed"} <= names
     assert not any(name.startswith(("tests/", "benchmarks/", "hyperparams/")) for name in names)
+
+
+def test_wheel_has_the_version_of_the_package_and_requires_four_others(wheel: Path) -> None:
+    (entry,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA"))
+    description = email.message_from_bytes(zipfile.ZipFile(wheel).read(entry))
+    assert description["Version"] == sb3_trpo_ext.__version__
+    required = [line for line in description.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert {re.split(r"[<>=\[ ]", line)[0] for line in required} == CORE
+
+
+def test_source_distribution_can_be_tested(tmp_path: Path) -> None:
+    builder = pytest.importorskip("hatchling.builders.sdist").SdistBuilder(str(ROOT))
+    (path,) = builder.build(directory=str(tmp_path), versions=["standard"])
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    files = "README.md CHANGELOG.md CITATION.cff CONTRIBUTING.md LICENSE Makefile constraints.txt mkdocs.yml pyproject.toml"
+    assert set(files.split()) <= names
+    assert {"hyperparams/trpo_ext.yml", "tests/conftest.py", "examples/cartpole.py", ".ci/run"} <= names
+    assert not any(name.startswith(("results/", "benchmarks/", ".github/")) for name in names)
+
+
+def test_every_file_tells_the_same_version_and_date() -> None:
+    citation = (ROOT / "CITATION.cff").read_text()
+    date = re.search(r"^date-released: (\S+)$", citation, re.MULTILINE)
+    assert date
+    assert f"\nversion: {sb3_trpo_ext.__version__}\n" in citation
+    assert f"\n## {sb3_trpo_ext.__version__} ({date[1]})\n" in (ROOT / "CHANGELOG.md").read_text()
