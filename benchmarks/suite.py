@@ -23,7 +23,7 @@ from stable_baselines3.common.utils import set_random_seed
 from sb3_trpo_ext.tools.comparison_table import SeedRun, area_under, common_curves, interquartile_means
 from sb3_trpo_ext.tools.plots import style_axes
 from sb3_trpo_ext.tools.report import load_run, run_episodes
-from sb3_trpo_ext.zoo.command import register
+from sb3_trpo_ext.zoo.manager import register
 from sb3_trpo_ext.zoo.runs import Curve, read_run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -19,8 +19,8 @@ from stable_baselines3.common.preprocessing import get_action_dim
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.arguments import closest
-from sb3_trpo_ext.zoo.command import KEY, linear_schedule, load_hyperparams
 from sb3_trpo_ext.zoo.options import check_env
+from sb3_trpo_ext.zoo.settings import KEY, linear_schedule, load_hyperparams
 
 RECORDER = "sb3_trpo_ext.TrainingRecorder"
 

@@ -20,10 +20,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_trpo_ext.tools.plots import plot_learning_curve
-from sb3_trpo_ext.zoo.command import KEY
 from sb3_trpo_ext.zoo.options import check_env
 from sb3_trpo_ext.zoo.runs import evaluation_curve, latest_run, training_curve
-from sb3_trpo_ext.zoo.settings import StoreDict
+from sb3_trpo_ext.zoo.settings import KEY, StoreDict
 
 
 class DistanceRecorder(VecEnvWrapper):

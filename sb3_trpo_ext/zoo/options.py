@@ -1,63 +1,149 @@
-"""The options that ``sb3-trpo`` adds to RL-Zoo's scripts, and what it checks and completes before they read theirs."""
-
-from __future__ import annotations
+"""The options that ``sb3-trpo`` itself reads, checks and fills in; RL-Zoo's scripts read all others."""
 
 import argparse
 import importlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import gymnasium as gym
 
 from sb3_trpo_ext.arguments import closest
+from sb3_trpo_ext.zoo.settings import KEY, evaluated, hyperparams_path, quoted
 
-#: For the end of every command's help.
-COMMON_HELP = """options of every command:
-  --gym-packages MODULE [MODULE ...]
-                        modules that register environments, also of the current folder
-  --verbose 2           show the traceback of an error"""
-#: For the end of the help of `train`.
-TRAIN_HELP = """options of sb3-trpo:
-  --vec-env envpool     train in EnvPool's environments
-  --resume FOLDER       go on with the run in that folder from its last checkpoint, with the options it was started with
+#: Scripts of RL-Zoo that load an agent.
+LOADING = ("enjoy", "record-video", "record-training")
+#: RL-Zoo's folder of agents to download, its default for the scripts that load one.
+DOWNLOADED = "rl-trained-agents"
 
-"""
+_MANY: dict[str, Any] = {"nargs": "+"}
+_SWITCH: dict[str, Any] = {"action": "store_true", "default": None}
+_OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "verbose": (("--verbose",), {"type": int}),
+    "gym_packages": (("--gym-packages",), _MANY),
+    "env": (("--env",), {}),
+    "algo": (("--algo",), {}),
+    "algos": (("-a", "--algo", "--algos"), _MANY),
+    "conf_file": (("--conf-file", "-conf"), {}),
+    "folder": (("-f", "--folder"), {}),
+    "seed": (("--seed",), {"type": int}),
+    "save_freq": (("--save-freq",), {"type": int}),
+    "optimize": (("--optimize-hyperparameters", "-optimize"), _SWITCH),
+    "track": (("--track",), _SWITCH),
+    "vec_env": (("--vec-env",), {}),
+    "resume": (("--resume",), {"type": Path}),
+    "hyperparams": (("--hyperparams", "-params"), _MANY),
+    "env_kwargs": (("--env-kwargs",), _MANY),
+    "eval_env_kwargs": (("--eval-env-kwargs",), _MANY),
+    "exp_id": (("--exp-id",), {"type": int}),
+    "load_best": (("--load-best",), _SWITCH),
+    "load_checkpoint": (("--load-checkpoint",), {"type": int}),
+    "load_last_checkpoint": (("--load-last-checkpoint",), _SWITCH),
+    "no_render": (("--no-render",), _SWITCH),
+}
+_COMMON = ("verbose", "gym_packages")
+_PAIRS = ("hyperparams", "env_kwargs", "eval_env_kwargs")
+_LOADED = ("env", "algo", "folder", "env_kwargs", "exp_id", "load_best", "load_checkpoint", "load_last_checkpoint")
+_READ = {
+    "train": ("env", "algo", "conf_file", "seed", "save_freq", "optimize", "track", "vec_env", "resume", *_PAIRS),
+    **dict.fromkeys(LOADING, (*_LOADED, "no_render")),
+    **dict.fromkeys(("plot-train", "all-plots"), ("algos",)),
+}
+#: Which of the options of every command its own parser has as well.
+PASSED_ON = {"train": _COMMON, "enjoy": _COMMON, "compare": ("gym_packages",)}
 
 
-class Common(NamedTuple):
-    """The options of every command."""
-
-    verbose: int
-    gym_packages: list[str]
-    #: For the command's own parser.
-    others: list[str]
-
-
-def split_common(arguments: Sequence[str], known: Sequence[str]) -> Common:
+class Options(argparse.Namespace):
     """
-    Read the options of every command.
+    What a command line says: an attribute for each name in ``_OPTIONS``, ``None`` where it says nothing.
 
-    :param arguments: what the user wrote after the command
-    :param known: those of the options that the command's own parser has: they stay
-    :return: the options
+    ``name`` is the command, and ``others`` are the arguments that its own parser alone reads.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--verbose", type=int)
-    parser.add_argument("--gym-packages", nargs="+", default=[])
-    given, others = parser.parse_known_args(arguments)
-    if "--verbose" in known and given.verbose is not None:
-        others += ["--verbose", str(given.verbose)]
-    if "--gym-packages" in known and given.gym_packages:
-        others += ["--gym-packages", *given.gym_packages]
-    return Common(1 if given.verbose is None else given.verbose, given.gym_packages, others)
+
+    def to_arguments(self) -> list[str]:
+        """The command line for the command's own parser."""
+        left_out = {"resume", *_COMMON}.difference(PASSED_ON.get(self.name, ()))
+        arguments = list(self.others)
+        for name, (flags, _) in _OPTIONS.items():
+            arguments += [] if name in left_out else as_option(flags[0], getattr(self, name))
+        return arguments
+
+
+@dataclass
+class Training:
+    """What our own options ask of a training, and whether it has begun, which RL-Zoo's manager notes here."""
+
+    in_envpool: bool = False
+    #: Of the run to continue.
+    folder: Path | None = None
+    has_begun: bool = False
+
+
+def parse(name: str, arguments: Sequence[str]) -> Options:
+    """
+    Read a command line.
+
+    :param name: the command
+    :param arguments: what the user wrote after it
+    """
+    parser = argparse.ArgumentParser(f"sb3-trpo {name}", add_help=False, allow_abbrev=False)
+    for option in (*_COMMON, *_READ.get(name, ())):
+        flags, kwargs = _OPTIONS[option]
+        parser.add_argument(*flags, dest=option, **kwargs)
+    options = Options(name=name, **dict.fromkeys(_OPTIONS))
+    _, options.others = parser.parse_known_args(arguments, options)
+    return options
+
+
+def as_option(flag: str, value: Any) -> list[str]:
+    """
+    An option as RL-Zoo's parsers take it.
+
+    :param flag: the option
+    :param value: of any type; a dictionary becomes ``name:value ...``
+    :return: the option and its values; empty if there is none
+    """
+    if value is None or value is False or value in ("", [], {}):
+        return []
+    if value is True:
+        return [flag]
+    if isinstance(value, dict):
+        # RL-Zoo evaluates what comes after the colon
+        value = [f"{name}:{item!r}" for name, item in value.items()]
+    return [flag, *map(str, value if isinstance(value, list) else [value])]
+
+
+def with_defaults(options: Options) -> Options:
+    """Ask for our algorithm, our settings and the folder that ``train`` writes to, where the user says nothing."""
+    read = _READ.get(options.name, ())
+    defaults = {"algo": KEY, "algos": [KEY]}
+    if options.algo in (None, KEY):
+        defaults |= {"conf_file": str(hyperparams_path()), "folder": "logs"}
+    for name, value in defaults.items():
+        if name in read and getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def check_pairs(options: Options) -> None:
+    """
+    Put quotes around schedules such as ``target_kl:lin_0.1``, and check everything of the form ``name:value``.
+
+    :raises ValueError: with the option and what is wrong in it
+    """
+    for option in _PAIRS:
+        if texts := getattr(options, option):
+            texts = [quoted(text) for text in texts]
+            for text in texts:
+                evaluated(_OPTIONS[option][0][0], text)
+            setattr(options, option, texts)
 
 
 def import_packages(modules: Iterable[str]) -> None:
     """
     Let modules register their environments.
 
-    :param modules: their names
     :raises ImportError: if there is no such module, or none that it needs
     """
     for module in modules:
@@ -82,55 +168,30 @@ def check_env(env_id: str | None) -> str:
     return env_id
 
 
-def env_of(arguments: Sequence[str]) -> str | None:
-    """
-    The environment that a command line asks for.
-
-    :param arguments: the arguments of a command
-    :return: its id, if there is any
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--env")
-    env_id: str | None = parser.parse_known_args(arguments)[0].env
-    return env_id
-
-
-def with_chosen_run(name: str, arguments: Sequence[str]) -> list[str]:
+def choose_run(options: Options) -> None:
     """
     Name the run that a script of RL-Zoo is to load: the latest one that has the model asked for.
 
     RL-Zoo takes the latest folder, which may be that of a start that failed or of a search for hyperparameters.
 
-    :param name: the command
-    :param arguments: for RL-Zoo, with an environment
-    :return: the same with ``--exp-id``, where the user has not given any
     :raises ValueError: if there is no such run
     """
     from huggingface_sb3 import EnvironmentName
 
     from sb3_trpo_ext.zoo.runs import latest_run
 
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--env")
-    parser.add_argument("--algo")
-    parser.add_argument("-f", "--folder", default="rl-trained-agents")
-    parser.add_argument("--exp-id", type=int, default=0)
-    parser.add_argument("--load-best", action="store_true")
-    parser.add_argument("--load-checkpoint", type=int)
-    parser.add_argument("--load-last-checkpoint", action="store_true")
-    given, _ = parser.parse_known_args(arguments)
-    # Agents that `enjoy` downloads
-    if given.exp_id != 0 or "rl-trained-agents" in given.folder:
-        return list(arguments)
-    env_name = EnvironmentName(given.env)
-    if name == "record-training":
+    folder = options.folder or DOWNLOADED
+    if options.exp_id or DOWNLOADED in folder:
+        return
+    env_name = EnvironmentName(options.env)
+    if options.name == "record-training":
         wanted = [f"{env_name}.zip", "best_model.zip", "rl_model_*_steps.zip"]
-    elif given.load_best:
+    elif options.load_best:
         wanted = ["best_model.zip"]
-    elif given.load_checkpoint is not None:
-        wanted = [f"rl_model_{given.load_checkpoint}_steps.zip"]
-    elif given.load_last_checkpoint:
+    elif options.load_checkpoint is not None:
+        wanted = [f"rl_model_{options.load_checkpoint}_steps.zip"]
+    elif options.load_last_checkpoint:
         wanted = ["rl_model_*_steps.zip"]
     else:
         wanted = [f"{env_name}.zip"]
-    return [*arguments, "--exp-id", str(latest_run(Path(given.folder) / given.algo, env_name, wanted))]
+    options.exp_id = latest_run(Path(folder) / options.algo, env_name, wanted)

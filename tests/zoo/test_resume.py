@@ -13,8 +13,9 @@ from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.monitor import load_results
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.zoo.command import main
-from sb3_trpo_ext.zoo.resume import last_checkpoint, restore_evaluations, split_resume
+from sb3_trpo_ext.zoo.command import main, prepared
+from sb3_trpo_ext.zoo.options import Training, parse
+from sb3_trpo_ext.zoo.resume import last_checkpoint, restore_evaluations, saved_arguments
 from sb3_trpo_ext.zoo.runs import read_run
 
 
@@ -118,23 +119,29 @@ def test_killed_run_goes_on(run: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_settings_are_those_of_the_run(run: Path) -> None:
-    folder, arguments = split_resume(["--resume", str(run), "--seed", "4"])
-    assert folder == run
+    arguments = saved_arguments(run)
     given = dict(zip(arguments[::2], arguments[1::2], strict=True))
     settings = yaml.safe_load(Path(given["--conf-file"]).read_text())["Pendulum-v1"]
     assert (settings["n_steps"], settings["target_kl"], settings["normalize"]) == (128, "lin_0.02", True)
     assert (given["--n-timesteps"], given["--save-freq"], given["--eval-freq"]) == ("1024", "256", "256")
-    # What the user says comes last, where it wins
-    assert given["--seed"] == "4"
-    assert arguments[-2:] == ["--seed", "4"]
+    assert given["--seed"] == "3"
+
+
+def test_options_of_the_command_line_win(run: Path) -> None:
+    training = Training()
+    options = prepared(parse("train", ["--resume", str(run), "--seed", "4", "-n", "2048"]), training)
+    assert training.folder == run
+    assert (options.seed, options.algo, options.env) == (4, "trpo_ext", "Pendulum-v1")
+    numbers = [options.others[index + 1] for index, option in enumerate(options.others) if option in ("-n", "--n-timesteps")]
+    assert numbers == ["1024", "2048"]
+    assert "--resume" not in options.to_arguments()
 
 
 def test_options_with_keys_and_lists_are_given_again(run: Path) -> None:
     args = run / "Pendulum-v1" / "args.yml"
     saved = {"algo": "trpo_ext", "env": "Pendulum-v1", "env_kwargs": {"g": 9.0, "name": "a b"}, "gym_packages": ["one", "two"]}
     args.write_text(yaml.safe_dump({**saved, "vec_env": "envpool", "tensorboard_log": "", "uuid": True, "eval_freq": -1}))
-    _, arguments = split_resume(["--resume", str(run)])
-    assert arguments[2:] == [
+    assert saved_arguments(run)[2:] == [
         *("--algo", "trpo_ext", "--env", "Pendulum-v1", "--env-kwargs", "g:9.0", "name:'a b'"),
         *("--eval-freq", "-1", "--gym-packages", "one", "two", "--vec-env", "envpool"),
     ]
@@ -200,16 +207,11 @@ def test_ppo_goes_on_as_well(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", [".", "missing"])
 def test_folder_without_a_run_is_refused(folder: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`--resume`: there is no run of `sb3-trpo train` in .*: give a folder"):
-        split_resume(["--resume", str(tmp_path / folder)])
+        saved_arguments(tmp_path / folder)
 
 
 def test_run_without_checkpoint_is_refused(run: Path) -> None:
     for file in run.glob("rl_model_*"):
         file.unlink()
     with pytest.raises(ValueError, match=r"`--resume`: there is no checkpoint in .*`--save-freq`"):
-        split_resume(["--resume", str(run)])
-
-
-def test_without_the_option_nothing_is_changed() -> None:
-    arguments = ["--env", "A", "-n", "3"]
-    assert split_resume(arguments) == (None, arguments)
+        saved_arguments(run)
