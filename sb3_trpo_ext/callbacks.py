@@ -46,9 +46,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 class TimedEvalCallback(EvalCallback):
     """SB3's ``EvalCallback`` that also logs, as ``time/evaluation``, the seconds of a rollout that went into evaluations."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._seconds = 0.0
+    _seconds = 0.0
 
     def _on_rollout_start(self) -> None:
         self._seconds = 0.0

@@ -17,24 +17,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from sb3_trpo_ext import __version__
-from sb3_trpo_ext.parallel.launch import is_launched
-from sb3_trpo_ext.zoo.display import check_window, prepare_film
 from sb3_trpo_ext.zoo.errors import FAULTS, one_line
-from sb3_trpo_ext.zoo.options import (
-    LOADING,
-    PASSED_ON,
-    Options,
-    Training,
-    as_option,
-    check_env,
-    check_pairs,
-    choose_run,
-    import_packages,
-    parse,
-    with_defaults,
-)
-from sb3_trpo_ext.zoo.processes import join_processes
-from sb3_trpo_ext.zoo.settings import KEY
+from sb3_trpo_ext.zoo.options import PASSED_ON, Options, Training, parse, prepared, with_defaults
+from sb3_trpo_ext.zoo.settings import KEY, as_option
 
 
 class Command(NamedTuple):
@@ -130,10 +115,9 @@ def run(options: Options, training: Training) -> None:
     try:
         # Where `python -m` looks; last, where it hides nothing
         sys.path = [*sys.path, os.getcwd()]
-        if not needs_help:
-            options = prepared(options, training)
+        options = with_defaults(options) if needs_help else prepared(options, training)
         # RL-Zoo's scripts read `sys.argv`; its first entry is the name in their usage message
-        sys.argv = [f"sb3-trpo {options.name}", *with_defaults(options).to_arguments()]
+        sys.argv = [f"sb3-trpo {options.name}", *options.to_arguments()]
         if command.function is not None:
             getattr(importlib.import_module(command.module), command.function)()
         else:
@@ -146,42 +130,6 @@ def run(options: Options, training: Training) -> None:
         raise
     finally:
         sys.argv, sys.path, subprocess.call = before
-
-
-def prepared(options: Options, training: Training) -> Options:
-    """
-    Check the options, and do what our own ones ask for.
-
-    :param options: of a command
-    :param training: gets what they ask of a training
-    :return: the options, with those of the run to continue
-    """
-    if options.resume is not None:
-        from sb3_trpo_ext.zoo.resume import saved_arguments
-
-        training.folder = options.resume.absolute()
-        # What the user says comes last, where it wins
-        options = parse(options.name, [*saved_arguments(training.folder), *options.to_arguments()])
-    import_packages(options.gym_packages or ())
-    options = with_defaults(options)
-    if options.name not in ("train", *LOADING):
-        return options
-    check_env(options.env)
-    check_pairs(options)
-    if options.name == "train":
-        if is_launched():
-            join_processes(options)
-        training.in_envpool = options.vec_env == "envpool"
-        if training.in_envpool:
-            # RL-Zoo's parser knows its own kinds alone
-            options.vec_env = None
-        return options
-    if options.name == "enjoy":
-        check_window(options.no_render)
-    else:
-        prepare_film(options.env)
-    choose_run(options)
-    return options
 
 
 def call_ours(call: Callable[..., int], options: Options, command: list[str], **kwargs: Any) -> int:

@@ -66,5 +66,6 @@ def check_window(no_render: bool | None) -> None:
     if no_render or has_display() or "SDL_VIDEODRIVER" in os.environ:
         return
     raise OSError(
-        "there is no display to open a window on: `sb3-trpo record-video` films the agent, and `--no-render` runs it unseen"
+        "there is no display to open a window on: `sb3-trpo record-video` films the agent, and `--no-render` runs it without "
+        "a window"
     )

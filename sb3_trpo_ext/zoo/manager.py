@@ -32,16 +32,14 @@ from sb3_trpo_ext.envs import EnvPoolVecEnv
 from sb3_trpo_ext.parallel.launch import attempt, is_launched, is_one_machine
 from sb3_trpo_ext.parallel.reductions import rank, world_size
 from sb3_trpo_ext.zoo.options import Training
-from sb3_trpo_ext.zoo.processes import LAUNCH_FILE, folder_of_launch, launch_name
-from sb3_trpo_ext.zoo.resume import Checkpoint, last_checkpoint, restore_evaluations
-from sb3_trpo_ext.zoo.runs import read_settings
+from sb3_trpo_ext.zoo.resume import Checkpoint, folder_of_launch, last_checkpoint, mark_folder, restore_evaluations
 from sb3_trpo_ext.zoo.search_space import convert_trpo_params, sample_trpo_params
 from sb3_trpo_ext.zoo.settings import KEY, SCHEDULED, check_names, linear_schedule
 
 
 class Manager(ExperimentManager):
     """
-    RL-Zoo's experiment manager, extended: schedules and a record of our class, checked names, EnvPool, resuming, ``torchrun``.
+    RL-Zoo's experiment manager with schedules, checked names, a record of each update, EnvPool, resuming and ``torchrun``.
 
     :param args: those of RL-Zoo's manager, as are ``kwargs``
     :param training: what our own options ask for
@@ -71,8 +69,7 @@ class Manager(ExperimentManager):
         """Continue in the folder of an earlier run from its last checkpoint; without one, start again."""
         params_path = folder / self.env_name
         self.save_path, self.params_path = str(folder), str(params_path)
-        has_statistics = bool(read_settings(params_path / "config.yml").get("normalize"))
-        self._checkpoint = checkpoint = last_checkpoint(folder, self.env_name, has_statistics)
+        self._checkpoint = checkpoint = last_checkpoint(folder, self.env_name)
         if checkpoint is None:
             return
         # Where RL-Zoo looks for those of an agent that it is to train further
@@ -80,7 +77,7 @@ class Manager(ExperimentManager):
         if checkpoint.statistics not in (None, statistics):
             shutil.copyfile(checkpoint.statistics, statistics)
         self.trained_agent, self.continue_training = str(checkpoint.model), True
-        print(f"Going on from {checkpoint.model} after {checkpoint.num_timesteps:,} steps")
+        print(f"Continuing from {checkpoint.model} after {checkpoint.num_timesteps:,} steps")
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read the settings, check their names, and make the schedules that RL-Zoo does not make."""
@@ -113,7 +110,7 @@ class Manager(ExperimentManager):
             return
         super().create_log_folder()
         if world_size() > 1:
-            (Path(self.save_path) / LAUNCH_FILE).write_text(launch_name(), encoding="utf-8")
+            mark_folder(Path(self.save_path))
 
     def create_callbacks(self) -> None:
         """Make the callbacks, with a recorder, timed evaluations and statistics beside every checkpoint."""
@@ -121,7 +118,7 @@ class Manager(ExperimentManager):
             self.callbacks = []
             return
         recorders = [callback for callback in self.callbacks if isinstance(callback, TrainingRecorder)]
-        if not recorders and self._is_trpo:
+        if not recorders and self._is_trpo and not self.optimize_hyperparameters:
             self.callbacks.insert(0, TrainingRecorder(self.save_path))
         for recorder in recorders:
             recorder.folder = recorder.folder or Path(self.save_path)
@@ -175,7 +172,7 @@ class Manager(ExperimentManager):
             super().learn(model)
             return
         if model.num_timesteps >= self.n_timesteps:
-            print(f"It has made the {self.n_timesteps:,} steps already: `-n` asks for more.")
+            print(f"The run has already made its {self.n_timesteps:,} steps: ask for more with `-n`.")
 
         def learn(total_timesteps: int, **kwargs: Any) -> BaseAlgorithm:
             return model.learn(max(total_timesteps - model.num_timesteps, 0), reset_num_timesteps=False, **kwargs)

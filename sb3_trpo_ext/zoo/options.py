@@ -1,21 +1,35 @@
-"""The options that ``sb3-trpo`` itself reads, checks and fills in; RL-Zoo's scripts read all others."""
+"""
+The options that ``sb3-trpo`` itself reads, checks and fills in; RL-Zoo's scripts read all others.
+
+With ``torchrun -m sb3_trpo_ext.zoo train`` the first process evaluates, writes files and prints; the others only train. After
+a failure ``torchrun --max-restarts`` starts all of them again: the first one continues from the last checkpoint in the folder
+of its run, and the others get its state.
+"""
 
 import argparse
 import importlib
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 
 from sb3_trpo_ext.arguments import closest
-from sb3_trpo_ext.zoo.settings import KEY, evaluated, hyperparams_path, quoted
+from sb3_trpo_ext.parallel.launch import broadcast, is_launched, join_process_group
+from sb3_trpo_ext.parallel.reductions import rank
+from sb3_trpo_ext.zoo.display import check_window, prepare_film
+from sb3_trpo_ext.zoo.settings import KEY, as_option, evaluated, hyperparams_path, quoted
 
 #: Scripts of RL-Zoo that load an agent.
 LOADING = ("enjoy", "record-video", "record-training")
-#: RL-Zoo's folder of agents to download, its default for the scripts that load one.
+#: RL-Zoo's folder of agents to download, its default for these scripts.
 DOWNLOADED = "rl-trained-agents"
+#: Timesteps between checkpoints by default where ``torchrun`` may start the processes again.
+SAVE_FREQ = 100_000
 
 _MANY: dict[str, Any] = {"nargs": "+"}
 _SWITCH: dict[str, Any] = {"action": "store_true", "default": None}
@@ -50,7 +64,7 @@ _READ = {
     **dict.fromkeys(LOADING, (*_LOADED, "no_render")),
     **dict.fromkeys(("plot-train", "all-plots"), ("algos",)),
 }
-#: Which of the options of every command its own parser has as well.
+#: Which of the common options a command's own parser has as well.
 PASSED_ON = {"train": _COMMON, "enjoy": _COMMON, "compare": ("gym_packages",)}
 
 
@@ -94,24 +108,6 @@ def parse(name: str, arguments: Sequence[str]) -> Options:
     options = Options(name=name, **dict.fromkeys(_OPTIONS))
     _, options.others = parser.parse_known_args(arguments, options)
     return options
-
-
-def as_option(flag: str, value: Any) -> list[str]:
-    """
-    An option as RL-Zoo's parsers take it.
-
-    :param flag: the option
-    :param value: of any type; a dictionary becomes ``name:value ...``
-    :return: the option and its values; empty if there is none
-    """
-    if value is None or value is False or value in ("", [], {}):
-        return []
-    if value is True:
-        return [flag]
-    if isinstance(value, dict):
-        # RL-Zoo evaluates what comes after the colon
-        value = [f"{name}:{item!r}" for name, item in value.items()]
-    return [flag, *map(str, value if isinstance(value, list) else [value])]
 
 
 def with_defaults(options: Options) -> Options:
@@ -195,3 +191,63 @@ def choose_run(options: Options) -> None:
     else:
         wanted = [f"{env_name}.zip"]
     options.exp_id = latest_run(Path(folder) / options.algo, env_name, wanted)
+
+
+def join_processes(options: Options) -> None:
+    """
+    Find the other processes, and make the options agree: all get the same seed, and the first one alone prints and tracks.
+
+    Checkpoints are asked for where restarts are allowed.
+
+    :param options: of ``train``
+    :raises ValueError: for what cannot be done in several processes
+    """
+    if options.algo not in (None, KEY):
+        raise ValueError(f"`--algo`: only {KEY} trains in several processes, got {options.algo!r}: start it without torchrun.")
+    if options.optimize:
+        raise ValueError("`-optimize`: a search runs in one process: start it without torchrun.")
+    join_process_group()
+    if options.save_freq is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        options.save_freq = SAVE_FREQ
+    if options.seed is None or options.seed < 0:
+        options.seed = broadcast(int(np.random.default_rng().integers(2**31)))
+    if rank() > 0:
+        options.track = None
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 until the process ends
+
+
+def prepared(options: Options, training: Training) -> Options:
+    """
+    Check and fill in the options, and do what those of our own ask for.
+
+    :param options: of a command
+    :param training: gets what they ask of a training
+    :return: the options; with ``--resume`` those of the run as well
+    """
+    if options.resume is not None:
+        # Not at the top: it needs pandas
+        from sb3_trpo_ext.zoo.resume import saved_arguments
+
+        training.folder = options.resume.absolute()
+        # What the user says comes last, where it wins
+        options = parse(options.name, [*saved_arguments(training.folder), *options.to_arguments()])
+    import_packages(options.gym_packages or ())
+    with_defaults(options)
+    if options.name not in ("train", *LOADING):
+        return options
+    check_env(options.env)
+    check_pairs(options)
+    if options.name == "train":
+        if is_launched():
+            join_processes(options)
+        training.in_envpool = options.vec_env == "envpool"
+        if training.in_envpool:
+            # RL-Zoo's parser knows its own kinds alone
+            options.vec_env = None
+        return options
+    if options.name == "enjoy":
+        check_window(options.no_render)
+    else:
+        prepare_film(options.env)
+    choose_run(options)
+    return options

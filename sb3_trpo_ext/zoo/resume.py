@@ -1,8 +1,10 @@
-"""What continuing a run needs: its options, its last checkpoint and its table of evaluations."""
+"""What continuing a run needs: its folder, its options, its last checkpoint and its table of evaluations."""
 
 import contextlib
+import os
 import pickle
 import re
+import socket
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,30 +12,14 @@ import numpy as np
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.save_util import load_from_zip_file
 
-from sb3_trpo_ext.zoo.options import as_option
+from sb3_trpo_ext.callbacks import atomic_write
 from sb3_trpo_ext.zoo.runs import read_settings
+from sb3_trpo_ext.zoo.settings import as_option
 
-#: The options of ``train`` that make a run what it is; they are given again when it continues.
-KEPT = (
-    "algo",
-    "env",
-    "env_kwargs",
-    "eval_env_kwargs",
-    "eval_episodes",
-    "eval_freq",
-    "device",
-    "gym_packages",
-    "log_folder",
-    "log_interval",
-    "n_eval_envs",
-    "n_timesteps",
-    "num_threads",
-    "save_freq",
-    "seed",
-    "tensorboard_log",
-    "vec_env",
-    "verbose",
-)
+#: Options of ``train`` that are not given again when a run continues: its settings and its agent are in its folder.
+NOT_KEPT = ("command", "conf_file", "hyperparams", "track", "trained_agent", "trial_id", "truncate_last_trajectory", "uuid")
+#: In the folder of a run: which launch of ``torchrun`` made it.
+LAUNCH_FILE = ".launch"
 
 
 class Checkpoint(NamedTuple):
@@ -61,28 +47,28 @@ def saved_arguments(folder: Path) -> list[str]:
         raise ValueError(
             f"`--resume`: there is no run of `sb3-trpo train` in {folder}: give a folder such as logs/trpo_ext/Ant-v5_1."
         )
-    env_folder = found[0].parent
-    if last_checkpoint(folder, env_folder.name, bool(settings.get("normalize"))) is None:
+    if last_checkpoint(folder, found[0].parent.name) is None:
         raise ValueError(
-            f"`--resume`: there is no checkpoint in {folder}: `--save-freq` leaves some, and an interruption leaves one."
+            f"`--resume`: there is no checkpoint in {folder}: `--save-freq` saves some, and an interrupted training saves one."
         )
     # With `hyperparams` of the command line in it, and whatever the package says by now
-    conf_file = env_folder / "settings.yml"
-    conf_file.write_text(yaml.safe_dump({saved["env"]: settings}, sort_keys=False), encoding="utf-8")
+    conf_file = found[0].with_name("settings.yml")
+    with atomic_write(conf_file) as path:
+        path.write_text(yaml.safe_dump({saved["env"]: settings}, sort_keys=False), encoding="utf-8")
     arguments = ["--conf-file", str(conf_file)]
-    for name in KEPT:
-        arguments += as_option(f"--{name.replace('_', '-')}", saved.get(name))
+    for name, value in saved.items():
+        arguments += [] if name in NOT_KEPT else as_option(f"--{name.replace('_', '-')}", value)
     return arguments
 
 
-def last_checkpoint(folder: Path, env_name: str, has_statistics: bool) -> Checkpoint | None:
+def last_checkpoint(folder: Path, env_name: str) -> Checkpoint | None:
     """
     The latest state in a folder that is complete.
 
     :param folder: of a run
     :param env_name: of its environment, after which RL-Zoo names the agent that it saves at the end or when interrupted
-    :param has_statistics: whether the run normalizes with VecNormalize
     """
+    has_statistics = bool(read_settings(folder / env_name / "config.yml").get("normalize"))
     found = []
     # First, where it wins over a checkpoint of the same step: that one comes before the last update
     final = folder / f"{env_name}.zip"
@@ -138,3 +124,31 @@ def restore_evaluations(callback: EvalCallback, num_timesteps: int) -> None:
     callback.evaluations_timesteps = steps[:n_kept].tolist()
     callback.evaluations_results = results[:n_kept].tolist()
     callback.evaluations_length = lengths[:n_kept].tolist()
+
+
+def launch_name() -> str:
+    """
+    What all attempts of one launch have in common, and no other launch has.
+
+    :return: the id that ``torchrun`` was given, or the machine and the process of ``torchrun`` itself
+    """
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return run_id if run_id != "none" else f"{socket.gethostname()} {os.getppid()}"
+
+
+def mark_folder(folder: Path) -> None:
+    """Note in the folder of a run which launch has made it."""
+    (folder / LAUNCH_FILE).write_text(launch_name(), encoding="utf-8")
+
+
+def folder_of_launch(log_path: str, env_name: str) -> Path | None:
+    """
+    The folder that an earlier attempt of this launch made.
+
+    :param log_path: the runs of an algorithm
+    :param env_name: the environment, as it is in the name of a run
+    """
+    for file in Path(log_path).glob(f"{env_name}_*/{LAUNCH_FILE}"):
+        if file.read_text(encoding="utf-8") == launch_name():
+            return file.parent
+    return None

@@ -133,7 +133,7 @@ def read_run(folder: str | Path) -> Run:
     """
     folder = Path(folder).absolute()
     if not folder.is_dir():
-        raise RunError(f"there is no run in {folder}: it is no folder")
+        raise RunError(f"there is no run in {folder}: that is not a folder")
     env_id = _env_id(folder)
     config = {path.parent: path for path in sorted(folder.glob("*/config.yml"))}
     nested = next(iter(config), folder / (env_id or ""))
@@ -198,7 +198,7 @@ def latest_run(folder: Path, env_name: str, models: Sequence[str]) -> int:
     if not runs:
         raise RunError(f"there is no run of {env_name} in {folder}: is it in another --folder, or of another --algo?")
     found = sorted({model.name for path in runs.values() for model in path.glob("*.zip")})
-    hint = f"there are only {', '.join(found[:5])}" if found else "no training has come to its end, nor to a checkpoint"
+    hint = f"there are only {', '.join(found[:5])}" if found else "no training has finished or saved a checkpoint"
     raise RunError(f"no run of {env_name} in {folder} has {' or '.join(models)}: {hint}")
 
 

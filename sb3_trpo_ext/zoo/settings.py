@@ -92,9 +92,27 @@ def evaluated(option: str, text: str) -> tuple[str, Any]:
     # Whatever Python may raise
     except Exception as error:
         raise ValueError(
-            f"{option} {text}: must be NAME:VALUE with a value of Python, where a text has quotes of its own, "
+            f"{option} {text}: must be NAME:VALUE with a Python value, where a string has quotes of its own, "
             f"as in \"NAME:'text'\" ({error})"
         ) from error
+
+
+def as_option(flag: str, value: Any) -> list[str]:
+    """
+    An option as RL-Zoo's parsers take it.
+
+    :param flag: the option
+    :param value: of any type; a dictionary becomes ``name:value ...``
+    :return: the option and its values; empty if there is none
+    """
+    if value is None or value is False or value in ("", [], {}):
+        return []
+    if value is True:
+        return [flag]
+    if isinstance(value, dict):
+        # RL-Zoo evaluates what comes after the colon
+        value = [f"{name}:{item!r}" for name, item in value.items()]
+    return [flag, *map(str, value if isinstance(value, list) else [value])]
 
 
 class StoreDict(argparse.Action):
@@ -121,6 +139,6 @@ def check_names(names: Iterable[str], algorithm: type) -> None:
     known = [name for name in (*parameters, *OF_RL_ZOO) if name not in OPTIONS and not name.startswith("_")]
     for name in names:
         if name in OPTIONS:
-            raise ValueError(f"{name!r} is no hyperparameter but an option: --{name.replace('_', '-')}")
+            raise ValueError(f"{name!r} is not a hyperparameter but an option: --{name.replace('_', '-')}")
         if name not in known:
             raise ValueError(f"there is no hyperparameter {name!r} of {algorithm.__name__}; {closest(name, known)}")

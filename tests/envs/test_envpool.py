@@ -22,8 +22,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecMonitor, 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.envs import EnvPoolVecEnv
 from sb3_trpo_ext.tools import report
-from sb3_trpo_ext.zoo.command import main, prepared
-from sb3_trpo_ext.zoo.options import Training, parse
+from sb3_trpo_ext.zoo.command import main
+from sb3_trpo_ext.zoo.options import Training, parse, prepared
 
 envpool = pytest.importorskip("envpool", reason="EnvPool is not installed: pip install sb3-trpo-ext[envpool]")
 

@@ -506,3 +506,4 @@ def test_search_for_hyperparameters_records_nothing(tmp_path: Path) -> None:
     experiment = manager("CartPole-v1", tmp_path, optimize_hyperparameters=True)
     assert experiment.setup_experiment() is None
     assert experiment.specified_callbacks == []
+    assert experiment.callbacks == []

@@ -134,7 +134,7 @@ def test_missing_model_is_explained(logs: Path) -> None:
     folder = logs / "trpo_ext"
     with pytest.raises(RunError, match=r"there is no run of D-v0 in .*trpo_ext: is it in another --folder"):
         latest_run(folder, "D-v0", ["D-v0.zip"])
-    with pytest.raises(RunError, match=r"no run of C-v0 in .* has C-v0\.zip: no training has come to its end, nor"):
+    with pytest.raises(RunError, match=r"no run of C-v0 in .* has C-v0\.zip: no training has finished or"):
         latest_run(folder, "C-v0", ["C-v0.zip"])
     with pytest.raises(RunError, match=r"has rl_model_7_steps\.zip: there are only A-v0\.zip, best_model\.zip, rl_model_100"):
         latest_run(folder, "A-v0", ["rl_model_7_steps.zip"])

@@ -15,9 +15,9 @@ import pytest
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.zoo import processes
-from sb3_trpo_ext.zoo.options import parse
-from sb3_trpo_ext.zoo.processes import folder_of_launch, join_processes
+from sb3_trpo_ext.zoo import options
+from sb3_trpo_ext.zoo.options import join_processes, parse
+from sb3_trpo_ext.zoo.resume import folder_of_launch, launch_name, mark_folder
 from sb3_trpo_ext.zoo.runs import read_run
 
 
@@ -31,14 +31,14 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def joined(*arguments: str) -> list[str]:
     """The command line of one of several processes."""
-    options = parse("train", arguments)
-    join_processes(options)
-    return options.to_arguments()
+    given = parse("train", arguments)
+    join_processes(given)
+    return given.to_arguments()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--algo", "ppo"], "`--algo`: trpo_ext alone trains in several processes, got 'ppo'"), (["-optimize"], "`-optimize`")],
+    [(["--algo", "ppo"], "`--algo`: only trpo_ext trains in several processes, got 'ppo'"), (["-optimize"], "`-optimize`")],
 )
 def test_what_cannot_be_done_together_is_refused(arguments: list[str], message: str, alone: Any) -> None:
     with pytest.raises(ValueError, match=message):
@@ -58,7 +58,7 @@ def test_seed_and_checkpoints_are_added_where_they_are_missing(alone: pytest.Mon
 
 def test_other_processes_do_not_track(alone: pytest.MonkeyPatch) -> None:
     assert "--track" in joined("--track", "--seed", "3")
-    alone.setattr(processes, "rank", lambda: 1)
+    alone.setattr(options, "rank", lambda: 1)
     alone.setattr(sys, "stdout", sys.stdout)
     assert "--track" not in joined("--track", "--seed", "3")
     # Nor do they print
@@ -66,11 +66,11 @@ def test_other_processes_do_not_track(alone: pytest.MonkeyPatch) -> None:
 
 
 def test_restart_finds_the_folder_of_its_own_launch(tmp_path: Path, alone: pytest.MonkeyPatch) -> None:
-    alone.setenv("TORCHELASTIC_RUN_ID", "mine")
-    for number, launch in ((1, "another"), (2, "mine"), (3, "another")):
+    for number, launch in ((1, "another"), (3, "another"), (2, "mine")):
         folder = tmp_path / f"A-v0_{number}"
         folder.mkdir()
-        (folder / ".launch").write_text(launch)
+        alone.setenv("TORCHELASTIC_RUN_ID", launch)
+        mark_folder(folder)
     assert folder_of_launch(str(tmp_path), "A-v0") == tmp_path / "A-v0_2"
     alone.setenv("TORCHELASTIC_RUN_ID", "new")
     assert folder_of_launch(str(tmp_path), "A-v0") is None
@@ -78,7 +78,7 @@ def test_restart_finds_the_folder_of_its_own_launch(tmp_path: Path, alone: pytes
 
 def test_launch_without_an_id_is_known_by_its_machine_and_process(alone: pytest.MonkeyPatch) -> None:
     alone.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert processes.launch_name().endswith(f" {os.getppid()}")
+    assert launch_name().endswith(f" {os.getppid()}")
 
 
 def launch(folder: Path, *arguments: str, torchrun: tuple[str, ...] = ()) -> subprocess.Popen[str]:
@@ -190,7 +190,7 @@ def test_killed_process_is_started_again_and_the_run_goes_on(tmp_path: Path) -> 
     kill_second(process)
     output = output_of(process, tmp_path)
     assert process.returncode == 0, output
-    assert output.count("Going on from") == 1
+    assert output.count("Continuing from") == 1
     run = tmp_path / "trpo_ext" / "Pendulum-v1_1"
     assert [path.name for path in run.parent.iterdir()] == [run.name]
     model = TRPO.load(run / "Pendulum-v1.zip", device="cpu")
