@@ -53,7 +53,7 @@ RL-Zoo's scripts for the TRPO of sb3-trpo-ext. All of RL-Zoo's options work; --a
 commands:
 {chr(10).join(f"  {name:<16} {command.summary}" for name, command in COMMANDS.items())}
 
-`sb3-trpo COMMAND --help` lists the options of a command, `sb3-trpo --version` tells the version."""
+`sb3-trpo COMMAND --help` lists the options of a command, `sb3-trpo --version` prints the version."""
 
 TRAIN_HELP = """
 options of sb3-trpo:
@@ -103,7 +103,7 @@ def run(options: Options, training: Training) -> None:
     Run a command.
 
     :param options: its options
-    :param training: gets what they ask of a training, and notes whether that has begun
+    :param training: its settings are set here, and the manager notes in it that training has begun
     """
     command, needs_help = COMMANDS[options.name], not {"-h", "--help"}.isdisjoint(options.others)
     if options.name != "plot":

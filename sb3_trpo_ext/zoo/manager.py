@@ -72,7 +72,7 @@ class Manager(ExperimentManager):
         self._checkpoint = checkpoint = last_checkpoint(folder, self.env_name)
         if checkpoint is None:
             return
-        # Where RL-Zoo looks for those of an agent that it is to train further
+        # Where RL-Zoo looks for the statistics of an agent that it trains further
         statistics = params_path / "vecnormalize.pkl"
         if checkpoint.statistics not in (None, statistics):
             shutil.copyfile(checkpoint.statistics, statistics)
@@ -91,7 +91,7 @@ class Manager(ExperimentManager):
 
     def create_log_folder(self) -> None:
         """
-        Make the folder of the run, in the first process alone, unless the settings cannot be those of EnvPool.
+        Make the folder of the run, in the first process only; before that, check the settings for EnvPool.
 
         :raises ImportError: if EnvPool is asked for and not installed
         :raises ValueError: if a setting needs environments in Python, or if EnvPool has no such task or option
@@ -130,9 +130,9 @@ class Manager(ExperimentManager):
         self.callbacks = [self._timed(each) if type(each) is EvalCallback else each for each in self.callbacks]
         for callback in self.callbacks:
             if isinstance(callback, CheckpointCallback):
-                # An agent is of no use without the statistics that its observations were normalized with
+                # An agent is useless without the statistics that its observations were normalized with
                 callback.save_vecnormalize = True
-        # When training is interrupted RL-Zoo closes its first callback alone, which it takes to be the progress bar
+        # When training is interrupted, RL-Zoo closes only its first callback, which it takes for the progress bar
         self.callbacks.sort(key=lambda callback: not isinstance(callback, ProgressBarCallback))
 
     def _timed(self, callback: EvalCallback) -> EvalCallback:
@@ -177,7 +177,7 @@ class Manager(ExperimentManager):
         def learn(total_timesteps: int, **kwargs: Any) -> BaseAlgorithm:
             return model.learn(max(total_timesteps - model.num_timesteps, 0), reset_num_timesteps=False, **kwargs)
 
-        # RL-Zoo knows no training that continues; it uses this much of a model
+        # RL-Zoo always starts counting at zero; of a model it uses only these three
         super().learn(SimpleNamespace(learn=learn, env=model.env, policy=model.policy))  # type: ignore[arg-type]
 
     def objective(self, trial: optuna.Trial) -> float:
@@ -186,7 +186,7 @@ class Manager(ExperimentManager):
         return super().objective(trial)
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
-        """Save the agent, which the first process alone does."""
+        """Save the agent, in the first process only."""
         if rank() == 0:
             super().save_trained_model(model)
 

@@ -70,9 +70,9 @@ PASSED_ON = {"train": _COMMON, "enjoy": _COMMON, "compare": ("gym_packages",)}
 
 class Options(argparse.Namespace):
     """
-    What a command line says: an attribute for each name in ``_OPTIONS``, ``None`` where it says nothing.
+    The options of a command line: an attribute for each name in ``_OPTIONS``, ``None`` for those that are not given.
 
-    ``name`` is the command, and ``others`` are the arguments that its own parser alone reads.
+    ``name`` is the command, and ``others`` are the arguments that only its own parser reads.
     """
 
     def to_arguments(self) -> list[str]:
@@ -86,10 +86,10 @@ class Options(argparse.Namespace):
 
 @dataclass
 class Training:
-    """What our own options ask of a training, and whether it has begun, which RL-Zoo's manager notes here."""
+    """Settings of a training that RL-Zoo's parser does not have, and whether it has begun, which the manager notes here."""
 
     in_envpool: bool = False
-    #: Of the run to continue.
+    #: The run to continue.
     folder: Path | None = None
     has_begun: bool = False
 
@@ -111,7 +111,7 @@ def parse(name: str, arguments: Sequence[str]) -> Options:
 
 
 def with_defaults(options: Options) -> Options:
-    """Ask for our algorithm, our settings and the folder that ``train`` writes to, where the user says nothing."""
+    """Fill in our algorithm, our settings and the folder that ``train`` writes to, where they are not given."""
     read = _READ.get(options.name, ())
     defaults = {"algo": KEY, "algos": [KEY]}
     if options.algo in (None, KEY):
@@ -166,9 +166,9 @@ def check_env(env_id: str | None) -> str:
 
 def choose_run(options: Options) -> None:
     """
-    Name the run that a script of RL-Zoo is to load: the latest one that has the model asked for.
+    Choose the run that a script of RL-Zoo loads: the latest one that has the model asked for.
 
-    RL-Zoo takes the latest folder, which may be that of a start that failed or of a search for hyperparameters.
+    RL-Zoo takes the latest folder, which may belong to a failed start or to a search for hyperparameters.
 
     :raises ValueError: if there is no such run
     """
@@ -195,12 +195,12 @@ def choose_run(options: Options) -> None:
 
 def join_processes(options: Options) -> None:
     """
-    Find the other processes, and make the options agree: all get the same seed, and the first one alone prints and tracks.
+    Join the other processes of ``torchrun``: all get the same seed, and only the first one prints and tracks.
 
-    Checkpoints are asked for where restarts are allowed.
+    Where restarts are allowed, there are checkpoints by default.
 
     :param options: of ``train``
-    :raises ValueError: for what cannot be done in several processes
+    :raises ValueError: if the algorithm is not ours, or for a search
     """
     if options.algo not in (None, KEY):
         raise ValueError(f"`--algo`: only {KEY} trains in several processes, got {options.algo!r}: start it without torchrun.")
@@ -218,10 +218,10 @@ def join_processes(options: Options) -> None:
 
 def prepared(options: Options, training: Training) -> Options:
     """
-    Check and fill in the options, and do what those of our own ask for.
+    Check the options and fill them in.
 
     :param options: of a command
-    :param training: gets what they ask of a training
+    :param training: its settings are set here
     :return: the options; with ``--resume`` those of the run as well
     """
     if options.resume is not None:
@@ -242,7 +242,7 @@ def prepared(options: Options, training: Training) -> Options:
             join_processes(options)
         training.in_envpool = options.vec_env == "envpool"
         if training.in_envpool:
-            # RL-Zoo's parser knows its own kinds alone
+            # RL-Zoo's parser knows only its own kinds
             options.vec_env = None
         return options
     if options.name == "enjoy":

@@ -26,14 +26,14 @@ class Checkpoint(NamedTuple):
     """A state to continue from."""
 
     model: Path
-    #: VecNormalize's statistics, if the run has any.
+    #: VecNormalize's statistics; ``None`` if the run has none.
     statistics: Path | None
     num_timesteps: int
 
 
 def saved_arguments(folder: Path) -> list[str]:
     """
-    The command line that a run was started with, as far as it matters, with the run's own settings.
+    The options that a run was started with, and its settings as a file.
 
     :param folder: of the run
     :raises ValueError: if there is no run in the folder, or no checkpoint
@@ -51,7 +51,7 @@ def saved_arguments(folder: Path) -> list[str]:
         raise ValueError(
             f"`--resume`: there is no checkpoint in {folder}: `--save-freq` saves some, and an interrupted training saves one."
         )
-    # With `hyperparams` of the command line in it, and whatever the package says by now
+    # The settings as they were, `--hyperparams` included, whatever the package's file says now
     conf_file = found[0].with_name("settings.yml")
     with atomic_write(conf_file) as path:
         path.write_text(yaml.safe_dump({saved["env"]: settings}, sort_keys=False), encoding="utf-8")
@@ -107,7 +107,7 @@ def _is_readable(path: Path) -> bool:
 
 def restore_evaluations(callback: EvalCallback, num_timesteps: int) -> None:
     """
-    Let an evaluation continue the table that is there.
+    Load the table of evaluations in a callback's folder, so that the callback continues it.
 
     :param callback: RL-Zoo's
     :param num_timesteps: later evaluations are made again
@@ -128,7 +128,7 @@ def restore_evaluations(callback: EvalCallback, num_timesteps: int) -> None:
 
 def launch_name() -> str:
     """
-    What all attempts of one launch have in common, and no other launch has.
+    A name that all attempts of one launch share, and no other launch has.
 
     :return: the id that ``torchrun`` was given, or the machine and the process of ``torchrun`` itself
     """

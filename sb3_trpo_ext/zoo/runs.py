@@ -87,7 +87,7 @@ class Run(NamedTuple):
 
 @contextmanager
 def _reading(path: Path | str) -> Iterator[None]:
-    """Say in one line which file cannot be read."""
+    """Turn any error into a :class:`RunError` that names the file."""
     try:
         yield
     # Pandas, NumPy and zipfile have no common error for a damaged file
@@ -105,7 +105,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    # Not at the top: a run that RL-Zoo has not made can be read without
+    # Here, so that a run without RL-Zoo's files can be read without PyYAML
     import yaml
 
     class Loader(yaml.SafeLoader):

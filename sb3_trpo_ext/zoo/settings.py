@@ -12,10 +12,10 @@ from sb3_trpo_ext.arguments import closest
 
 #: The name of our TRPO for ``--algo``. RL-Zoo's own key ``trpo`` keeps meaning sb3-contrib's class.
 KEY = "trpo_ext"
-#: Arguments of TRPO that a text such as ``lin_0.1`` makes a schedule. RL-Zoo itself does that for ``learning_rate``,
+#: Arguments of TRPO that ``lin_0.1`` in the settings turns into a schedule. RL-Zoo itself does that for ``learning_rate``,
 #: ``clip_range``, ``clip_range_vf`` and ``delta_std``.
 SCHEDULED = ("target_kl", "cg_damping", "ent_coef")
-#: What RL-Zoo takes out of the settings before it makes the model.
+#: Settings that RL-Zoo uses itself and does not pass to the model.
 OF_RL_ZOO = (
     "callback",
     "env_kwargs",
@@ -29,7 +29,7 @@ OF_RL_ZOO = (
     "normalize",
     "vec_env_wrapper",
 )
-#: Arguments of the model that RL-Zoo takes from options of these names.
+#: Arguments of the model that RL-Zoo sets from options of the same names.
 OPTIONS = ("device", "env", "seed", "tensorboard_log", "verbose")
 
 
@@ -70,7 +70,7 @@ def linear_schedule(name: str, text: str) -> LinearSchedule:
 
 
 def quoted(text: str) -> str:
-    """``name:lin_0.1`` of the command line as ``name:'lin_0.1'``, for RL-Zoo evaluates the value as Python."""
+    """``name:lin_0.1`` as ``name:'lin_0.1'``: RL-Zoo evaluates the value as Python."""
     name, _, value = text.partition(":")
     return f"{name}:{value!r}" if value.startswith("lin_") else text
 
@@ -89,10 +89,10 @@ def evaluated(option: str, text: str) -> tuple[str, Any]:
     name, _, value = text.partition(":")
     try:
         return name, eval(value, vars(utils).copy())
-    # Whatever Python may raise
+    # `eval` may raise anything
     except Exception as error:
         raise ValueError(
-            f"{option} {text}: must be NAME:VALUE with a Python value, where a string has quotes of its own, "
+            f"{option} {text}: must be NAME:VALUE with a Python value; a string needs quotes of its own, "
             f"as in \"NAME:'text'\" ({error})"
         ) from error
 

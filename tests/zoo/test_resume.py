@@ -144,16 +144,16 @@ def test_options_of_the_command_line_win(run: Path) -> None:
 def test_options_with_keys_and_lists_are_given_again(run: Path) -> None:
     args = run / "Pendulum-v1" / "args.yml"
     saved: dict[str, Any] = {"algo": "trpo_ext", "env": "Pendulum-v1", "env_kwargs": {"g": 9.0, "name": "a b"}}
-    saved |= {
-        "gym_packages": ["one", "two"],
-        "vec_env": "envpool",
-        "progress": True,
-        "track": False,
-        "verbose": 0,
-        "eval_freq": -1,
-    }
+    saved |= {"gym_packages": ["one", "two"], "vec_env": "envpool", "progress": True, "verbose": 0, "eval_freq": -1}
     # What is not given again: an empty option, and what made a run rather than what it is
-    left_out = {"tensorboard_log": "", "device": None, "uuid": True, "hyperparams": {"gamma": 0.9}, "trained_agent": "a.zip"}
+    left_out = {
+        "tensorboard_log": "",
+        "device": None,
+        "seed": False,
+        "uuid": True,
+        "hyperparams": {"gamma": 0.9},
+        "trained_agent": "a.zip",
+    }
     args.write_text(yaml.safe_dump({**saved, **left_out}, sort_keys=False))
     assert saved_arguments(run)[2:] == [
         *("--algo", "trpo_ext", "--env", "Pendulum-v1", "--env-kwargs", "g:9.0", "name:'a b'", "--gym-packages", "one", "two"),
