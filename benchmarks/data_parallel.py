@@ -26,7 +26,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch.distributed import TCPStore
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.zoo.command import linear_schedule
+from sb3_trpo_ext.zoo.settings import linear_schedule
 
 TASKS = ("Humanoid-v5", "CartPole-v1")
 ROOT = pathlib.Path(__file__).resolve().parent.parent

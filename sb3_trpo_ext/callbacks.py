@@ -1,10 +1,10 @@
 """The record of a training: one row of a CSV file for each update."""
 
-from __future__ import annotations
-
 import csv
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,39 +27,53 @@ COLUMNS = (
 EVALUATION = "time/evaluation"
 
 
-class TimedEvalCallback(EvalCallback):
-    """SB3's ``EvalCallback``, which logs the seconds that its evaluations took of a rollout as ``time/evaluation``."""
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """
+    Replace a file in one step, so that an interruption cannot leave half of it.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._seconds = 0.0
+    :param path: the file
+    :return: another path in the same folder to write to; it takes the file's place at the end of the ``with`` block
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class TimedEvalCallback(EvalCallback):
+    """SB3's ``EvalCallback`` that also logs, as ``time/evaluation``, the seconds of a rollout that went into evaluations."""
+
+    _seconds = 0.0
 
     def _on_rollout_start(self) -> None:
         self._seconds = 0.0
 
     def _on_step(self) -> bool:
         started = time.perf_counter()
-        goes_on = super()._on_step()
+        continue_training = super()._on_step()
         if self.eval_freq > 0 and self.n_calls % self.eval_freq == 0:
             self._seconds += time.perf_counter() - started
-        # In every step, since an evaluation writes the log and thereby clears it, and so do other callbacks
+        # In every step: an evaluation writes the log, which clears it, and so may other callbacks
         self.logger.record(EVALUATION, self._seconds, exclude="stdout")
-        return goes_on
+        return continue_training
 
 
 class TrainingRecorder(BaseCallback):
     """
-    Writes ``progress.csv``: for each update the timesteps, the episodes so far and all that is logged under train/ and time/.
+    Writes ``progress.csv``: for each update the timesteps, the recent episodes, and what is logged under train/ and time/.
 
-    SB3 writes its log between a rollout and the update on it, and never writes the last update; here every update has a row of
-    its own, written as soon as it is over, whatever the logger does with it. A training that goes on (``num_timesteps`` is not
-    zero when it starts) appends to the file; a new one starts a new file, as SB3's ``Monitor`` does.
+    SB3 writes its log between a rollout and the update on it, and never writes the last update. Here every update has its own
+    row, written when it is over, whatever the logger does with it. A continued training (``num_timesteps`` is not zero when it
+    starts) appends to the file; a new one starts a new file, as SB3's ``Monitor`` does.
 
     ``time/rollout`` and ``time/update`` are the seconds that the rollout and the update took. The evaluations of
     :class:`TimedEvalCallback`, which ``sb3-trpo train`` makes, are left out of the rollout and have their own
     ``time/evaluation``; those of SB3's ``EvalCallback`` count as part of it.
 
-    :param folder: where to write. None: the folder of the run with RL-Zoo, the logger's folder without it
+    :param folder: where to write. None: the folder of the run under ``sb3-trpo train``, else the logger's folder
     :param verbose: 1 to say where the file is
     :raises ValueError: if there is a file where the folder should be
     """
@@ -74,13 +88,13 @@ class TrainingRecorder(BaseCallback):
         if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"`folder` must be a folder, got {str(folder)!r}, which is a file: pass another path.")
         self._columns: list[str] = []
-        # What is known of an update before it is over; None when no update is awaited
+        # What is known of an update before it is over; None if no update is expected
         self._row: dict[str, Any] | None = None
         self._n_updates_before = 0
 
     @property
     def path(self) -> Path:
-        """The file; without a folder of one's own, it is known once a model is."""
+        """The file; without a folder, it is known when the callback has a model."""
         return (Path(self.logger.get_dir() or ".") if self.folder is None else self.folder) / FILE_NAME
 
     def _on_step(self) -> bool:
@@ -88,7 +102,7 @@ class TrainingRecorder(BaseCallback):
 
     def _on_training_start(self) -> None:
         """
-        Start a file, or go on with the one that is there.
+        Start a file, or continue the one that is there.
 
         :raises ValueError: if the folder cannot be made, if SB3's logger writes the same file, or if there are no updates
         """
@@ -112,10 +126,9 @@ class TrainingRecorder(BaseCallback):
             ) from error
         if self.verbose > 0:
             print(f"Updates are recorded in {path}")
-        # A training that goes on has lasted before
-        last = rows[-1]["time/time_elapsed"] if rows and "time/time_elapsed" in rows[-1] else ""
-        self._started = self._phase_started = time.perf_counter()
-        self._started -= float(last) if last else 0.0
+        self._phase_started = time.perf_counter()
+        # A continued training has already lasted for some time
+        self._started = self._phase_started - float(rows[-1].get("time/time_elapsed") or 0 if rows else 0)
         self._row = None
 
     def _on_rollout_start(self) -> None:
@@ -137,19 +150,14 @@ class TrainingRecorder(BaseCallback):
         self._n_updates_before = self._n_updates()
 
     def _on_training_end(self) -> None:
-        # RL-Zoo calls this a second time, and after an error as well: then no update is awaited, or it was not made
+        # RL-Zoo calls this a second time, and after an error as well: then no update is expected, or none was made
         self._finish_row()
 
     def _n_updates(self) -> int:
         return int(getattr(self.model, "_n_updates", 0))
 
     def _is_past(self, row: dict[str, str]) -> bool:
-        """
-        Whether an update is in the model: what came after the checkpoint from which a training goes on is made again.
-
-        :param row: of that update
-        :return: false for a later one
-        """
+        """Whether the model has had an update: those after the checkpoint from which a training continues are made again."""
         # A checkpoint at the last step of a rollout does not have its update yet
         if n_updates := row.get("train/n_updates"):
             return int(n_updates) <= self._n_updates()
@@ -166,7 +174,7 @@ class TrainingRecorder(BaseCallback):
         row = {**logged, **row}
         new_columns = [key for key in row if key not in self._columns]
         if new_columns:
-            # Rare: an algorithm logs the same keys in every update, as a rule
+            # Rare: an algorithm usually logs the same keys in every update
             rows = read_rows(self.path)
             self._columns += new_columns
             self._rewrite(rows)
@@ -174,29 +182,14 @@ class TrainingRecorder(BaseCallback):
             csv.DictWriter(file, self._columns).writerow(row)
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        """
-        Replace the file in one go, so that an interruption cannot leave half of it.
-
-        :param rows: all rows so far
-        """
-        partial = self.path.with_name(f".{FILE_NAME}.{os.getpid()}")
-        try:
-            with partial.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, self._columns)
-                writer.writeheader()
-                writer.writerows(rows)
-            partial.replace(self.path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_write(self.path) as path, path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """
-    Read the complete rows of a CSV file; a line that a crash cut off is left out.
-
-    :param path: the file
-    :return: the rows, as text, by column; without a file, none
-    """
+    """The complete rows of a CSV file, as text by column: a line that a crash cut off is left out."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

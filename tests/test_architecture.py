@@ -113,8 +113,8 @@ def test_reader_sees_what_is_there() -> None:
     assert {"sb3_trpo_ext", "sb3_trpo_ext.trpo", "sb3_trpo_ext.optim", "sb3_trpo_ext.optim.mlp"} <= set(FILES)
     seen = imports_of("sb3_trpo_ext.update.surrogate")
     assert {"torch", "sb3_trpo_ext.optim", "stable_baselines3.common.policies"} <= seen
-    assert "rl_zoo3" in imports_of("sb3_trpo_ext.zoo.command")
-    assert "rl_zoo3" not in imports_of("sb3_trpo_ext.zoo.command", only_on_import=True)
+    assert "rl_zoo3" in imports_of("sb3_trpo_ext.zoo.settings")
+    assert "rl_zoo3" not in imports_of("sb3_trpo_ext.zoo.settings", only_on_import=True)
     source = (
         '"""Doc."""\n\nimport a  # comment\n# comment\n\ndef f():\n    """Doc.\n\n    More."""\n    return (\n        1)\n'
     )

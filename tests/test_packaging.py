@@ -13,7 +13,8 @@ import pytest
 
 import sb3_trpo_ext
 from sb3_trpo_ext.envs import EnvPoolVecEnv
-from sb3_trpo_ext.zoo.command import hyperparams_path, main
+from sb3_trpo_ext.zoo.command import main
+from sb3_trpo_ext.zoo.settings import hyperparams_path
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = {"gymnasium", "numpy", "stable-baselines3", "torch"}

@@ -24,8 +24,8 @@ from sb3_trpo_ext.callbacks import EVALUATION, FILE_NAME, read_rows
 from sb3_trpo_ext.tools.comparison_settings import Settings, check_names, find_settings, with_equal_kl
 from sb3_trpo_ext.tools.comparison_table import SeedRun, as_markdown, draw_curves, make_table
 from sb3_trpo_ext.tools.report import write_json
-from sb3_trpo_ext.zoo.command import KEY
 from sb3_trpo_ext.zoo.runs import RunError, read_run, reward_threshold
+from sb3_trpo_ext.zoo.settings import KEY
 
 #: Written last, and only after a training that ended by itself: RL-Zoo saves a model when it is interrupted, too.
 DONE = "done.json"

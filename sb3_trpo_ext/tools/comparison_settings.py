@@ -17,8 +17,8 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext._checks import closest
 from sb3_trpo_ext.contrib import joint_kl_factor
-from sb3_trpo_ext.zoo.command import KEY, linear_schedule, load_hyperparams
 from sb3_trpo_ext.zoo.options import check_env
+from sb3_trpo_ext.zoo.settings import KEY, linear_schedule, load_hyperparams
 
 RECORDER = "sb3_trpo_ext.TrainingRecorder"
 

@@ -19,10 +19,9 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 
 from sb3_trpo_ext.tools.panels import Panel, return_lines
 from sb3_trpo_ext.tools.plots import draw_learning_curve
-from sb3_trpo_ext.zoo.command import KEY
 from sb3_trpo_ext.zoo.options import check_env
 from sb3_trpo_ext.zoo.runs import evaluation_curve, latest_run, read_settings, training_curve
-from sb3_trpo_ext.zoo.settings import StoreDict
+from sb3_trpo_ext.zoo.settings import KEY, StoreDict
 
 
 class DistanceRecorder(VecEnvWrapper):

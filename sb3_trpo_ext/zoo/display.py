@@ -1,12 +1,8 @@
-"""Pictures of environments where there is no display, as on a server: what can be filmed, and what cannot be watched."""
+"""Machines without a display, such as servers: MuJoCo films with EGL or OSMesa there, and a window is refused."""
 
-from __future__ import annotations
-
-import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 
 import gymnasium as gym
 from gymnasium.envs.registration import load_env_creator
@@ -17,19 +13,14 @@ RENDERERS = ("egl", "osmesa")
 PACKAGES = "libegl1 libgl1"
 
 
-def has_display(environment: Mapping[str, str]) -> bool:
-    """
-    Whether a window can be opened.
-
-    :param environment: the variables of the process
-    :return: false on Linux without X11 and Wayland; macOS and Windows are taken to have a display
-    """
-    return not sys.platform.startswith("linux") or any(environment.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+def has_display() -> bool:
+    """Whether a window can be opened: on Linux with X11 or Wayland; macOS and Windows are taken to have a display."""
+    return not sys.platform.startswith("linux") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
 def find_renderer() -> str | None:
     """
-    What MuJoCo can draw with without a display, tried out: the library alone does not do, it needs a driver.
+    Try what MuJoCo can draw with where there is no display: the library alone is not enough, it needs a driver.
 
     :return: a value for ``MUJOCO_GL``; ``None`` if nothing works
     """
@@ -43,12 +34,12 @@ def find_renderer() -> str | None:
 
 def prepare_film(env_id: str) -> None:
     """
-    Let MuJoCo draw without a display, where nobody has said how; comes before MuJoCo is imported, which reads it once.
+    Choose what MuJoCo draws with where there is no display, unless the user has: call it before MuJoCo is imported.
 
     :param env_id: the environment
     :raises ImportError: if the environment is one of MuJoCo and nothing can draw it
     """
-    if has_display(os.environ) or "MUJOCO_GL" in os.environ:
+    if has_display() or "MUJOCO_GL" in os.environ:
         return
     renderer = find_renderer()
     if renderer is not None:
@@ -64,18 +55,17 @@ def prepare_film(env_id: str) -> None:
         )
 
 
-def check_window(arguments: Sequence[str]) -> None:
+def check_window(no_render: bool | None) -> None:
     """
     Refuse to open a window where there is no display; without one, some environments abort and others draw nothing.
 
-    :param arguments: of ``enjoy``
-    :raises OSError: if there is no display, and ``--no-render`` is not given
+    :param no_render: whether none is wanted
+    :raises OSError: if there is no display
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--no-render", action="store_true")
     # Whoever chooses a driver for pygame knows what it shows
-    if parser.parse_known_args(arguments)[0].no_render or has_display(os.environ) or "SDL_VIDEODRIVER" in os.environ:
+    if no_render or has_display() or "SDL_VIDEODRIVER" in os.environ:
         return
     raise OSError(
-        "there is no display to open a window on: `sb3-trpo record-video` films the agent, and `--no-render` runs it unseen"
+        "there is no display to open a window on: `sb3-trpo record-video` films the agent, and `--no-render` runs it without "
+        "a window"
     )

@@ -1,63 +1,145 @@
-"""The options that ``sb3-trpo`` adds to RL-Zoo's scripts, and what it checks and completes before they read theirs."""
+"""
+The options that ``sb3-trpo`` itself reads, checks and fills in; RL-Zoo's scripts read all others.
 
-from __future__ import annotations
+With ``torchrun -m sb3_trpo_ext.zoo train`` the first process evaluates, writes files and prints; the others only train. After
+a failure ``torchrun --max-restarts`` starts all of them again: the first one continues from the last checkpoint in the folder
+of its run, and the others get its state.
+"""
 
 import argparse
 import importlib
+import os
+import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import gymnasium as gym
+import numpy as np
 
 from sb3_trpo_ext._checks import closest
+from sb3_trpo_ext.parallel.launch import broadcast, is_launched, join_process_group
+from sb3_trpo_ext.parallel.reductions import rank
+from sb3_trpo_ext.zoo.display import check_window, prepare_film
+from sb3_trpo_ext.zoo.settings import KEY, as_option, evaluated, hyperparams_path, quoted
 
-#: For the end of every command's help.
-COMMON_HELP = """options of every command:
-  --gym-packages MODULE [MODULE ...]
-                        modules that register environments, also of the current folder
-  --verbose 2           show the traceback of an error"""
-#: For the end of the help of `train`.
-TRAIN_HELP = """options of sb3-trpo:
-  --vec-env envpool     train in EnvPool's environments
-  --resume FOLDER       go on with the run in that folder from its last checkpoint, with the options it was started with
+#: Scripts of RL-Zoo that load an agent.
+LOADING = ("enjoy", "record-video", "record-training")
+#: RL-Zoo's folder of agents to download, its default for these scripts.
+DOWNLOADED = "rl-trained-agents"
+#: Timesteps between checkpoints by default where ``torchrun`` may start the processes again.
+SAVE_FREQ = 100_000
 
-"""
+_MANY: dict[str, Any] = {"nargs": "+"}
+_SWITCH: dict[str, Any] = {"action": "store_true", "default": None}
+_OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "verbose": (("--verbose",), {"type": int}),
+    "gym_packages": (("--gym-packages",), _MANY),
+    "env": (("--env",), {}),
+    "algo": (("--algo",), {}),
+    "algos": (("-a", "--algo", "--algos"), _MANY),
+    "conf_file": (("--conf-file", "-conf"), {}),
+    "folder": (("-f", "--folder"), {}),
+    "seed": (("--seed",), {"type": int}),
+    "save_freq": (("--save-freq",), {"type": int}),
+    "optimize": (("--optimize-hyperparameters", "-optimize"), _SWITCH),
+    "track": (("--track",), _SWITCH),
+    "vec_env": (("--vec-env",), {}),
+    "resume": (("--resume",), {"type": Path}),
+    "hyperparams": (("--hyperparams", "-params"), _MANY),
+    "env_kwargs": (("--env-kwargs",), _MANY),
+    "eval_env_kwargs": (("--eval-env-kwargs",), _MANY),
+    "exp_id": (("--exp-id",), {"type": int}),
+    "load_best": (("--load-best",), _SWITCH),
+    "load_checkpoint": (("--load-checkpoint",), {"type": int}),
+    "load_last_checkpoint": (("--load-last-checkpoint",), _SWITCH),
+    "no_render": (("--no-render",), _SWITCH),
+}
+_COMMON = ("verbose", "gym_packages")
+_PAIRS = ("hyperparams", "env_kwargs", "eval_env_kwargs")
+_LOADED = ("env", "algo", "folder", "env_kwargs", "exp_id", "load_best", "load_checkpoint", "load_last_checkpoint")
+_READ = {
+    "train": ("env", "algo", "conf_file", "seed", "save_freq", "optimize", "track", "vec_env", "resume", *_PAIRS),
+    **dict.fromkeys(LOADING, (*_LOADED, "no_render")),
+    **dict.fromkeys(("plot-train", "all-plots"), ("algos",)),
+}
+#: Which of the common options a command's own parser has as well.
+PASSED_ON = {"train": _COMMON, "enjoy": _COMMON, "compare": ("gym_packages",)}
 
 
-class Common(NamedTuple):
-    """The options of every command."""
-
-    verbose: int
-    gym_packages: list[str]
-    #: For the command's own parser.
-    others: list[str]
-
-
-def split_common(arguments: Sequence[str], known: Sequence[str]) -> Common:
+class Options(argparse.Namespace):
     """
-    Read the options of every command.
+    The options of a command line: an attribute for each name in ``_OPTIONS``, ``None`` for those that are not given.
 
-    :param arguments: what the user wrote after the command
-    :param known: those of the options that the command's own parser has: they stay
-    :return: the options
+    ``name`` is the command, and ``others`` are the arguments that only its own parser reads.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--verbose", type=int)
-    parser.add_argument("--gym-packages", nargs="+", default=[])
-    given, others = parser.parse_known_args(arguments)
-    if "--verbose" in known and given.verbose is not None:
-        others += ["--verbose", str(given.verbose)]
-    if "--gym-packages" in known and given.gym_packages:
-        others += ["--gym-packages", *given.gym_packages]
-    return Common(1 if given.verbose is None else given.verbose, given.gym_packages, others)
+
+    def to_arguments(self) -> list[str]:
+        """The command line for the command's own parser."""
+        left_out = {"resume", *_COMMON}.difference(PASSED_ON.get(self.name, ()))
+        arguments = list(self.others)
+        for name, (flags, _) in _OPTIONS.items():
+            arguments += [] if name in left_out else as_option(flags[0], getattr(self, name))
+        return arguments
+
+
+@dataclass
+class Training:
+    """Settings of a training that RL-Zoo's parser does not have, and whether it has begun, which the manager notes here."""
+
+    in_envpool: bool = False
+    #: The run to continue.
+    folder: Path | None = None
+    has_begun: bool = False
+
+
+def parse(name: str, arguments: Sequence[str]) -> Options:
+    """
+    Read a command line.
+
+    :param name: the command
+    :param arguments: what the user wrote after it
+    """
+    parser = argparse.ArgumentParser(f"sb3-trpo {name}", add_help=False, allow_abbrev=False)
+    for option in (*_COMMON, *_READ.get(name, ())):
+        flags, kwargs = _OPTIONS[option]
+        parser.add_argument(*flags, dest=option, **kwargs)
+    options = Options(name=name, **dict.fromkeys(_OPTIONS))
+    _, options.others = parser.parse_known_args(arguments, options)
+    return options
+
+
+def with_defaults(options: Options) -> Options:
+    """Fill in our algorithm, our settings and the folder that ``train`` writes to, where they are not given."""
+    read = _READ.get(options.name, ())
+    defaults = {"algo": KEY, "algos": [KEY]}
+    if options.algo in (None, KEY):
+        defaults |= {"conf_file": str(hyperparams_path()), "folder": "logs"}
+    for name, value in defaults.items():
+        if name in read and getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def check_pairs(options: Options) -> None:
+    """
+    Put quotes around schedules such as ``target_kl:lin_0.1``, and check everything of the form ``name:value``.
+
+    :raises ValueError: with the option and what is wrong in it
+    """
+    for option in _PAIRS:
+        if texts := getattr(options, option):
+            texts = [quoted(text) for text in texts]
+            for text in texts:
+                evaluated(_OPTIONS[option][0][0], text)
+            setattr(options, option, texts)
 
 
 def import_packages(modules: Iterable[str]) -> None:
     """
     Let modules register their environments.
 
-    :param modules: their names
     :raises ImportError: if there is no such module, or none that it needs
     """
     for module in modules:
@@ -82,55 +164,90 @@ def check_env(env_id: str | None) -> str:
     return env_id
 
 
-def env_of(arguments: Sequence[str]) -> str | None:
+def choose_run(options: Options) -> None:
     """
-    The environment that a command line asks for.
+    Choose the run that a script of RL-Zoo loads: the latest one that has the model asked for.
 
-    :param arguments: the arguments of a command
-    :return: its id, if there is any
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--env")
-    env_id: str | None = parser.parse_known_args(arguments)[0].env
-    return env_id
+    RL-Zoo takes the latest folder, which may belong to a failed start or to a search for hyperparameters.
 
-
-def with_chosen_run(name: str, arguments: Sequence[str]) -> list[str]:
-    """
-    Name the run that a script of RL-Zoo is to load: the latest one that has the model asked for.
-
-    RL-Zoo takes the latest folder, which may be that of a start that failed or of a search for hyperparameters.
-
-    :param name: the command
-    :param arguments: for RL-Zoo, with an environment
-    :return: the same with ``--exp-id``, where the user has not given any
     :raises ValueError: if there is no such run
     """
     from huggingface_sb3 import EnvironmentName
 
     from sb3_trpo_ext.zoo.runs import latest_run
 
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--env")
-    parser.add_argument("--algo")
-    parser.add_argument("-f", "--folder", default="rl-trained-agents")
-    parser.add_argument("--exp-id", type=int, default=0)
-    parser.add_argument("--load-best", action="store_true")
-    parser.add_argument("--load-checkpoint", type=int)
-    parser.add_argument("--load-last-checkpoint", action="store_true")
-    given, _ = parser.parse_known_args(arguments)
-    # Agents that `enjoy` downloads
-    if given.exp_id != 0 or "rl-trained-agents" in given.folder:
-        return list(arguments)
-    env_name = EnvironmentName(given.env)
-    if name == "record-training":
+    folder = options.folder or DOWNLOADED
+    if options.exp_id or DOWNLOADED in folder:
+        return
+    env_name = EnvironmentName(options.env)
+    if options.name == "record-training":
         wanted = [f"{env_name}.zip", "best_model.zip", "rl_model_*_steps.zip"]
-    elif given.load_best:
+    elif options.load_best:
         wanted = ["best_model.zip"]
-    elif given.load_checkpoint is not None:
-        wanted = [f"rl_model_{given.load_checkpoint}_steps.zip"]
-    elif given.load_last_checkpoint:
+    elif options.load_checkpoint is not None:
+        wanted = [f"rl_model_{options.load_checkpoint}_steps.zip"]
+    elif options.load_last_checkpoint:
         wanted = ["rl_model_*_steps.zip"]
     else:
         wanted = [f"{env_name}.zip"]
-    return [*arguments, "--exp-id", str(latest_run(Path(given.folder) / given.algo, env_name, wanted))]
+    options.exp_id = latest_run(Path(folder) / options.algo, env_name, wanted)
+
+
+def join_processes(options: Options) -> None:
+    """
+    Join the other processes of ``torchrun``: all get the same seed, and only the first one prints and tracks.
+
+    Where restarts are allowed, there are checkpoints by default.
+
+    :param options: of ``train``
+    :raises ValueError: if the algorithm is not ours, or for a search
+    """
+    if options.algo not in (None, KEY):
+        raise ValueError(f"`--algo`: only {KEY} trains in several processes, got {options.algo!r}: start it without torchrun.")
+    if options.optimize:
+        raise ValueError("`-optimize`: a search runs in one process: start it without torchrun.")
+    join_process_group()
+    if options.save_freq is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        options.save_freq = SAVE_FREQ
+    if options.seed is None or options.seed < 0:
+        options.seed = broadcast(int(np.random.default_rng().integers(2**31)))
+    if rank() > 0:
+        options.track = None
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 until the process ends
+
+
+def prepared(options: Options, training: Training) -> Options:
+    """
+    Check the options and fill them in.
+
+    :param options: of a command
+    :param training: its settings are set here
+    :return: the options; with ``--resume`` those of the run as well
+    """
+    if options.resume is not None:
+        # Not at the top: it needs pandas
+        from sb3_trpo_ext.zoo.resume import saved_arguments
+
+        training.folder = options.resume.absolute()
+        # What the user says comes last, where it wins
+        options = parse(options.name, [*saved_arguments(training.folder), *options.to_arguments()])
+    import_packages(options.gym_packages or ())
+    with_defaults(options)
+    if options.name not in ("train", *LOADING):
+        return options
+    check_env(options.env)
+    check_pairs(options)
+    if options.name == "train":
+        if is_launched():
+            join_processes(options)
+        training.in_envpool = options.vec_env == "envpool"
+        if training.in_envpool:
+            # RL-Zoo's parser knows only its own kinds
+            options.vec_env = None
+        return options
+    if options.name == "enjoy":
+        check_window(options.no_render)
+    else:
+        prepare_film(options.env)
+    choose_run(options)
+    return options

@@ -8,8 +8,14 @@ RL-Zoo checks ``--algo`` before it imports the ``--gym-packages``, hence the exi
 dictionary ``hyperparams``.
 """
 
-from sb3_trpo_ext.zoo.command import load_hyperparams, register
+import sys
+
+from sb3_trpo_ext.zoo.manager import Manager, register
+from sb3_trpo_ext.zoo.settings import load_hyperparams
 
 register("trpo")
+# `python -m rl_zoo3.train` runs a second copy of that module
+if getattr(sys.modules["__main__"].__spec__, "name", None) == "rl_zoo3.train":
+    vars(sys.modules["__main__"])["ExperimentManager"] = Manager
 
 hyperparams = load_hyperparams()

@@ -1,23 +1,21 @@
-"""The files of a training run, read: episodes, evaluations and what each update has logged."""
-
-from __future__ import annotations
+"""Readers of the files that a training leaves: episodes, evaluations and what each update has logged."""
 
 import glob
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import pandas
-import yaml
 from stable_baselines3.common.monitor import get_monitor_files
 
 from sb3_trpo_ext.callbacks import FILE_NAME
 
-#: Tables of updates, the first one that exists is read: our recorder's or SB3's, and a shortened one without timesteps.
+#: Tables of updates, of which the first that exists is read: our recorder's or SB3's, and a shortened one without timesteps.
 TABLES = (FILE_NAME, "updates.csv")
 
 
@@ -37,9 +35,8 @@ def training_curve(folder: str | Path) -> Curve:
     """
     Read the episodes of training from the monitor files of all parallel environments.
 
-    The environments of a ``VecEnv`` step together, so an episode that ends at the n-th step of its own environment ends when n
-    times the number of environments steps have been made in all. This is exact, also while long episodes of other environments
-    are unfinished, which a sum over finished episodes would leave out.
+    The environments of a ``VecEnv`` step together, so an episode that ends at the n-th step of its own environment ends at
+    step n times the number of environments in all. A sum over finished episodes would leave out the unfinished ones.
 
     :param folder: the folder of the run
     :return: the return of every finished episode; without any, an empty curve
@@ -54,12 +51,7 @@ def training_curve(folder: str | Path) -> Curve:
 
 
 def evaluation_curve(folder: str | Path) -> Curve:
-    """
-    Read the evaluations that were made during training.
-
-    :param folder: the folder of the run
-    :return: the returns of every evaluation; without any, an empty curve
-    """
+    """The evaluations that were made during training; without any, an empty curve."""
     path = Path(folder) / "evaluations.npz"
     if not path.is_file():
         return Curve(np.zeros(0), np.zeros((0, 1)))
@@ -93,28 +85,39 @@ class Run(NamedTuple):
         return f"{self.folder.parent.name}/{self.folder.name}" if self.folder.parent.name else self.folder.name
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads RL-Zoo's YAML, which has one Python type in it, without running what a stranger may have put there."""
-
-
-def _ordered_dict(loader: _Loader, node: yaml.Node) -> dict[str, Any]:
-    assert isinstance(node, yaml.SequenceNode)
-    arguments = loader.construct_sequence(node, deep=True)
-    return dict(arguments[0]) if arguments else {}
-
-
-_Loader.add_constructor("tag:yaml.org,2002:python/object/apply:collections.OrderedDict", _ordered_dict)
+@contextmanager
+def _reading(path: Path | str) -> Iterator[None]:
+    """Turn any error into a :class:`RunError` that names the file."""
+    try:
+        yield
+    # Pandas, NumPy and zipfile have no common error for a damaged file
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunError(f"{path} is empty or damaged: {reason}") from error
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """
-    Read ``config.yml`` or ``args.yml`` of RL-Zoo.
+    Read ``config.yml`` or ``args.yml`` of RL-Zoo, without running what a stranger may have put there.
 
     :param path: the file
     :return: its content; empty if the file is missing or holds what only Python can read
     """
+    if not path.is_file():
+        return {}
+    # Here, so that a run without RL-Zoo's files can be read without PyYAML
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Knows the one Python type that RL-Zoo writes."""
+
+    def ordered_dict(loader: Loader, node: yaml.SequenceNode) -> dict[str, Any]:
+        arguments = loader.construct_sequence(node, deep=True)
+        return dict(arguments[0]) if arguments else {}
+
+    Loader.add_constructor("tag:yaml.org,2002:python/object/apply:collections.OrderedDict", ordered_dict)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -130,21 +133,16 @@ def read_run(folder: str | Path) -> Run:
     """
     folder = Path(folder).absolute()
     if not folder.is_dir():
-        raise RunError(f"there is no run in {folder}: it is no folder")
+        raise RunError(f"there is no run in {folder}: that is not a folder")
     env_id = _env_id(folder)
     config = {path.parent: path for path in sorted(folder.glob("*/config.yml"))}
     nested = next(iter(config), folder / (env_id or ""))
     settings = read_settings(nested / "config.yml")
     seed = read_settings(nested / "args.yml").get("seed")
-    try:
+    with _reading(f"a monitor file in {folder}"):
         episodes = training_curve(folder)
-    except (ValueError, KeyError) as error:
-        raise RunError(f"a monitor file in {folder} is empty or damaged: {_one_line(error)}") from error
-    try:
+    with _reading(folder / "evaluations.npz"):
         evaluations = evaluation_curve(folder)
-    # NumPy and zipfile have no common error for a damaged file
-    except Exception as error:
-        raise RunError(f"{folder / 'evaluations.npz'} is empty or damaged: {_one_line(error)}") from error
     updates = read_updates(folder, settings)
     if len(episodes.steps) + len(evaluations.steps) + len(updates) == 0:
         raise RunError(f"there is no run in {folder}: no episode in monitor files, no evaluations.npz, no {FILE_NAME}")
@@ -163,25 +161,19 @@ def read_updates(folder: Path, settings: dict[str, Any]) -> pandas.DataFrame:
     path = next((folder / name for name in TABLES if (folder / name).is_file()), None)
     if path is None:
         return pandas.DataFrame({"timesteps": []})
-    try:
+    with _reading(path):
         table = pandas.read_csv(path, on_bad_lines="error")
-    except (ValueError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} is empty or damaged: {_one_line(error)}") from error
-    if not path.read_bytes().endswith(b"\n"):
-        # Half a line: the training was killed while it wrote
-        table = table.iloc[:-1]
-    table = table.rename(columns=lambda name: str(name).removeprefix("train/"))
-    if "time/total_timesteps" in table:
-        table["timesteps"] = table["time/total_timesteps"]
-    elif not {"status", "kl_divergence_loss", "value_loss", "loss"}.isdisjoint(table):
-        table["timesteps"] = np.arange(1, len(table) + 1) * settings.get("n_steps", 2048) * settings.get("n_envs", 1)
-    else:
-        raise RunError(f"{path} is empty or damaged: it has none of the columns of a training, only {list(table)[:5]}")
-    try:
-        table["timesteps"] = table["timesteps"].astype(float)
-    except ValueError as error:
-        raise RunError(f"{path} is empty or damaged: {_one_line(error)}") from error
-    # A training that went on from an earlier state repeats some timesteps: the later rows are those of the agent that is there
+        if not path.read_bytes().endswith(b"\n"):
+            # Half a line: the training was killed while it wrote
+            table = table.iloc[:-1]
+        table = table.rename(columns=lambda name: str(name).removeprefix("train/"))
+        if "time/total_timesteps" in table:
+            table["timesteps"] = table["time/total_timesteps"].astype(float)
+        elif not {"status", "kl_divergence_loss", "value_loss", "loss"}.isdisjoint(table):
+            table["timesteps"] = np.arange(1.0, len(table) + 1) * settings.get("n_steps", 2048) * settings.get("n_envs", 1)
+        else:
+            raise ValueError(f"it has none of the columns of a training, only {list(table)[:5]}")
+    # A training that was resumed from an earlier state repeats some timesteps: the later rows are those of the agent
     later = table["timesteps"][::-1].cummin()[::-1].shift(-1)
     return table[~(table["timesteps"] >= later)].reset_index(drop=True)
 
@@ -206,28 +198,18 @@ def latest_run(folder: Path, env_name: str, models: Sequence[str]) -> int:
     if not runs:
         raise RunError(f"there is no run of {env_name} in {folder}: is it in another --folder, or of another --algo?")
     found = sorted({model.name for path in runs.values() for model in path.glob("*.zip")})
-    hint = f"there are only {', '.join(found[:5])}" if found else "no training has come to its end, nor to a checkpoint"
+    hint = f"there are only {', '.join(found[:5])}" if found else "no training has finished or saved a checkpoint"
     raise RunError(f"no run of {env_name} in {folder} has {' or '.join(models)}: {hint}")
 
 
 def reward_threshold(env_id: str | None) -> float | None:
-    """
-    The return from which on the registry calls a task solved.
-
-    :param env_id: the task
-    :return: the return, None if the task or its threshold is not known
-    """
+    """The return at which the registry calls a task solved; ``None`` if it does not know the task or has no threshold."""
     spec = gym.registry.get(env_id) if env_id else None
     return None if spec is None else spec.reward_threshold
 
 
 def _env_id(folder: Path) -> str | None:
-    """
-    The task of a run: from a monitor file, or from the name of the folder.
-
-    :param folder: the folder of the run
-    :return: the id, None if nothing tells
-    """
+    """The task of a run, from a monitor file or from the name of the folder; ``None`` if neither names it."""
     for file in get_monitor_files(str(folder)):
         try:
             with open(file, encoding="utf-8") as lines:
@@ -238,7 +220,3 @@ def _env_id(folder: Path) -> str | None:
             return str(env_id)
     match = re.fullmatch(r"(.+-v\d+)(_\d+)?(_[0-9a-f-]{36})?", folder.name)
     return match[1] if match else None
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,17 +1,21 @@
-"""Hyperparameters of the command line: our own notation, and errors that name what is wrong."""
-
-from __future__ import annotations
+"""The settings file, the notation of hyperparameters on the command line, and the check of their names."""
 
 import argparse
 import inspect
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from rl_zoo3 import utils
+from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_trpo_ext._checks import closest
 
-#: What RL-Zoo takes out of the settings before it makes the model.
+#: The name of our TRPO for ``--algo``. RL-Zoo's own key ``trpo`` keeps meaning sb3-contrib's class.
+KEY = "trpo_ext"
+#: Arguments of TRPO that ``lin_0.1`` in the settings turns into a schedule. RL-Zoo itself does that for ``learning_rate``,
+#: ``clip_range``, ``clip_range_vf`` and ``delta_std``.
+SCHEDULED = ("target_kl", "cg_damping", "ent_coef")
+#: Settings that RL-Zoo uses itself and does not pass to the model.
 OF_RL_ZOO = (
     "callback",
     "env_kwargs",
@@ -25,56 +29,116 @@ OF_RL_ZOO = (
     "normalize",
     "vec_env_wrapper",
 )
-#: What RL-Zoo itself gives to the model, from options of these names.
+#: Arguments of the model that RL-Zoo sets from options of the same names.
 OPTIONS = ("device", "env", "seed", "tensorboard_log", "verbose")
 
 
-class StoreDict(utils.StoreDict):
-    """RL-Zoo's options of the form ``name:value``, such as ``--hyperparams``, where ``lin_0.1`` needs no quotes."""
+def hyperparams_path() -> Path:
+    """Path of ``trpo_ext.yml``, the settings for RL-Zoo: in the package if installed, else in the repository's top level."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "hyperparams" / "trpo_ext.yml"
+    return installed if installed.is_file() else package.parent / "hyperparams" / "trpo_ext.yml"
+
+
+def load_hyperparams() -> dict[str, dict[str, Any]]:
+    """Our settings for RL-Zoo: hyperparameters by environment id."""
+    import yaml
+
+    with hyperparams_path().open(encoding="utf-8") as file:
+        return yaml.safe_load(file)
+
+
+def linear_schedule(name: str, text: str) -> LinearSchedule:
+    """
+    Make a schedule that falls linearly to zero out of RL-Zoo's notation, such as ``lin_0.1``.
+
+    The result is a class of Stable-Baselines3, so that a saved agent loads where RL-Zoo is not installed. Unlike RL-Zoo's own,
+    it does not become negative in the last update, which may exceed the number of steps asked for.
+
+    :param name: the argument's name, for the error message
+    :param text: ``lin_`` and the initial value
+    :return: a function of the remaining progress, which goes from one to zero
+    :raises ValueError: if the text is no such schedule
+    """
+    kind, _, initial_value = text.partition("_")
+    try:
+        if kind == "lin":
+            return LinearSchedule(float(initial_value), 0.0, 1.0)
+    except ValueError:
+        pass
+    raise ValueError(f"`{name}` must be a number or a linear schedule such as 'lin_0.1', got {text!r}")
+
+
+def quoted(text: str) -> str:
+    """``name:lin_0.1`` as ``name:'lin_0.1'``: RL-Zoo evaluates the value as Python."""
+    name, _, value = text.partition(":")
+    return f"{name}:{value!r}" if value.startswith("lin_") else text
+
+
+def evaluated(option: str, text: str) -> tuple[str, Any]:
+    """
+    Read ``name:value`` as RL-Zoo does.
+
+    :param option: the option, for the error message
+    :param text: the name and a value of Python
+    :return: the name and the value
+    :raises ValueError: if there is no value, or none that Python understands
+    """
+    from rl_zoo3 import utils
+
+    name, _, value = text.partition(":")
+    try:
+        return name, eval(value, vars(utils).copy())
+    # `eval` may raise anything
+    except Exception as error:
+        raise ValueError(
+            f"{option} {text}: must be NAME:VALUE with a Python value; a string needs quotes of its own, "
+            f"as in \"NAME:'text'\" ({error})"
+        ) from error
+
+
+def as_option(flag: str, value: Any) -> list[str]:
+    """
+    An option as RL-Zoo's parsers take it.
+
+    :param flag: the option
+    :param value: of any type; a dictionary becomes ``name:value ...``
+    :return: the option and its values; empty if there is none
+    """
+    if value is None or value is False or value in ("", [], {}):
+        return []
+    if value is True:
+        return [flag]
+    if isinstance(value, dict):
+        # RL-Zoo evaluates what comes after the colon
+        value = [f"{name}:{item!r}" for name, item in value.items()]
+    return [flag, *map(str, value if isinstance(value, list) else [value])]
+
+
+class StoreDict(argparse.Action):
+    """Stores an option of the form ``name:value ...`` as a dictionary."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
-        """
-        Read the values, which RL-Zoo evaluates as Python.
-
-        :param parser: the parser
-        :param namespace: where the values go
-        :param values: each a name and a value
-        :param option_string: the option's name
-        :raises ValueError: if there is no value, or none that Python understands
-        """
-        read: dict[str, Any] = {}
-        for text in values:
-            name, _, value = text.partition(":")
-            if value.startswith("lin_"):
-                text = f"{name}:{value!r}"
-            try:
-                super().__call__(parser, namespace, [text], option_string)
-            # Whatever Python may raise
-            except Exception as error:
-                raise ValueError(
-                    f"{option_string} {text}: must be NAME:VALUE with a value of Python, where a text has quotes of its own, "
-                    f"as in \"NAME:'text'\" ({error})"
-                ) from error
-            read |= getattr(namespace, self.dest)
-        setattr(namespace, self.dest, read)
+        """Evaluate the values."""
+        setattr(namespace, self.dest, dict(evaluated(option_string or self.dest, quoted(text)) for text in values))
 
 
 def check_names(names: Iterable[str], algorithm: type) -> None:
     """
-    Refuse hyperparameters that an algorithm does not have, before there is a folder, or a model that ignores them.
+    Refuse hyperparameters that do not exist, before RL-Zoo makes a folder.
 
-    :param names: what is left of the settings for the algorithm
-    :param algorithm: its class
-    :raises ValueError: with the names that come closest
+    :param names: those of the settings, RL-Zoo's own among them
+    :param algorithm: the class
+    :raises ValueError: with the closest names
     """
     parameters = inspect.signature(algorithm).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
-    there = [name for name in (*parameters, *OF_RL_ZOO) if name not in OPTIONS and not name.startswith("_")]
+    known = [name for name in (*parameters, *OF_RL_ZOO) if name not in OPTIONS and not name.startswith("_")]
     for name in names:
         if name in OPTIONS:
-            raise ValueError(f"{name!r} is no hyperparameter but an option: --{name.replace('_', '-')}")
-        if name not in there:
-            raise ValueError(f"there is no hyperparameter {name!r} of {algorithm.__name__}; {closest(name, there)}")
+            raise ValueError(f"{name!r} is not a hyperparameter but an option: --{name.replace('_', '-')}")
+        if name not in known:
+            raise ValueError(f"there is no hyperparameter {name!r} of {algorithm.__name__}; {closest(name, known)}")

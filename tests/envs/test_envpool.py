@@ -23,7 +23,7 @@ from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.envs import EnvPoolVecEnv
 from sb3_trpo_ext.tools import report
 from sb3_trpo_ext.zoo.command import main
-from sb3_trpo_ext.zoo.envpool import split_vec_env
+from sb3_trpo_ext.zoo.options import Training, parse, prepared
 
 envpool = pytest.importorskip("envpool", reason="EnvPool is not installed: pip install sb3-trpo-ext[envpool]")
 
@@ -552,7 +552,7 @@ def test_command_line_trains_in_envpool_and_evaluates_in_gymnasium(
     ("arguments", "message"),
     [
         (["-params", "env_wrapper:'gymnasium.wrappers.FlattenObservation'"], "`env_wrapper`: .*--vec-env dummy"),
-        (["-params", "monitor_kwargs:dict(allow_early_resets=False)"], "`monitor_kwargs`: .*allow_early_resets"),
+        (["-params", "monitor_kwargs:dict(allow_early_resets=False)"], "`allow_early_resets`: "),
         (["--env-kwargs", "healthy_rewards:1"], "`healthy_rewards`: .*did you mean healthy_reward"),
         (["--env", "LunarLander-v4"], "LunarLander"),
     ],
@@ -566,13 +566,15 @@ def test_command_line_refuses_what_envpool_cannot_do(
     assert not (tmp_path / "logs").exists()
 
 
-def test_option_is_found_in_both_notations() -> None:
-    others = ["--env", "Hopper-v5", "--seed", "-1", "-params", "n_envs:4"]
-    for option in (["--vec-env", "envpool"], ["--vec-env=envpool"]):
-        assert split_vec_env([*option, *others]) == (True, others)
-        assert split_vec_env([*others, *option]) == (True, others)
-    assert split_vec_env([*others, "--vec-env", "subproc"]) == (False, [*others, "--vec-env", "subproc"])
-    assert split_vec_env(others) == (False, others)
+@pytest.mark.parametrize("option", [["--vec-env", "envpool"], ["--vec-env=envpool"], ["--vec-env", "subproc"], []])
+def test_option_is_found_and_taken_out(option: list[str]) -> None:
+    others = ["-n", "3", "--env", "Hopper-v5", "--seed", "-1"]
+    for arguments in ([*option, *others], [*others, *option]):
+        training = Training()
+        left = prepared(parse("train", arguments), training).to_arguments()
+        assert training.in_envpool == ("envpool" in "".join(option))
+        assert ("subproc" in left) == ("subproc" in option)
+        assert "envpool" not in "".join(left)
 
 
 def test_command_line_names_the_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

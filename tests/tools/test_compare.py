@@ -21,8 +21,10 @@ from rl_zoo3 import ALGOS
 
 from sb3_trpo_ext.tools import compare, comparison_settings, comparison_table
 from sb3_trpo_ext.tools.comparison_table import SeedRun
-from sb3_trpo_ext.zoo.command import load_hyperparams, main, register
+from sb3_trpo_ext.zoo.command import main
+from sb3_trpo_ext.zoo.manager import register
 from sb3_trpo_ext.zoo.runs import Curve
+from sb3_trpo_ext.zoo.settings import load_hyperparams
 
 register()
 

@@ -1,6 +1,7 @@
 """The ways into RL-Zoo: our command, the plugin for the stock one, the settings and the search space."""
 
 import argparse
+import csv
 import json
 import os
 import subprocess
@@ -17,19 +18,22 @@ import sb3_contrib
 import yaml
 from gymnasium import spaces
 from rl_zoo3 import ALGOS
-from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3 import SAC
 from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
 
-from sb3_trpo_ext import TRPO, __version__
-from sb3_trpo_ext.zoo import command as zoo
+from sb3_trpo_ext import TRPO, TrainingRecorder, __version__
+from sb3_trpo_ext.callbacks import TimedEvalCallback
 from sb3_trpo_ext.zoo import search_space
+from sb3_trpo_ext.zoo.command import COMMANDS, main
+from sb3_trpo_ext.zoo.manager import Manager, register
+from sb3_trpo_ext.zoo.options import parse, with_defaults
+from sb3_trpo_ext.zoo.settings import KEY, SCHEDULED, hyperparams_path, linear_schedule, load_hyperparams
 
-zoo.register()
+register()
 
-HYPERPARAMS = zoo.load_hyperparams()
+HYPERPARAMS = load_hyperparams()
 BOX2D = ("LunarLander-v3", "LunarLanderContinuous-v3", "BipedalWalker-v3")
 # Small enough for a test, and still several updates
 TINY = ["-params", "n_envs:2", "n_steps:64", "batch_size:64", "n_critic_updates:1"]
@@ -49,9 +53,9 @@ def saved_data(path: Path) -> dict[str, Any]:
         return json.loads(archive.read("data"))
 
 
-def manager(env_id: str, folder: Path, algo: str = zoo.KEY, config: Path | None = None, **kwargs: Any) -> ExperimentManager:
-    """RL-Zoo's experiment manager, as its `train` makes it."""
-    return ExperimentManager(
+def manager(env_id: str, folder: Path, algo: str = KEY, config: Path | None = None, **kwargs: Any) -> Manager:
+    """The experiment manager, as RL-Zoo's `train` makes it."""
+    return Manager(
         argparse.Namespace(),
         algo,
         env_id,
@@ -59,7 +63,7 @@ def manager(env_id: str, folder: Path, algo: str = zoo.KEY, config: Path | None 
         eval_freq=-1,
         device="cpu",
         verbose=0,
-        config=str(config or zoo.hyperparams_path()),
+        config=str(config or hyperparams_path()),
         **kwargs,
     )
 
@@ -124,7 +128,6 @@ def test_entry_from_rl_zoo_is_the_same_in_joint_kl_units(env_id: str, zoo_id: st
     n_actions = action_space.shape[0] if isinstance(action_space, spaces.Box) else 1
 
     entry = dict(HYPERPARAMS[env_id])
-    assert entry.pop("callback") == "sb3_trpo_ext.TrainingRecorder"
     expected = {**theirs, "target_kl": n_actions * theirs["target_kl"], "cg_damping": n_actions * theirs["cg_damping"]}
     for name, (value, in_theirs) in OUR_OWN.get(env_id, {}).items():
         assert expected.pop(name) == pytest.approx(in_theirs)
@@ -150,13 +153,37 @@ def test_register_leaves_trpo_to_sb3_contrib() -> None:
     assert HYPERPARAMS_SAMPLER["trpo"] is not search_space.sample_trpo_params
 
 
-def test_register_twice_extends_rl_zoo_once() -> None:
-    before = ExperimentManager._preprocess_hyperparams
-    zoo.register()
-    assert ExperimentManager._preprocess_hyperparams is before
+#: Prints what differs in RL-Zoo's modules and in its manager after our class is registered.
+REPLACED = """
+import importlib, pkgutil, sys
+import rl_zoo3.exp_manager, rl_zoo3.train, rl_zoo3.enjoy, rl_zoo3.cli
+{imports}
+
+def attributes():
+    modules = {{name: module for name, module in sys.modules.items() if name.partition(".")[0] == "rl_zoo3"}}
+    modules["Manager"] = rl_zoo3.exp_manager.ExperimentManager
+    return {{(name, key): id(value) for name, module in modules.items() for key, value in vars(module).items()}}
+
+before = attributes()
+{register}
+after = attributes()
+print(*(".".join(key) for key in after if after[key] != before[key]))
+"""
 
 
-@pytest.mark.parametrize("name", zoo.SCHEDULED)
+@pytest.mark.parametrize(
+    ("imports", "register"),
+    [
+        ("from sb3_trpo_ext.zoo.manager import register", "register(); register()"),
+        ("import rl_zoo3.hyperparams_opt", "import sb3_trpo_ext.zoo.plugin"),
+    ],
+)
+def test_one_attribute_of_rl_zoo_is_replaced(imports: str, register: str, tmp_path: Path) -> None:
+    script = REPLACED.format(imports=imports, register=register)
+    assert run(sys.executable, "-c", script, cwd=tmp_path).split() == ["rl_zoo3.train.ExperimentManager"]
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
 def test_schedule_string_reaches_our_model(name: str, tmp_path: Path) -> None:
     results = manager("CartPole-v1", tmp_path, hyperparams={name: "lin_0.4"}).setup_experiment()
     assert results is not None
@@ -180,13 +207,13 @@ def test_other_algorithms_keep_their_strings(tmp_path: Path) -> None:
 
 
 def test_linear_schedule_is_a_class_of_sb3() -> None:
-    assert isinstance(zoo.linear_schedule("target_kl", "lin_0.1"), LinearSchedule)
+    assert isinstance(linear_schedule("target_kl", "lin_0.1"), LinearSchedule)
 
 
 @pytest.mark.parametrize("text", ["0.1", "lin", "lin_", "lin_a", "cos_0.1"])
 def test_linear_schedule_names_the_argument_and_the_value(text: str) -> None:
     with pytest.raises(ValueError, match=rf"`target_kl` must be .*got '{text}'"):
-        zoo.linear_schedule("target_kl", text)
+        linear_schedule("target_kl", text)
 
 
 # === The command line ===
@@ -195,51 +222,65 @@ def test_linear_schedule_names_the_argument_and_the_value(text: str) -> None:
 @pytest.mark.parametrize(
     ("name", "given", "added"),
     [
-        ("train", ["--env", "A"], ["--algo", "trpo_ext", "--conf-file", str(zoo.hyperparams_path())]),
-        ("train", ["--algo", "trpo_ext"], ["--conf-file", str(zoo.hyperparams_path())]),
-        ("train", ["--algo=trpo"], []),
-        ("train", ["--algo", "trpo_ext", "-conf", "a.yml"], []),
-        ("train", ["--conf-file=a.yml"], ["--algo", "trpo_ext"]),
-        ("enjoy", ["--env", "A"], ["--algo", "trpo_ext", "--folder", "logs"]),
+        ("train", ["--env", "A"], ["--algo", "trpo_ext", "--conf-file", str(hyperparams_path())]),
+        ("train", ["--algo", "trpo_ext"], ["--conf-file", str(hyperparams_path())]),
+        ("train", ["--algo", "trpo"], []),
+        ("train", ["--algo", "trpo_ext", "--conf-file", "a.yml"], []),
+        ("train", ["--conf-file", "a.yml"], ["--algo", "trpo_ext"]),
+        ("enjoy", ["--env", "A"], ["--algo", "trpo_ext", "-f", "logs"]),
         ("enjoy", ["-f", "runs"], ["--algo", "trpo_ext"]),
         ("enjoy", ["--algo", "ppo"], []),
-        ("plot-train", ["-e", "A", "-f", "logs"], ["--algo", "trpo_ext"]),
+        ("plot-train", ["-e", "A", "-f", "logs"], ["-a", "trpo_ext"]),
         ("plot-train", ["-a", "ppo"], []),
-        ("all-plots", ["-e", "A", "-f", "logs"], ["--algos", "trpo_ext"]),
+        ("all-plots", ["-e", "A", "-f", "logs"], ["-a", "trpo_ext"]),
         ("all-plots", ["-a", "trpo_ext", "trpo"], []),
         ("plot-from-file", ["-i", "A"], []),
-        ("report", ["--env", "A"], []),
+        ("report", ["--env", "A", "-f", "runs", "--algo", "ppo"], []),
     ],
 )
-def test_defaults_come_before_what_the_user_wrote(name: str, given: list[str], added: list[str]) -> None:
-    assert zoo.with_defaults(name, given) == [*added, *given]
+def test_defaults_are_added_to_what_the_user_wrote(name: str, given: list[str], added: list[str]) -> None:
+    arguments = with_defaults(parse(name, given)).to_arguments()
+    assert sorted(arguments) == sorted([*added, *given])
+    # Read again, they say the same
+    assert parse(name, arguments) == with_defaults(parse(name, given))
+
+
+def test_abbreviated_options_are_read() -> None:
+    arguments = ["--algo=ppo", "-conf", "a.yml", "-optimize", "-params", "a:1", "b:2", "-n", "3", "--vec-env=subproc"]
+    options = parse("train", arguments)
+    assert options.to_arguments() == [
+        *("-n", "3", "--algo", "ppo", "--conf-file", "a.yml", "--optimize-hyperparameters", "--vec-env", "subproc"),
+        *("--hyperparams", "a:1", "b:2"),
+    ]
+    # An option of the script that begins like one of `train`'s
+    assert parse("record-video", ["-o", "films"]).to_arguments() == ["-o", "films"]
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert zoo.main(["--help"]) == 0
+    assert main(["--help"]) == 0
     output = capsys.readouterr().out
-    assert all(f"  {name} " in output for name in zoo.COMMANDS)
+    assert all(f"  {name} " in output for name in COMMANDS)
 
 
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert zoo.main(["--version"]) == 0
+    assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"sb3-trpo-ext {__version__}\n"
 
 
-@pytest.mark.parametrize("name", zoo.COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_has_our_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        zoo.main([name, "--help"])
+        main([name, "--help"])
     assert stop.value.code == 0
     output = capsys.readouterr().out
-    assert "--gym-packages MODULE" in output
+    assert sum(line.startswith("  --gym-packages ") for line in output.splitlines()) == 1
     assert "--verbose 2 " in output
     assert ("--resume FOLDER" in output) == ("--vec-env envpool" in output) == (name == "train")
 
 
 @pytest.mark.parametrize(("arguments", "problem"), [([], "a command is missing"), (["play"], "there is no command 'play'")])
 def test_wrong_command_is_explained(arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert zoo.main(arguments) == 2
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("usage: sb3-trpo")
     assert problem in error
@@ -249,7 +290,7 @@ def test_wrong_command_is_explained(arguments: list[str], problem: str, capsys: 
 def test_every_command_knows_our_key(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = sys.argv
     with pytest.raises(SystemExit) as stop:
-        zoo.main([name, "--help"])
+        main([name, "--help"])
     assert stop.value.code == 0
     output = capsys.readouterr().out
     assert output.startswith(f"usage: sb3-trpo {name}")
@@ -262,30 +303,22 @@ def test_record_training_films_through_our_command(tmp_path: Path, monkeypatch: 
     run_path = tmp_path / "logs" / "trpo_ext" / "CartPole-v1_1"
     run_path.mkdir(parents=True)
     (run_path / "CartPole-v1.zip").touch()
-    started = []
+    started: list[list[str]] = []
 
-    class Process:
-        def __init__(self, command: list[str]) -> None:
-            started.append(command)
-
-        def __enter__(self) -> "Process":
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def wait(self) -> int:
-            return 0
+    def call(command: list[str]) -> int:
+        started.append(command)
+        return 0
 
     monkeypatch.chdir(tmp_path)
     # Nothing is looked for that could draw
     monkeypatch.setenv("MUJOCO_GL", "egl")
-    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(subprocess, "call", call)
     monkeypatch.setattr(os, "system", lambda _: 0)
     (tmp_path / "my_envs.py").touch()
-    assert zoo.main(["record-training", "--env", "CartPole-v1", "--gym-packages", "my_envs"]) == 0
+    assert main(["record-training", "--env", "CartPole-v1", "--gym-packages", "my_envs", "--verbose", "2"]) == 0
+    assert subprocess.call is call
     assert len(started) == 1
-    assert started[0][-2:] == ["--gym-packages", "my_envs"]
+    assert started[0][-4:] == ["--verbose", "2", "--gym-packages", "my_envs"]
     assert started[0][:4] == [sys.executable, "-m", "sb3_trpo_ext.zoo", "record-video"]
     assert started[0][started[0].index("--algo") + 1] == "trpo_ext"
 
@@ -328,9 +361,9 @@ def test_stock_command_trains_and_enjoys_our_class(tmp_path: Path) -> None:
 def test_training_continues_from_a_saved_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     train = ["train", "--env", "CartPole-v1", "-n", "256", "--eval-freq", "-1", "--device", "cpu", "--seed", "1"]
-    zoo.main([*train, *TINY])
+    main([*train, *TINY])
     agent = tmp_path / "logs" / "trpo_ext" / "CartPole-v1_1" / "CartPole-v1.zip"
-    zoo.main([*train, "-i", str(agent), *TINY, "target_kl:'lin_0.02'"])
+    main([*train, "-i", str(agent), *TINY, "target_kl:'lin_0.02'"])
     continued = tmp_path / "logs" / "trpo_ext" / "CartPole-v1_2" / "CartPole-v1.zip"
     assert "LinearSchedule" in saved_data(continued)["target_kl"][":type:"]
 
@@ -410,27 +443,25 @@ def test_sampled_arguments_construct_our_model() -> None:
 # === The record of a training ===
 
 
-@pytest.mark.parametrize("given", ["sb3_trpo_ext.TrainingRecorder", ["a.B", "sb3_trpo_ext.callbacks.TrainingRecorder"]])
-def test_recorder_gets_the_folder_of_the_run(given: Any) -> None:
-    placed = zoo.place_recorders(given, "runs/A_1")
-    assert list(placed[-1].values()) == [{"folder": "runs/A_1"}]
-    assert placed[:-1] == (["a.B"] if isinstance(given, list) else [])
-    # A search for hyperparameters has no folder
-    assert zoo.place_recorders(given, None) == placed[:-1]
-
-
-@pytest.mark.parametrize("algo", ["trpo_ext", "ppo"])
-def test_run_is_recorded_beside_its_other_files(algo: str, tmp_path: Path) -> None:
-    config = tmp_path / "settings.yml"
-    entry = {
-        "n_timesteps": 64,
-        "policy": "MlpPolicy",
-        "n_steps": 32,
-        "batch_size": 32,
-        "callback": HYPERPARAMS["Hopper-v5"]["callback"],
-    }
+def experiment_of(folder: Path, algo: str, callback: Any = None, **kwargs: Any) -> Manager:
+    """A training of two updates."""
+    config = folder / "settings.yml"
+    entry = {"n_timesteps": 64, "policy": "MlpPolicy", "n_steps": 32, "batch_size": 32}
+    entry |= {} if callback is None else {"callback": callback}
     config.write_text(yaml.safe_dump({"CartPole-v1": entry}), encoding="utf-8")
-    experiment = manager("CartPole-v1", tmp_path, algo=algo, config=config, show_progress=True, log_interval=-1)
+    return manager("CartPole-v1", folder, algo=algo, config=config, log_interval=-1, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("algo", "callback"),
+    [
+        (KEY, None),
+        (KEY, "sb3_trpo_ext.TrainingRecorder"),
+        ("ppo", ["sb3_trpo_ext.callbacks.TrainingRecorder"]),
+    ],
+)
+def test_run_is_recorded_beside_its_other_files(algo: str, callback: Any, tmp_path: Path) -> None:
+    experiment = experiment_of(tmp_path, algo, callback, show_progress=True)
     results = experiment.setup_experiment()
     assert results is not None
     # RL-Zoo closes the first callback alone when training is interrupted: that must be the progress bar
@@ -438,6 +469,37 @@ def test_run_is_recorded_beside_its_other_files(algo: str, tmp_path: Path) -> No
     experiment.learn(results[0])
     lines = (Path(experiment.save_path) / "progress.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["time/total_timesteps", "32", "64"]
+
+
+def test_recorder_keeps_a_folder_of_its_own(tmp_path: Path) -> None:
+    callback = {"sb3_trpo_ext.TrainingRecorder": {"folder": str(tmp_path / "mine")}}
+    experiment = experiment_of(tmp_path, KEY, callback)
+    experiment.setup_experiment()
+    (recorder,) = experiment.callbacks
+    assert isinstance(recorder, TrainingRecorder)
+    assert recorder.folder == tmp_path / "mine"
+
+
+def test_other_algorithms_are_recorded_only_if_asked_for(tmp_path: Path) -> None:
+    experiment = experiment_of(tmp_path, "ppo")
+    experiment.setup_experiment()
+    assert experiment.callbacks == []
+
+
+def test_evaluations_are_timed(tmp_path: Path) -> None:
+    experiment = experiment_of(tmp_path, KEY)
+    experiment.eval_freq, experiment.n_eval_episodes = 32, 1
+    results = experiment.setup_experiment()
+    assert results is not None
+    evaluation = experiment.callbacks[-1]
+    assert isinstance(evaluation, TimedEvalCallback)
+    assert evaluation.deterministic
+    experiment.learn(results[0])
+    with (Path(experiment.save_path) / "progress.csv").open(newline="") as file:
+        assert all(float(row["time/evaluation"]) > 0 for row in csv.DictReader(file))
+    with np.load(Path(experiment.save_path) / "evaluations.npz") as table:
+        assert table["results"].shape == (2, 1)
+    assert (Path(experiment.save_path) / "best_model.zip").is_file()
 
 
 def test_search_for_hyperparameters_records_nothing(tmp_path: Path) -> None:

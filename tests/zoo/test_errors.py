@@ -10,8 +10,10 @@ import pytest
 import yaml
 from rl_zoo3.exp_manager import ExperimentManager
 
-from sb3_trpo_ext.zoo.command import main
-from sb3_trpo_ext.zoo.errors import one_line, with_short_errors
+from sb3_trpo_ext import __version__
+from sb3_trpo_ext.zoo import command
+from sb3_trpo_ext.zoo.command import COMMANDS, main
+from sb3_trpo_ext.zoo.errors import EXTRAS, one_line
 
 SMALL = ["--eval-freq", "-1", "--device", "cpu", "--verbose", "0", "-n", "64"]
 TINY = ["-params", "n_envs:1", "n_steps:64", "batch_size:64", "n_critic_updates:1"]
@@ -57,10 +59,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--hyperparams", "target_klx:0.1"], "there is no hyperparameter 'target_klx' of TRPO; did you mean target_kl"),
         (["-params", "n_env:2"], "there is no hyperparameter 'n_env' of TRPO; did you mean n_envs"),
         (["--algo", "ppo", "-params", "clip:0.1"], "there is no hyperparameter 'clip' of PPO; there are batch_size, "),
-        (["-params", "seed:1"], "'seed' is no hyperparameter but an option: --seed"),
+        (["-params", "seed:1"], "'seed' is not a hyperparameter but an option: --seed"),
         (["-params", "target_kl:lin_a"], "`target_kl` must be a number or a linear schedule such as 'lin_0.1', got 'lin_a'"),
-        (["-params", "target_kl"], "-params target_kl: must be NAME:VALUE"),
-        (["-params", "policy:MlpPolicy"], "-params policy:MlpPolicy: must be NAME:VALUE with a value of Python"),
+        (["-params", "target_kl"], "--hyperparams target_kl: must be NAME:VALUE"),
+        (["-params", "policy:MlpPolicy"], "--hyperparams policy:MlpPolicy: must be NAME:VALUE with a Python value"),
         (["--env-kwargs", "render_mode:human"], "--env-kwargs render_mode:human: must be NAME:VALUE"),
         (["--env-kwargs", "gravity:1"], "TypeError: CartPoleEnv.__init__() got an unexpected keyword argument 'gravity'"),
         (["-params", "target_kl:-0.1"], "`target_kl` must be"),
@@ -111,8 +113,8 @@ def test_damaged_agent(content: bytes, folder: Path, capsys: pytest.CaptureFixtu
     assert main(["train", "--env", "CartPole-v1", *SMALL, *TINY]) == 0
     agent = folder / "logs" / "trpo_ext" / "CartPole-v1_1" / "CartPole-v1.zip"
     agent.write_bytes(agent.read_bytes()[:2000] if content == b"half" else content)
-    for command in (["enjoy", "--no-render"], ["report"]):
-        assert str(Path("logs/trpo_ext/CartPole-v1_1/CartPole-v1.zip")) in error_of(capsys, *command, "--env", "CartPole-v1")
+    for name in (["enjoy", "--no-render"], ["report"]):
+        assert str(Path("logs/trpo_ext/CartPole-v1_1/CartPole-v1.zip")) in error_of(capsys, *name, "--env", "CartPole-v1")
 
 
 @pytest.mark.parametrize("command", ["train", "report", "plot", "compare", "enjoy", "record-video", "all-plots"])
@@ -124,10 +126,8 @@ def test_traceback_is_shown_where_it_is_asked_for(command: str, folder: Path) ->
 def test_crash_in_training_keeps_its_traceback(folder: Path) -> None:
     (folder / "broken_env.py").write_text(BROKEN)
     train = ["train", "--env", "Broken-v0", "--gym-packages", "broken_env", *SMALL, *TINY]
-    learn = ExperimentManager.learn
     with pytest.raises(ValueError, match="the pole broke"):
         main(train)
-    assert ExperimentManager.learn is learn
 
 
 def test_search_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -140,12 +140,64 @@ def test_search_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, folder: Pat
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("1/0"), NameError("name 'x' is not defined")])
-def test_fault_of_a_program_is_not_hidden(error: Exception) -> None:
-    def fail() -> None:
+def test_fault_of_a_program_is_not_hidden(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
         raise error
 
+    monkeypatch.setattr(command, "run", fail)
     with pytest.raises(type(error)):
-        with_short_errors("train", False, fail)
+        main(["train"])
+
+
+#: Runs commands where some packages are not installed, and prints the status of each.
+BLOCKED = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+from sb3_trpo_ext.zoo.command import main
+for command in {commands}:
+    print("status", main(command))
+"""
+
+
+def without_packages(blocked: list[str], *commands: list[str], cwd: Path) -> tuple[list[str], str]:
+    """What commands print, and what they say on stderr, as if some packages were not installed."""
+    start = [sys.executable, "-c", BLOCKED.format(blocked=blocked, commands=commands)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(start, cwd=cwd, env=environment, capture_output=True, text=True, check=True)
+    return result.stdout.splitlines(), result.stderr
+
+
+def test_missing_extra_is_named(tmp_path: Path) -> None:
+    names = [name for name in COMMANDS if name != "plot"]
+    output, errors = without_packages(["rl_zoo3"], *([name, "--env", "CartPole-v1"] for name in names), cwd=tmp_path)
+    assert output == ["status 2"] * len(names)
+    advice = "install it with `pip install 'sb3-trpo-ext[zoo]'`"
+    for name, line in zip(names, errors.splitlines(), strict=True):
+        assert line.startswith(f"sb3-trpo {name}: error: RL-Zoo is missing: {advice}")
+
+
+def test_no_extra_is_needed_to_ask_for_help(tmp_path: Path) -> None:
+    output, errors = without_packages(list(EXTRAS), ["--help"], ["--version"], cwd=tmp_path)
+    assert errors == ""
+    assert output[0].startswith("usage: sb3-trpo")
+    assert output[-3:] == ["status 0", f"sb3-trpo-ext {__version__}", "status 0"]
+
+
+def test_record_of_a_training_is_drawn_without_rl_zoo(tmp_path: Path) -> None:
+    (tmp_path / "progress.csv").write_text("time/total_timesteps,train/kl_divergence_loss\n32,0.01\n64,0.02\n")
+    blocked = [module for module, extra in EXTRAS.items() if extra == "zoo"]
+    output, errors = without_packages(blocked, ["plot", ".", "--no-html"], cwd=tmp_path)
+    assert output[-1] == "status 0", errors
+    assert list(tmp_path.glob("*.png"))
+    output, errors = without_packages([*EXTRAS], ["plot", "."], cwd=tmp_path)
+    assert output == ["status 2"]
+    assert "is missing: install it with `pip install 'sb3-trpo-ext[plots]'`" in errors
 
 
 @pytest.mark.parametrize(

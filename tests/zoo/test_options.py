@@ -8,7 +8,7 @@ import gymnasium as gym
 import pytest
 
 from sb3_trpo_ext.zoo.command import main
-from sb3_trpo_ext.zoo.options import split_common, with_chosen_run
+from sb3_trpo_ext.zoo.options import choose_run, parse
 from sb3_trpo_ext.zoo.runs import RunError, latest_run
 
 #: A module of a user's, which registers an environment.
@@ -29,13 +29,15 @@ gymnasium.register("Mine-v0", entry_point=Mine, max_episode_steps=20)
 
 
 def test_options_of_every_command_are_taken_out() -> None:
-    arguments = ["--env", "A", "--verbose", "2", "--eval-freq", "-1", "--gym-packages", "a", "b", "-n", "3"]
-    rest = ["--env", "A", "--eval-freq", "-1", "-n", "3"]
-    assert split_common(arguments, ()) == (2, ["a", "b"], rest)
-    assert split_common(rest, ("--verbose", "--gym-packages")) == (1, [], rest)
-    kept = split_common(arguments, ("--verbose", "--gym-packages")).others
-    assert kept == [*rest, "--verbose", "2", "--gym-packages", "a", "b"]
-    assert split_common(arguments, ("--gym-packages",)).others == [*rest, "--gym-packages", "a", "b"]
+    arguments = ["--task", "A", "--verbose", "2", "--eval-freq", "-1", "--gym-packages", "a", "b", "-n", "3"]
+    rest = ["--task", "A", "--eval-freq", "-1", "-n", "3"]
+    options = parse("plot", arguments)
+    assert (options.verbose, options.gym_packages, options.to_arguments()) == (2, ["a", "b"], rest)
+    options = parse("plot", rest)
+    assert (options.verbose, options.gym_packages, options.to_arguments()) == (None, None, rest)
+    # Some scripts read them as well
+    assert parse("enjoy", arguments).to_arguments() == [*rest, "--verbose", "2", "--gym-packages", "a", "b"]
+    assert parse("compare", arguments).to_arguments() == [*rest, "--gym-packages", "a", "b"]
 
 
 def test_modules_of_the_current_folder_are_found(tmp_path: Path) -> None:
@@ -113,22 +115,26 @@ def logs(tmp_path: Path) -> Path:
     ],
 )
 def test_latest_run_with_the_model_is_taken(name: str, options: list[str], number: int, logs: Path) -> None:
-    arguments = ["--algo", "trpo_ext", "--folder", str(logs), "--env", "A-v0", *options]
-    assert with_chosen_run(name, arguments) == [*arguments, "--exp-id", str(number)]
-    assert with_chosen_run(name, [*arguments, "--exp-id", "0"])[-1] == str(number)
+    for exp_id in ([], ["--exp-id", "0"]):
+        given = parse(name, ["--algo", "trpo_ext", "--folder", str(logs), "--env", "A-v0", *options, *exp_id])
+        choose_run(given)
+        assert given.exp_id == number
+        assert given.to_arguments()[given.to_arguments().index("--exp-id") + 1] == str(number)
 
 
 @pytest.mark.parametrize("options", [["--exp-id", "3"], ["--exp-id", "-1"], ["--folder", "rl-trained-agents"]])
 def test_chosen_run_and_downloaded_agents_are_left_alone(options: list[str], logs: Path) -> None:
-    arguments = ["--algo", "trpo_ext", "--folder", str(logs), "--env", "A-v0", *options]
-    assert with_chosen_run("enjoy", arguments) == arguments
+    given = parse("enjoy", ["--algo", "trpo_ext", "--folder", str(logs), "--env", "A-v0", *options])
+    before = given.to_arguments()
+    choose_run(given)
+    assert given.to_arguments() == before
 
 
 def test_missing_model_is_explained(logs: Path) -> None:
     folder = logs / "trpo_ext"
     with pytest.raises(RunError, match=r"there is no run of D-v0 in .*trpo_ext: is it in another --folder"):
         latest_run(folder, "D-v0", ["D-v0.zip"])
-    with pytest.raises(RunError, match=r"no run of C-v0 in .* has C-v0\.zip: no training has come to its end, nor"):
+    with pytest.raises(RunError, match=r"no run of C-v0 in .* has C-v0\.zip: no training has finished or"):
         latest_run(folder, "C-v0", ["C-v0.zip"])
     with pytest.raises(RunError, match=r"has rl_model_7_steps\.zip: there are only A-v0\.zip, best_model\.zip, rl_model_100"):
         latest_run(folder, "A-v0", ["rl_model_7_steps.zip"])

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -16,8 +15,9 @@ import pytest
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.zoo import processes
-from sb3_trpo_ext.zoo.processes import complete, folder_of_launch
+from sb3_trpo_ext.zoo import options
+from sb3_trpo_ext.zoo.options import join_processes, parse
+from sb3_trpo_ext.zoo.resume import folder_of_launch, launch_name, mark_folder
 from sb3_trpo_ext.zoo.runs import read_run
 
 
@@ -29,47 +29,56 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+def joined(*arguments: str) -> list[str]:
+    """The command line of one of several processes."""
+    given = parse("train", arguments)
+    join_processes(given)
+    return given.to_arguments()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--algo", "ppo"], "`--algo`: trpo_ext alone trains in several processes, got 'ppo'"), (["-optimize"], "`-optimize`")],
+    [(["--algo", "ppo"], "`--algo`: only trpo_ext trains in several processes, got 'ppo'"), (["-optimize"], "`-optimize`")],
 )
 def test_what_cannot_be_done_together_is_refused(arguments: list[str], message: str, alone: Any) -> None:
     with pytest.raises(ValueError, match=message):
-        complete(arguments)
+        joined(*arguments)
 
 
 def test_seed_and_checkpoints_are_added_where_they_are_missing(alone: pytest.MonkeyPatch) -> None:
-    assert complete(["--env", "A", "--seed", "3"]) == ["--env", "A", "--seed", "3"]
-    *rest, option, seed = complete(["--env", "A", "--seed", "-1"])
-    assert (rest, option) == (["--env", "A", "--seed", "-1"], "--seed")
+    assert joined("--env", "A", "--seed", "3") == ["--env", "A", "--seed", "3"]
+    *rest, option, seed = joined("--env", "A", "--seed", "-1")
+    assert (rest, option) == (["--env", "A"], "--seed")
     assert int(seed) >= 0
-    assert complete(["--env", "A"])[-1] != complete(["--env", "A"])[-1]
+    assert joined("--env", "A")[-1] != joined("--env", "A")[-1]
     alone.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
-    assert complete(["--seed", "3"]) == ["--save-freq", "100000", "--seed", "3"]
-    assert complete(["--seed", "3", "--save-freq", "9"]) == ["--seed", "3", "--save-freq", "9"]
+    assert joined("--seed", "3") == ["--seed", "3", "--save-freq", "100000"]
+    assert joined("--seed", "3", "--save-freq", "9") == ["--seed", "3", "--save-freq", "9"]
 
 
 def test_other_processes_do_not_track(alone: pytest.MonkeyPatch) -> None:
-    assert "--track" in complete(["--track", "--seed", "3"])
-    alone.setattr(processes, "rank", lambda: 1)
-    assert "--track" not in complete(["--track", "--seed", "3"])
+    assert "--track" in joined("--track", "--seed", "3")
+    alone.setattr(options, "rank", lambda: 1)
+    alone.setattr(sys, "stdout", sys.stdout)
+    assert "--track" not in joined("--track", "--seed", "3")
+    # Nor do they print
+    assert sys.stdout.name == os.devnull
 
 
 def test_restart_finds_the_folder_of_its_own_launch(tmp_path: Path, alone: pytest.MonkeyPatch) -> None:
-    alone.setenv("TORCHELASTIC_RUN_ID", "mine")
-    for number, launch in ((1, "another"), (2, "mine"), (3, "another")):
+    for number, launch in ((1, "another"), (3, "another"), (2, "mine")):
         folder = tmp_path / f"A-v0_{number}"
         folder.mkdir()
-        (folder / ".launch").write_text(launch)
-    manager: Any = SimpleNamespace(log_path=str(tmp_path), env_name="A-v0")
-    assert folder_of_launch(manager) == tmp_path / "A-v0_2"
+        alone.setenv("TORCHELASTIC_RUN_ID", launch)
+        mark_folder(folder)
+    assert folder_of_launch(str(tmp_path), "A-v0") == tmp_path / "A-v0_2"
     alone.setenv("TORCHELASTIC_RUN_ID", "new")
-    assert folder_of_launch(manager) is None
+    assert folder_of_launch(str(tmp_path), "A-v0") is None
 
 
 def test_launch_without_an_id_is_known_by_its_machine_and_process(alone: pytest.MonkeyPatch) -> None:
     alone.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert processes.launch_name().endswith(f" {os.getppid()}")
+    assert launch_name().endswith(f" {os.getppid()}")
 
 
 def launch(folder: Path, *arguments: str, torchrun: tuple[str, ...] = ()) -> subprocess.Popen[str]:
@@ -181,7 +190,7 @@ def test_killed_process_is_started_again_and_the_run_goes_on(tmp_path: Path) -> 
     kill_second(process)
     output = output_of(process, tmp_path)
     assert process.returncode == 0, output
-    assert output.count("Going on from") == 1
+    assert output.count("Continuing from") == 1
     run = tmp_path / "trpo_ext" / "Pendulum-v1_1"
     assert [path.name for path in run.parent.iterdir()] == [run.name]
     model = TRPO.load(run / "Pendulum-v1.zip", device="cpu")

@@ -3,6 +3,7 @@
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -14,7 +15,8 @@ from stable_baselines3.common.monitor import load_results
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.zoo.command import main
-from sb3_trpo_ext.zoo.resume import last_checkpoint, restore_evaluations, split_resume
+from sb3_trpo_ext.zoo.options import Training, parse, prepared
+from sb3_trpo_ext.zoo.resume import last_checkpoint, restore_evaluations, saved_arguments
 from sb3_trpo_ext.zoo.runs import read_run
 
 
@@ -25,7 +27,7 @@ def write_checkpoint(folder: Path, steps: int, statistics: bytes | None) -> None
 
 
 def test_last_complete_checkpoint_is_found(tmp_path: Path) -> None:
-    assert last_checkpoint(tmp_path, "A-v0", True) is None
+    assert last_checkpoint(tmp_path, "A-v0") is None
     whole = pickle.dumps(list(range(1000)))
     write_checkpoint(tmp_path, 900, whole)
     write_checkpoint(tmp_path, 1000, whole)
@@ -33,12 +35,15 @@ def test_last_complete_checkpoint_is_found(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 2000, whole[:500])
     write_checkpoint(tmp_path, 3000, None)
     (tmp_path / "rl_model_best_steps.zip").touch()
-    found = last_checkpoint(tmp_path, "A-v0", True)
+    (tmp_path / "A-v0").mkdir()
+    (tmp_path / "A-v0" / "config.yml").write_text("normalize: true\n")
+    found = last_checkpoint(tmp_path, "A-v0")
     assert found is not None
     assert (found.num_timesteps, found.model.name) == (1000, "rl_model_1000_steps.zip")
-    without = last_checkpoint(tmp_path, "A-v0", False)
-    assert without is not None
-    assert (without.num_timesteps, without.statistics) == (3000, None)
+    (tmp_path / "A-v0" / "config.yml").write_text("normalize: false\n")
+    unnormalized = last_checkpoint(tmp_path, "A-v0")
+    assert unnormalized is not None
+    assert (unnormalized.num_timesteps, unnormalized.statistics) == (3000, None)
 
 
 def test_evaluations_go_on_where_they_were(tmp_path: Path) -> None:
@@ -97,7 +102,7 @@ def test_killed_run_goes_on(run: Path, capsys: pytest.CaptureFixture[str]) -> No
     n_episodes = len(load_results(str(run)))
     capsys.readouterr()
     assert main(["train", "--resume", str(run)]) == 0
-    assert f"Going on from {run / 'rl_model_512_steps.zip'} after 512 steps" in capsys.readouterr().out
+    assert f"Continuing from {run / 'rl_model_512_steps.zip'} after 512 steps" in capsys.readouterr().out
 
     assert [path.name for path in run.parent.iterdir()] == [run.name]
     model = TRPO.load(run / "Pendulum-v1.zip", device="cpu")
@@ -118,25 +123,41 @@ def test_killed_run_goes_on(run: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_settings_are_those_of_the_run(run: Path) -> None:
-    folder, arguments = split_resume(["--resume", str(run), "--seed", "4"])
-    assert folder == run
+    arguments = saved_arguments(run)
     given = dict(zip(arguments[::2], arguments[1::2], strict=True))
     settings = yaml.safe_load(Path(given["--conf-file"]).read_text())["Pendulum-v1"]
     assert (settings["n_steps"], settings["target_kl"], settings["normalize"]) == (128, "lin_0.02", True)
     assert (given["--n-timesteps"], given["--save-freq"], given["--eval-freq"]) == ("1024", "256", "256")
-    # What the user says comes last, where it wins
-    assert given["--seed"] == "4"
-    assert arguments[-2:] == ["--seed", "4"]
+    assert given["--seed"] == "3"
+
+
+def test_options_of_the_command_line_win(run: Path) -> None:
+    training = Training()
+    options = prepared(parse("train", ["--resume", str(run), "--seed", "4", "-n", "2048"]), training)
+    assert training.folder == run
+    assert (options.seed, options.algo, options.env) == (4, "trpo_ext", "Pendulum-v1")
+    numbers = [options.others[index + 1] for index, option in enumerate(options.others) if option in ("-n", "--n-timesteps")]
+    assert numbers == ["1024", "2048"]
+    assert "--resume" not in options.to_arguments()
 
 
 def test_options_with_keys_and_lists_are_given_again(run: Path) -> None:
     args = run / "Pendulum-v1" / "args.yml"
-    saved = {"algo": "trpo_ext", "env": "Pendulum-v1", "env_kwargs": {"g": 9.0, "name": "a b"}, "gym_packages": ["one", "two"]}
-    args.write_text(yaml.safe_dump({**saved, "vec_env": "envpool", "tensorboard_log": "", "uuid": True, "eval_freq": -1}))
-    _, arguments = split_resume(["--resume", str(run)])
-    assert arguments[2:] == [
-        *("--algo", "trpo_ext", "--env", "Pendulum-v1", "--env-kwargs", "g:9.0", "name:'a b'"),
-        *("--eval-freq", "-1", "--gym-packages", "one", "two", "--vec-env", "envpool"),
+    saved: dict[str, Any] = {"algo": "trpo_ext", "env": "Pendulum-v1", "env_kwargs": {"g": 9.0, "name": "a b"}}
+    saved |= {"gym_packages": ["one", "two"], "vec_env": "envpool", "progress": True, "verbose": 0, "eval_freq": -1}
+    # What is not given again: an empty option, and what made a run rather than what it is
+    left_out = {
+        "tensorboard_log": "",
+        "device": None,
+        "seed": False,
+        "uuid": True,
+        "hyperparams": {"gamma": 0.9},
+        "trained_agent": "a.zip",
+    }
+    args.write_text(yaml.safe_dump({**saved, **left_out}, sort_keys=False))
+    assert saved_arguments(run)[2:] == [
+        *("--algo", "trpo_ext", "--env", "Pendulum-v1", "--env-kwargs", "g:9.0", "name:'a b'", "--gym-packages", "one", "two"),
+        *("--vec-env", "envpool", "--progress", "--verbose", "0", "--eval-freq", "-1"),
     ]
 
 
@@ -151,7 +172,7 @@ def test_ended_run_says_that_nothing_is_left(tmp_path: Path, capsys: pytest.Capt
     run = train(tmp_path, 256)
     before = TRPO.load(run / "Pendulum-v1.zip", device="cpu")
     assert main(["train", "--resume", str(run)]) == 0
-    assert "It has made the 256 steps already: `-n` asks for more." in capsys.readouterr().out
+    assert "The run has already made its 256 steps: ask for more with `-n`." in capsys.readouterr().out
     after = TRPO.load(run / "Pendulum-v1.zip", device="cpu")
     assert after.num_timesteps == 256
     for name, value in before.policy.state_dict().items():
@@ -161,18 +182,18 @@ def test_ended_run_says_that_nothing_is_left(tmp_path: Path, capsys: pytest.Capt
 def test_later_state_wins(run: Path) -> None:
     """RL-Zoo saves the agent at an interruption, which may come before the next checkpoint or after it."""
     shutil.copyfile(run / "rl_model_256_steps.zip", run / "Pendulum-v1.zip")
-    found = last_checkpoint(run, "Pendulum-v1", True)
+    found = last_checkpoint(run, "Pendulum-v1")
     assert found is not None
     assert found.model.name == "rl_model_512_steps.zip"
     (run / "rl_model_512_steps.zip").replace(run / "Pendulum-v1.zip")
-    found = last_checkpoint(run, "Pendulum-v1", True)
+    found = last_checkpoint(run, "Pendulum-v1")
     assert found is not None
     assert (found.model.name, found.num_timesteps) == ("Pendulum-v1.zip", 512)
     assert found.statistics == run / "Pendulum-v1" / "vecnormalize.pkl"
     # Cut off while it was written
     whole = (run / "Pendulum-v1.zip").read_bytes()
     (run / "Pendulum-v1.zip").write_bytes(whole[: len(whole) // 2])
-    found = last_checkpoint(run, "Pendulum-v1", True)
+    found = last_checkpoint(run, "Pendulum-v1")
     assert found is not None
     assert found.num_timesteps == 256
 
@@ -200,16 +221,11 @@ def test_ppo_goes_on_as_well(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", [".", "missing"])
 def test_folder_without_a_run_is_refused(folder: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`--resume`: there is no run of `sb3-trpo train` in .*: give a folder"):
-        split_resume(["--resume", str(tmp_path / folder)])
+        saved_arguments(tmp_path / folder)
 
 
 def test_run_without_checkpoint_is_refused(run: Path) -> None:
     for file in run.glob("rl_model_*"):
         file.unlink()
     with pytest.raises(ValueError, match=r"`--resume`: there is no checkpoint in .*`--save-freq`"):
-        split_resume(["--resume", str(run)])
-
-
-def test_without_the_option_nothing_is_changed() -> None:
-    arguments = ["--env", "A", "-n", "3"]
-    assert split_resume(arguments) == (None, arguments)
+        saved_arguments(run)

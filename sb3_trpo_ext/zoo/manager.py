@@ -1,0 +1,208 @@
+"""
+RL-Zoo's experiment manager with what this package adds to it.
+
+What is replaced in RL-Zoo, all of it:
+
+* ``rl_zoo3.train.ExperimentManager``, by :class:`Manager`. RL-Zoo's ``train`` looks the name up when it makes its manager, so
+  that a plugin can set it after the script has started.
+* Entries of RL-Zoo's public dictionaries ``ALGOS``, ``HYPERPARAMS_SAMPLER`` and ``HYPERPARAMS_CONVERTER``.
+* ``subprocess.call``, by ``sb3-trpo record-training`` alone while it runs: RL-Zoo's script starts ``python -m
+  rl_zoo3.record_video``, which knows neither our class nor the modules of ``--gym-packages``, and may be another Python.
+"""
+
+import functools
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import rl_zoo3.train
+from rl_zoo3 import ALGOS
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback, ProgressBarCallback
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from sb3_trpo_ext import TRPO, TrainingRecorder
+from sb3_trpo_ext.callbacks import TimedEvalCallback
+from sb3_trpo_ext.envs import EnvPoolVecEnv
+from sb3_trpo_ext.parallel.launch import attempt, is_launched, is_one_machine
+from sb3_trpo_ext.parallel.reductions import rank, world_size
+from sb3_trpo_ext.zoo.options import Training
+from sb3_trpo_ext.zoo.resume import Checkpoint, folder_of_launch, last_checkpoint, mark_folder, restore_evaluations
+from sb3_trpo_ext.zoo.search_space import convert_trpo_params, sample_trpo_params
+from sb3_trpo_ext.zoo.settings import KEY, SCHEDULED, check_names, linear_schedule
+
+
+class Manager(ExperimentManager):
+    """
+    RL-Zoo's experiment manager with schedules, checked names, a record of each update, EnvPool, resuming and ``torchrun``.
+
+    :param args: those of RL-Zoo's manager, as are ``kwargs``
+    :param training: what our own options ask for
+    """
+
+    def __init__(self, *args: Any, training: Training | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.training = Training() if training is None else training
+        self._checkpoint: Checkpoint | None = None
+
+    @property
+    def _is_trpo(self) -> bool:
+        return issubclass(ALGOS[self.algo], TRPO)
+
+    def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
+        """Set up a new run, or the one to continue."""
+        folder = self.training.folder
+        # On several machines the id of a launch is the user's choice: with the same one the same run continues
+        if folder is None and is_launched() and (attempt() > 0 or not is_one_machine()):
+            folder = folder_of_launch(self.log_path, self.env_name)
+        # The other processes get the state of the first one
+        if folder is not None and rank() == 0:
+            self._go_to_checkpoint(folder)
+        return super().setup_experiment()
+
+    def _go_to_checkpoint(self, folder: Path) -> None:
+        """Continue in the folder of an earlier run from its last checkpoint; without one, start again."""
+        params_path = folder / self.env_name
+        self.save_path, self.params_path = str(folder), str(params_path)
+        self._checkpoint = checkpoint = last_checkpoint(folder, self.env_name)
+        if checkpoint is None:
+            return
+        # Where RL-Zoo looks for the statistics of an agent that it trains further
+        statistics = params_path / "vecnormalize.pkl"
+        if checkpoint.statistics not in (None, statistics):
+            shutil.copyfile(checkpoint.statistics, statistics)
+        self.trained_agent, self.continue_training = str(checkpoint.model), True
+        print(f"Continuing from {checkpoint.model} after {checkpoint.num_timesteps:,} steps")
+
+    def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read the settings, check their names, and make the schedules that RL-Zoo does not make."""
+        hyperparams, saved_hyperparams = super().read_hyperparameters()
+        check_names(hyperparams, ALGOS[self.algo])
+        # Other algorithms have texts of their own here, such as SAC's ent_coef="auto"
+        for name in SCHEDULED if self._is_trpo else ():
+            if isinstance(hyperparams.get(name), str):
+                hyperparams[name] = linear_schedule(name, hyperparams[name])
+        return hyperparams, saved_hyperparams
+
+    def create_log_folder(self) -> None:
+        """
+        Make the folder of the run, in the first process only; before that, check the settings for EnvPool.
+
+        :raises ImportError: if EnvPool is asked for and not installed
+        :raises ValueError: if a setting needs environments in Python, or if EnvPool has no such task or option
+        """
+        if self.training.in_envpool:
+            if self.env_wrapper is not None:
+                raise ValueError(
+                    "`env_wrapper`: EnvPool's environments run in C++, where no wrapper can be put around one; take it out of "
+                    f"the settings of {self.env_name.gym_id}, use `vec_env_wrapper`, or train with `--vec-env dummy`"
+                )
+            # Refuses what EnvPool does not have
+            self._make_envpool(None, range(self.n_envs)).close()
+            # For `args.yml`, which tells how the agent was trained
+            self.args.vec_env = "envpool"
+        if rank() > 0:
+            return
+        super().create_log_folder()
+        if world_size() > 1:
+            mark_folder(Path(self.save_path))
+
+    def create_callbacks(self) -> None:
+        """Make the callbacks, with a recorder, timed evaluations and statistics beside every checkpoint."""
+        if rank() > 0:
+            self.callbacks = []
+            return
+        recorders = [callback for callback in self.callbacks if isinstance(callback, TrainingRecorder)]
+        if not recorders and self._is_trpo and not self.optimize_hyperparameters:
+            self.callbacks.insert(0, TrainingRecorder(self.save_path))
+        for recorder in recorders:
+            recorder.folder = recorder.folder or Path(self.save_path)
+        # RL-Zoo divides by the number of environments of one process
+        for name in ("eval_freq", "save_freq"):
+            if getattr(self, name) > 0:
+                setattr(self, name, max(getattr(self, name) // world_size(), 1))
+        super().create_callbacks()
+        self.callbacks = [self._timed(each) if type(each) is EvalCallback else each for each in self.callbacks]
+        for callback in self.callbacks:
+            if isinstance(callback, CheckpointCallback):
+                # An agent is useless without the statistics that its observations were normalized with
+                callback.save_vecnormalize = True
+        # When training is interrupted, RL-Zoo closes only its first callback, which it takes for the progress bar
+        self.callbacks.sort(key=lambda callback: not isinstance(callback, ProgressBarCallback))
+
+    def _timed(self, callback: EvalCallback) -> EvalCallback:
+        """RL-Zoo's evaluation, timed; that of a resumed run continues its table."""
+        timed = TimedEvalCallback(
+            callback.eval_env,
+            callback_on_new_best=callback.callback_on_new_best,
+            n_eval_episodes=callback.n_eval_episodes,
+            eval_freq=callback.eval_freq,
+            log_path=self.save_path,
+            best_model_save_path=callback.best_model_save_path,
+            deterministic=callback.deterministic,
+        )
+        if self._checkpoint is not None:
+            restore_evaluations(timed, self._checkpoint.num_timesteps)
+        return timed
+
+    def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
+        """Make environments; EnvPool's are for training, and only the first process writes their episodes."""
+        no_log = no_log or rank() > 0
+        if self._checkpoint is not None:
+            self.monitor_kwargs = {**self.monitor_kwargs, "override_existing": False}
+        if self.training.in_envpool:
+            in_envpool: Any = functools.partial(self._make_envpool, None if no_log else f"{self.save_path}/0")
+            self.vec_env_class = DummyVecEnv if eval_env else in_envpool
+        return super().create_envs(n_envs, eval_env, no_log)
+
+    def _make_envpool(self, monitor_file: str | None, env_fns: Sequence[Any]) -> VecEnv:
+        """Stand in for the class of RL-Zoo's ``VecEnv``, which is given a function for each environment."""
+        kwargs = {**self.monitor_kwargs, **self.env_kwargs}
+        return EnvPoolVecEnv(self.env_name.gym_id, len(env_fns), seed=self.seed, monitor_file=monitor_file, **kwargs)
+
+    def learn(self, model: BaseAlgorithm) -> None:
+        """Train a model, or train a resumed one for the steps that are left."""
+        self.training.has_begun = True
+        if self._checkpoint is None:
+            super().learn(model)
+            return
+        if model.num_timesteps >= self.n_timesteps:
+            print(f"The run has already made its {self.n_timesteps:,} steps: ask for more with `-n`.")
+
+        def learn(total_timesteps: int, **kwargs: Any) -> BaseAlgorithm:
+            return model.learn(max(total_timesteps - model.num_timesteps, 0), reset_num_timesteps=False, **kwargs)
+
+        # RL-Zoo always starts counting at zero; of a model it uses only these three
+        super().learn(SimpleNamespace(learn=learn, env=model.env, policy=model.policy))  # type: ignore[arg-type]
+
+    def objective(self, trial: optuna.Trial) -> float:
+        """Train for a trial of a search."""
+        self.training.has_begun = True
+        return super().objective(trial)
+
+    def save_trained_model(self, model: BaseAlgorithm) -> None:
+        """Save the agent, in the first process only."""
+        if rank() == 0:
+            super().save_trained_model(model)
+
+    def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
+        if rank() == 0:
+            super()._save_config(saved_hyperparams)
+
+
+def register(key: str = KEY, training: Training | None = None) -> None:
+    """
+    Make the TRPO of this package known to RL-Zoo: the class, its search space for Optuna, and the manager that trains it.
+
+    :param key: the name for ``--algo``; an existing one is replaced in this process
+    :param training: what our own options ask for
+    """
+    ALGOS[key] = TRPO
+    HYPERPARAMS_SAMPLER[key] = sample_trpo_params
+    HYPERPARAMS_CONVERTER[key] = convert_trpo_params
+    vars(rl_zoo3.train)["ExperimentManager"] = functools.partial(Manager, training=training)
