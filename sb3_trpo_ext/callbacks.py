@@ -3,8 +3,6 @@
 import csv
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,8 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.logger import CSVOutputFormat
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+
+from sb3_trpo_ext._files import replacing
 
 FILE_NAME = "progress.csv"
 #: The first columns, under SB3's names; what the logger has comes after these.
@@ -25,22 +25,6 @@ COLUMNS = (
 )
 #: The logger's key for the seconds of evaluations.
 EVALUATION = "time/evaluation"
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """
-    Replace a file in one step, so that an interruption cannot leave half of it.
-
-    :param path: the file
-    :return: another path in the same folder to write to; it takes the file's place at the end of the ``with`` block
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class TimedEvalCallback(EvalCallback):
@@ -182,7 +166,7 @@ class TrainingRecorder(BaseCallback):
             csv.DictWriter(file, self._columns).writerow(row)
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        with atomic_write(self.path) as path, path.open("w", newline="", encoding="utf-8") as file:
+        with replacing(self.path) as path, path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(rows)

@@ -12,7 +12,7 @@ import numpy as np
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.save_util import load_from_zip_file
 
-from sb3_trpo_ext.callbacks import atomic_write
+from sb3_trpo_ext._files import replacing
 from sb3_trpo_ext.zoo.runs import read_settings
 from sb3_trpo_ext.zoo.settings import as_option
 
@@ -53,7 +53,7 @@ def saved_arguments(folder: Path) -> list[str]:
         )
     # The settings as they were, `--hyperparams` included, whatever the package's file says now
     conf_file = found[0].with_name("settings.yml")
-    with atomic_write(conf_file) as path:
+    with replacing(conf_file) as path:
         path.write_text(yaml.safe_dump({saved["env"]: settings}, sort_keys=False), encoding="utf-8")
     arguments = ["--conf-file", str(conf_file)]
     for name, value in saved.items():
