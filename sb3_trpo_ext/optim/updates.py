@@ -142,7 +142,7 @@ class KLConstraint(PolicyUpdate):
         curvature = solution.curvature - self.cg_damping * squared_length
         result = result._replace(curvature=curvature, cg_steps=solution.n_steps, cg_residual=solution.residual_norm)
         if solution.status in (CGStatus.NON_POSITIVE_CURVATURE, CGStatus.NON_FINITE):
-            return result._replace(status=UpdateStatus[f"CG_{solution.status.name}"])
+            return result._replace(status=UpdateStatus(solution.status))
         scale = solution.curvature if self.damped_scale else curvature
         # Where the KL does not change along the direction, rounding leaves a remainder of either sign
         full_step = math.sqrt(2 * target_kl / scale) if scale > 0 else math.inf
@@ -151,7 +151,7 @@ class KLConstraint(PolicyUpdate):
 
         search = self._move(problem, direction, full_step, result.objective_before, target_kl)
         return result._replace(
-            status=UpdateStatus[search.status.name],
+            status=search.status,
             objective_after=search.objective,
             predicted_improvement=search.step_size * slope,
             kl=search.kl,
