@@ -111,27 +111,20 @@ class KroneckerPreconditioner(LinearOperator):
         shares: Shares,
     ):
         self._jacobian = jacobian
-        n_samples = jacobian.n_samples
-        self._blocks: list[_Block] = []
         factors: list[th.Tensor] = []
-        cotangents = jacobian.layer_cotangents(score)
-        for index, (inputs, cotangent) in enumerate(zip(jacobian.layer_inputs(), cotangents, strict=True)):
-            factors.append(inputs.t() @ inputs / n_samples)
-            if index == len(cotangents) - 1:
-                factors.append(_mean_output_fisher(jacobian, output_fisher, score))
-            else:
-                factors.append(cotangent.t() @ cotangent / n_samples)
+        for inputs, cotangent in zip(jacobian.layer_inputs(), jacobian.layer_cotangents(score), strict=True):
+            factors += [part.t() @ part / jacobian.n_samples for part in (inputs, cotangent)]
+        factors[-1] = _mean_output_fisher(jacobian, output_fisher, score)
         if jacobian.has_log_std:
-            zeros, ones = th.zeros_like(score), th.ones_like(score)
-            factors.append(output_fisher((zeros, ones))[1].mean(dim=0))
-        means = shares.means(factors)
-        end = 2 * len(cotangents)
-        eigen = _eigen(means[:end])
+            factors.append(output_fisher((th.zeros_like(score), th.ones_like(score)))[1].mean(dim=0))
+        means = list(shares.means(factors))
+        self._log_std_scale: th.Tensor | None = 1 / (means.pop() + damping) if jacobian.has_log_std else None
+        eigen = _eigen(means)
+        self._blocks: list[_Block] = []
         for (input_values, input_basis), (output_values, output_basis) in zip(eigen[::2], eigen[1::2], strict=True):
             # Rounding makes the smallest eigenvalues of a singular factor slightly negative
             eigenvalues = output_values.clamp(min=0)[:, None] * input_values.clamp(min=0)
             self._blocks.append(_Block(output_basis, input_basis, 1 / (eigenvalues + damping)))
-        self._log_std_scale: th.Tensor | None = 1 / (means[-1] + damping) if jacobian.has_log_std else None
 
     @th.no_grad()
     def __matmul__(self, vector: th.Tensor) -> th.Tensor:
