@@ -1,7 +1,7 @@
-"""Rollouts that do only the actor's work in each step, and fill SB3's buffer with what SB3's own loop would put there.
+"""Rollouts that do only the actor's work in each step, and fill SB3's buffer as SB3's own loop would.
 
-Values, log-probabilities and the bootstrap values of truncated episodes need no answer before the rollout is over: they are
-computed in batches at its end, where a network costs a small part of what it costs step by step.
+Values, log-probabilities and the bootstrap values of truncated episodes are not needed before the rollout is over: they are
+computed in batches at its end, at a small part of the cost of a network call per step.
 
 Differences from ``OnPolicyAlgorithm.collect_rollouts``:
 
@@ -141,7 +141,7 @@ class _LeanRollout:
             try:
                 is_full = self._run(n_rollout_steps)
             except BaseException:
-                # What somebody has kept of this rollout must not be computed with a later policy
+                # Tensors that a callback has kept must not be computed with a later policy
                 with suppress(Exception):
                     self._finish()
                 raise
@@ -158,7 +158,7 @@ class _LeanRollout:
         return True
 
     def _finish(self) -> None:
-        """Compute what was deferred, and let go of the policy."""
+        """Compute what was deferred, and release the policy."""
         # A callback may have trained something
         self.policy.set_training_mode(False)
         self._evaluate()
@@ -218,7 +218,7 @@ class _LeanRollout:
             self._is_eager = not is_deferrable(self.model, self.buffer)
 
     def _reset_noise(self) -> None:
-        """Draw new noise matrices for gSDE, without a graph: nobody uses it, and with it the policy could not be copied."""
+        """Draw new noise matrices for gSDE, without a graph, with which the policy could not be copied."""
         if self.model.use_sde:
             with th.no_grad():
                 self.model.policy.reset_noise(self.env.num_envs)
@@ -253,7 +253,7 @@ class _LeanRollout:
 
     @th.no_grad()
     def _evaluate_step(self, step: int) -> tuple[th.Tensor, th.Tensor]:
-        """Values and log-probabilities of the present step or an earlier one, for somebody who looks during the rollout."""
+        """Values and log-probabilities of the current step or an earlier one, for a callback that reads them."""
         if step < self.buffer.pos:
             self._evaluate()
             return stored_step(self._arrays["values"], self._arrays["log_probs"], step, self.model.device)

@@ -10,19 +10,19 @@ import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 
-#: Arrays of a rollout buffer that are computed when somebody asks.
+#: Arrays of a rollout buffer that are computed when they are read.
 _LAZY_ARRAYS = ("values", "log_probs", "rewards")
 
 
 class LazyTensor(th.Tensor):
-    """The place of a tensor that is computed when anything looks at it; from then on it is that tensor."""
+    """A placeholder for a tensor that is computed when it is first used."""
 
     #: Returns the tensor, always the same one.
     source: Callable[[], th.Tensor]
 
     @staticmethod
     def of(source: Callable[[], th.Tensor], shape: tuple[int, ...], device: th.device) -> "LazyTensor":
-        """Make a place for the tensor of type float32, of this shape and on this device, that ``source`` returns."""
+        """Make a placeholder for the tensor of type float32, of this shape and on this device, that ``source`` returns."""
         tensor: LazyTensor = th.Tensor._make_wrapper_subclass(LazyTensor, shape, dtype=th.float32, device=device)
         tensor.source = source
         return tensor
@@ -39,7 +39,7 @@ class LazyTensor(th.Tensor):
 
 
 def _present(value: Any) -> Any:
-    """Put tensors in their places."""
+    """Replace placeholders by their tensors."""
     if isinstance(value, LazyTensor):
         return value.source()
     if type(value) in (list, tuple):
@@ -58,13 +58,13 @@ class LazySteps:
 
     def __init__(self, evaluate: Callable[[int], tuple[th.Tensor, th.Tensor]]):
         self._evaluate = evaluate
-        #: The present step, if somebody may look at it, and the function that evaluates it once.
+        #: The current step, if a callback may read it, and the function that evaluates it once.
         self._present: tuple[int, Any] | None = None
-        #: What the buffer gets of steps that somebody has looked at.
+        #: Values and log-probabilities of steps that a callback has read.
         self._seen: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def at(self, step: int, n_envs: int, device: th.device) -> tuple[LazyTensor, LazyTensor]:
-        """Values and log-probabilities of the present step: lazy tensors of shapes ``(n_envs, 1)`` and ``(n_envs,)``."""
+        """Values and log-probabilities of the current step: lazy tensors of shapes ``(n_envs, 1)`` and ``(n_envs,)``."""
         look = functools.cache(lambda: self._evaluate(step))
         self._present = step, look
         return (
@@ -73,7 +73,7 @@ class LazySteps:
         )
 
     def keep(self, must_look: bool = False) -> None:
-        """End the present step: what somebody has made of its tensors in place goes into the buffer, as in SB3."""
+        """End the current step: changes that a callback has made to its tensors in place go into the buffer, as in SB3."""
         if self._present is None:
             return
         (step, look), self._present = self._present, None
@@ -84,13 +84,13 @@ class LazySteps:
             self._seen[step] = values.flatten().cpu().numpy().copy(), log_probs.cpu().numpy().copy()
 
     def write(self, values: np.ndarray, log_probs: np.ndarray) -> None:
-        """Write the steps that somebody has looked at into the buffer's arrays, of shape ``(n_steps, n_envs)``."""
+        """Write the steps that a callback has read into the buffer's arrays, of shape ``(n_steps, n_envs)``."""
         for step, pair in self._seen.items():
             values[step], log_probs[step] = pair
         self._seen.clear()
 
     def finish(self, values: np.ndarray, log_probs: np.ndarray, device: th.device) -> None:
-        """End a rollout: a tensor that somebody has kept is now read from these arrays, which nobody changes any more."""
+        """End a rollout: tensors that a callback has kept are now read from these arrays, which do not change any more."""
         self._evaluate = functools.partial(stored_step, values, log_probs, device=device)
 
 
@@ -112,7 +112,7 @@ def may_look(callback: Any) -> bool:
 
 @contextmanager
 def lazy_buffer(buffer: RolloutBuffer, evaluate: Callable[[], None]) -> Iterator[None]:
-    """Let a buffer call ``evaluate`` whenever somebody asks for its values, log-probabilities or rewards."""
+    """Let a buffer call ``evaluate`` whenever its values, log-probabilities or rewards are read."""
     original = type(buffer)
     vars(buffer)["_evaluate"] = evaluate
     buffer.__class__ = _lazy_class(original)
@@ -138,7 +138,7 @@ def _lazy_class(original: type[RolloutBuffer]) -> type[RolloutBuffer]:
 
 
 def _lazy_array(name: str) -> property:
-    """An array that is computed when somebody asks for it."""
+    """An array that is computed when it is read."""
 
     def get(self: Any) -> Any:
         vars(self)["_evaluate"]()
