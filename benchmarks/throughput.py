@@ -202,7 +202,7 @@ def shares(contestant: Contestant) -> dict[str, float]:
     targets = [(env, "step", "env_step"), (buffer, "compute_returns_and_advantage", "values_and_gae")]
     targets += [(BaseCallback, name, "callbacks") for name in ("update_locals", "on_step")]
     if isinstance(model, TRPO):
-        targets += [(actors.Actor, "act", "actor_step"), (rollouts._LeanRollout, "_complete", "values_and_gae")]
+        targets += [(actors.Actor, "act", "actor_step"), (rollouts._LeanRollout, "_evaluate", "values_and_gae")]
         targets += [(rollouts._LeanRollout, "_store", "buffer"), (model, "_full_batch", "policy_update")]
         module = sys.modules[TRPO.__module__]
         targets += [(module, "Surrogate", "policy_update"), (model, "_update_policy", "policy_update")]

@@ -90,7 +90,7 @@ def policy_facts(part: slice) -> dict[str, th.Tensor]:
 
 
 def penalty_facts(part: slice) -> th.Tensor:
-    """The parameters after an update of the penalised form, one minibatch per epoch, whose order does not matter then."""
+    """The parameters after an update of the penalized form, one minibatch per epoch, whose order does not matter then."""
     th.manual_seed(1)
     policy = make_policy()
     batch = cut(joined_batch(policy), part)
@@ -143,7 +143,7 @@ def merged_statistics(rank: int) -> tuple[Any, ...]:
 
 
 def advantages_of_rank(rank: int, clip_advantage: float | None = None) -> th.Tensor:
-    """Normalised advantages of one process's rollout, out of advantages that differ between the processes."""
+    """Normalized advantages of one process's rollout, out of advantages that differ between the processes."""
     model = collect(make_model(random_vec_env(2), seed=0))
     generator = np.random.default_rng(rank)
     model.rollout_buffer.advantages[:] = generator.normal(rank, 1 + rank, model.rollout_buffer.advantages.shape)

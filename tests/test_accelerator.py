@@ -119,7 +119,7 @@ def test_the_host_waits_once_per_solution_and_once_per_trial(name: str) -> None:
         assert result.cg_steps == cg_max_steps
         assert waits == {
             "updates._before_update": 1,
-            "conjugate_gradient.result": 1,
+            "conjugate_gradient.conjugate_gradient": 1,
             # Length of the direction and predicted improvement
             "updates.update": 1,
             "updates._evaluated": result.n_trials,
@@ -199,9 +199,9 @@ def test_an_mlp_makes_the_host_wait_once_per_step_of_the_environment(training: s
         model.learn(32)
     assert waits.pop("actors._on_host") == 32
     # Values, log-probabilities and what episodes cut short would have had, with PyTorch's checks of arguments
-    n_ends = sum(waits.pop(name) for name in ("actors.evaluate", "collect._complete", "collect.collect"))
+    n_ends = sum(waits.pop(name) for name in ("actors.evaluate", "collect._evaluate", "collect.collect"))
     assert n_ends <= 8
-    assert waits.pop("conjugate_gradient.result") <= 3
+    assert waits.pop("conjugate_gradient.conjugate_gradient") <= 3
     assert waits.pop("updates._evaluated") == log_of(model)["train/line_search_trials"]
     assert waits == {
         "updates._before_update": 1,

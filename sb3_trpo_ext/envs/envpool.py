@@ -56,7 +56,7 @@ class EnvPoolVecEnv(VecEnv):
     :param monitor_file: where to write every episode, as ``Monitor`` does, with ``.monitor.csv`` at its end; None for nowhere.
         ``VecMonitor`` can do that too, but then the environments for evaluation would have to be wrapped in it as well
     :param info_keywords: keys of ``info`` to add to ``info["episode"]`` and to that file
-    :param override_existing: whether to start that file anew, as ``Monitor`` does, or to append to the one that is there
+    :param override_existing: whether to overwrite that file, as ``Monitor`` does, or to append to it
     :param kwargs: options of the task, such as ``max_episode_steps`` or ``healthy_reward``
     :raises ImportError: if EnvPool is not installed
     :raises ValueError: if there is no such task or option, or if a value is of no use
@@ -75,9 +75,7 @@ class EnvPoolVecEnv(VecEnv):
     ) -> None:
         self._envpool = load_envpool()
         n_envs = check_integer("n_envs", n_envs, 1)
-        if num_threads is None:
-            num_threads = min(n_envs, n_cores())
-        num_threads = check_integer("num_threads", num_threads, 1)
+        num_threads = check_integer("num_threads", min(n_envs, n_cores()) if num_threads is None else num_threads, 1)
         if seed is not None and (not isinstance(seed, (int, np.integer)) or isinstance(seed, bool)):
             raise ValueError(f"`seed` must be an integer or None, got {seed!r}")
         config = task_options(self._envpool, env_id, kwargs)
@@ -106,9 +104,7 @@ class EnvPoolVecEnv(VecEnv):
 
         with spaces_without_warnings():
             spec = self._envpool.make_spec(env_id, **kwargs)
-            observation_space = single_precision(spec.observation_space)
-            action_space = single_precision(spec.action_space)
-        super().__init__(n_envs, observation_space, action_space)
+            super().__init__(n_envs, single_precision(spec.observation_space), single_precision(spec.action_space))
         self.seed(None if seed is None else int(seed))
 
     # === What SB3 calls in training ===
@@ -117,7 +113,7 @@ class EnvPoolVecEnv(VecEnv):
         """
         Seed the environments, which takes effect at the next reset.
 
-        EnvPool takes seeds only when it makes environments, so that the next reset makes them anew.
+        EnvPool takes seeds only when it makes environments, so the next reset makes new ones.
 
         :param seed: environment i gets ``seed + i``; if None, a number of NumPy's global generator is taken
         :return: the seed of every environment
@@ -131,12 +127,7 @@ class EnvPoolVecEnv(VecEnv):
         return self._seeds
 
     def set_options(self, options: list[dict] | dict | None = None) -> None:
-        """
-        Refuse options for the next reset, for EnvPool has none.
-
-        :param options: nothing, or empty
-        :raises ValueError: if there is an option
-        """
+        """Refuse options for the next reset, for EnvPool has none: raises a ``ValueError`` if there is one."""
         if options and (isinstance(options, dict) or any(options)):
             raise ValueError(f"`options`: EnvPool takes options when the environments are made, not at reset, got {options!r}")
 
@@ -182,8 +173,8 @@ class EnvPoolVecEnv(VecEnv):
 
     def step_wait(self) -> VecEnvStepReturn:
         """Wait for the step, and start a new episode in the environments that are done."""
-        raw_observations, rewards, terminated, truncated, columns = self._pool.recv()
-        observations = in_single_precision(raw_observations)
+        observations, rewards, terminated, truncated, columns = self._pool.recv()
+        observations = in_single_precision(observations)
         self._returns += rewards
         self._lengths += 1
         if self._max_episode_steps is not None:
@@ -194,12 +185,12 @@ class EnvPoolVecEnv(VecEnv):
         for info, is_cut_off in zip(infos, (truncated & ~terminated).tolist(), strict=True):
             info["TimeLimit.truncated"] = is_cut_off
         if dones.any():
-            self._start_anew(np.flatnonzero(dones), observations, infos)
+            self._restart(np.flatnonzero(dones), observations, infos)
         self._is_busy = False
         return observations, rewards.astype(np.float32), dones, infos
 
-    def _start_anew(self, done: np.ndarray, observations: VecEnvObs, infos: list[dict[str, Any]]) -> None:
-        """Close the books on episodes, and reset their environments in one batch."""
+    def _restart(self, done: np.ndarray, observations: VecEnvObs, infos: list[dict[str, Any]]) -> None:
+        """Report finished episodes, and reset their environments in one batch."""
         elapsed = round(time.time() - self._start, 6)
         for index in done.tolist():
             info = infos[index]
@@ -228,7 +219,7 @@ class EnvPoolVecEnv(VecEnv):
         if self._results is not None:
             self._results.close()
 
-    # === What SB3 asks single environments, of which there are none in Python ===
+    # === What SB3 asks single environments for: there are none in Python ===
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """
@@ -239,27 +230,17 @@ class EnvPoolVecEnv(VecEnv):
         :return: the same value for each
         :raises AttributeError: if it is another attribute
         """
-        n_asked = len(list(self._get_indices(indices)))
-        if attr_name in ("render_mode", "metadata"):
-            value: Any = {"render_modes": []} if attr_name == "metadata" else None
-        elif attr_name in ("action_space", "observation_space", "spec"):
-            value = getattr(self, attr_name)
-        else:
+        known = {name: getattr(self, name) for name in ("action_space", "observation_space", "spec")}
+        known |= {"metadata": {"render_modes": []}, "render_mode": None}
+        if attr_name not in known:
             raise AttributeError(
                 f"EnvPool's environments have no attribute {attr_name!r} in Python: they run in C++; `get_attr` knows "
                 f"action_space, metadata, observation_space, render_mode and spec"
             )
-        return [value] * n_asked
+        return [known[attr_name]] * len(list(self._get_indices(indices)))
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """
-        Refuse to set an attribute: EnvPool's environments have none that could be set.
-
-        :param attr_name: the attribute
-        :param value: its value
-        :param indices: of which environments
-        :raises AttributeError: always
-        """
+        """Refuse to set an attribute: EnvPool's environments have none that could be set."""
         raise AttributeError(
             f"EnvPool's environments have no attribute {attr_name!r} to set: they run in C++; pass options of the task to the "
             f"constructor of EnvPoolVecEnv"
@@ -268,15 +249,7 @@ class EnvPoolVecEnv(VecEnv):
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
-        """
-        Refuse to call a method: EnvPool's environments have none in Python.
-
-        :param method_name: the method
-        :param method_args: its positional arguments
-        :param indices: of which environments
-        :param method_kwargs: its keyword arguments
-        :raises AttributeError: always
-        """
+        """Refuse to call a method: EnvPool's environments have none in Python."""
         raise AttributeError(
             f"EnvPool's environments have no method {method_name!r} in Python: they run in C++; use DummyVecEnv or "
             f"SubprocVecEnv if you need it"
@@ -296,20 +269,11 @@ class EnvPoolVecEnv(VecEnv):
         return [wrapper_class is Monitor] * len(list(self._get_indices(indices)))
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        """
-        Refuse to render.
-
-        :raises NotImplementedError: always
-        """
+        """Refuse to render."""
         return [self.render()]
 
     def render(self, mode: str | None = None) -> np.ndarray | None:
-        """
-        Refuse to render.
-
-        :param mode: ``"human"`` or ``"rgb_array"``
-        :raises NotImplementedError: always
-        """
+        """Refuse to render."""
         raise NotImplementedError(
             f"EnvPoolVecEnv does not render: watch the agent in gymnasium.make({self._env_id!r}, "
             f"render_mode={mode or 'human'!r}), or with `sb3-trpo enjoy`"
@@ -320,12 +284,7 @@ class EnvPoolVecEnv(VecEnv):
 
 
 def load_envpool() -> ModuleType:
-    """
-    Import EnvPool, which is an extra, and slow to import.
-
-    :return: the package
-    :raises ImportError: if it is not installed
-    """
+    """Import EnvPool, which is an extra, and slow to import; raises an ``ImportError`` that says how to install it."""
     try:
         return importlib.import_module("envpool")
     except ImportError as error:
@@ -344,9 +303,7 @@ def spaces_without_warnings() -> Iterator[None]:
 
 def n_cores() -> int:
     """Count the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def task_options(envpool: ModuleType, env_id: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -374,10 +331,8 @@ def task_options(envpool: ModuleType, env_id: str, kwargs: dict[str, Any]) -> di
         try:
             config = envpool.make_spec(env_id, **kwargs).config._asdict()
         except (TypeError, RuntimeError, AssertionError) as error:
-            taken = {name: defaults[name] for name in kwargs}
-            raise ValueError(
-                f"EnvPool does not take {kwargs} as options of {env_id}, where the defaults are {taken}"
-            ) from error
+            replaced = {name: defaults[name] for name in kwargs}
+            raise ValueError(f"EnvPool does not take {kwargs} as options of {env_id}; the defaults are {replaced}") from error
     if config.get("max_num_players", 1) != 1:
         raise ValueError(f"`env_id`: {env_id} has several players, and EnvPoolVecEnv is for one agent per environment")
     if config["max_episode_steps"] < 1:
@@ -457,7 +412,6 @@ def put(observations: Any, indices: np.ndarray, values: Any) -> None:
 def rows(columns: dict[str, Any], n_rows: int) -> list[dict[str, Any]]:
     """Turn EnvPool's one dictionary of arrays into SB3's list of dictionaries."""
     names = [name for name, column in columns.items() if isinstance(column, np.ndarray) and name != "env_id"]
-    if not names:
-        return [{} for _ in range(n_rows)]
     values = [columns[name].tolist() if columns[name].ndim == 1 else list(columns[name]) for name in names]
-    return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
+    found = [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
+    return found if names else [{} for _ in range(n_rows)]

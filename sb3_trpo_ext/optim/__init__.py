@@ -6,7 +6,7 @@ a step size, and an update puts them together on a :class:`~sb3_trpo_ext.optim.u
 
 from sb3_trpo_ext.optim.conjugate_gradient import CGResult, CGStatus, conjugate_gradient
 from sb3_trpo_ext.optim.kfac import KroneckerPreconditioner, MlpFisher
-from sb3_trpo_ext.optim.line_search import LineSearchResult, LineSearchStatus, line_search
+from sb3_trpo_ext.optim.line_search import LineSearchResult, line_search
 from sb3_trpo_ext.optim.mlp import MlpJacobian
 from sb3_trpo_ext.optim.operators import (
     AutogradJacobian,
@@ -37,7 +37,6 @@ __all__ = [
     "KLConstraint",
     "KroneckerPreconditioner",
     "LineSearchResult",
-    "LineSearchStatus",
     "LinearOperator",
     "MlpFisher",
     "MlpJacobian",

@@ -12,11 +12,11 @@ from sb3_trpo_ext.optim.operators import GaussNewtonFisher, LinearOperator, Stat
 from sb3_trpo_ext.optim.vectors import flatten, unflatten
 from sb3_trpo_ext.parallel.reductions import Shares
 
-#: What an eigendecomposition of an n x n matrix takes, in units of n^3 operations at the rate of matrix products. Measured on
+#: Cost of an eigendecomposition of an n x n matrix, in units of n^3 operations at the rate of matrix products. Measured on
 #: two cores: 4 ms at n = 349, where that rate was 190 GFLOP/s.
 _EIGH_OPERATIONS = 20
-#: How many times faster an accelerator multiplies matrices than the host, which decomposes them for it. On paper: 5 T
-#: multiply-adds per second over the rate above. So this pays there for large batches only.
+#: How many times faster an accelerator multiplies matrices than the host, which decomposes them for it. An estimate: 5 T
+#: multiply-adds per second over the rate above. So a preconditioner pays there for large batches only.
 _ACCELERATOR_SPEED = 50
 
 
@@ -38,9 +38,11 @@ class MlpFisher(GaussNewtonFisher):
     :param jacobian: of the policy on the batch
     :param output_fisher: maps tangents of the statistics to cotangents, sample by sample
     :param sample_score: draws a cotangent of the output, of shape ``(n_samples, n_outputs)``, whose covariance per sample is
-        the output-space Fisher matrix; may return ``None`` if there is no way to
+        the output-space Fisher matrix; may return ``None`` if it cannot
     :param shares: what each process counts in the means over samples
     """
+
+    jacobian: MlpJacobian
 
     def __init__(
         self,
@@ -50,14 +52,13 @@ class MlpFisher(GaussNewtonFisher):
         shares: Shares,
     ):
         super().__init__(jacobian, output_fisher)
-        self._mlp_jacobian = jacobian
         self._sample_score = sample_score
         self._shares = shares
 
     @property
     def preconditioner_cost(self) -> float:
         """Counted in floating-point operations, and rounded up."""
-        jacobian = self._mlp_jacobian
+        jacobian = self.jacobian
         build, product = 0.0, 0.0
         eigh_operations = _EIGH_OPERATIONS * (1 if jacobian.device.type == "cpu" else _ACCELERATOR_SPEED)
         for index, (n_out, n_in) in enumerate(jacobian.layer_shapes()):
@@ -72,7 +73,7 @@ class MlpFisher(GaussNewtonFisher):
         if score is None:
             return None
         try:
-            return KroneckerPreconditioner(self._mlp_jacobian, self._output_fisher, score, damping, self._shares)
+            return KroneckerPreconditioner(self.jacobian, self._output_fisher, score, damping, self._shares)
         except th.linalg.LinAlgError:  # type: ignore[attr-defined]
             # The square of an observation of 1e20 is infinite in single precision, and has no eigenvalues
             return None
@@ -89,9 +90,9 @@ class KroneckerPreconditioner(LinearOperator):
     Damping enters exactly, in the eigenbasis of the two factors (as in George et al. 2018), and not by adding a share of it
     to each factor (Martens & Grosse 2015, section 6.3): both were measured, the eigenbasis saves one or two Fisher-vector
     products and costs less than one. Symmetric positive definite for any positive damping, so that conjugate gradient stays
-    exact: the preconditioner changes how fast it converges, never to what. The factors are averaged over all processes: with
-    one preconditioner for each of them, they would take different steps. From an accelerator the factors make one journey to
-    the host and back for their eigenvectors: a GPU is slow at a few matrices of this size (1.8 ms for 100 x 100, PyTorch's
+    exact: the preconditioner changes how fast it converges, not to what. The factors are averaged over all processes: with
+    one preconditioner for each of them, they would take different steps. From an accelerator the factors make one round trip
+    to the host for their eigenvectors: a GPU is slow at a few matrices of this size (1.8 ms for 100 x 100, PyTorch's
     issue 174674), and not every accelerator has a routine for it.
 
     :param jacobian: of the policy on the batch
@@ -111,27 +112,20 @@ class KroneckerPreconditioner(LinearOperator):
         shares: Shares,
     ):
         self._jacobian = jacobian
-        n_samples = jacobian.n_samples
-        self._blocks: list[_Block] = []
         factors: list[th.Tensor] = []
-        cotangents = jacobian.layer_cotangents(score)
-        for index, (inputs, cotangent) in enumerate(zip(jacobian.layer_inputs(), cotangents, strict=True)):
-            factors.append(inputs.t() @ inputs / n_samples)
-            if index == len(cotangents) - 1:
-                factors.append(_mean_output_fisher(jacobian, output_fisher, score))
-            else:
-                factors.append(cotangent.t() @ cotangent / n_samples)
+        for inputs, cotangent in zip(jacobian.layer_inputs(), jacobian.layer_cotangents(score), strict=True):
+            factors += [part.t() @ part / jacobian.n_samples for part in (inputs, cotangent)]
+        factors[-1] = _mean_output_fisher(jacobian, output_fisher, score)
         if jacobian.has_log_std:
-            zeros, ones = th.zeros_like(score), th.ones_like(score)
-            factors.append(output_fisher((zeros, ones))[1].mean(dim=0))
-        means = shares.means(factors)
-        end = 2 * len(cotangents)
-        eigen = _eigen(means[:end])
+            factors.append(output_fisher((th.zeros_like(score), th.ones_like(score)))[1].mean(dim=0))
+        means = list(shares.means(factors))
+        self._log_std_scale: th.Tensor | None = 1 / (means.pop() + damping) if jacobian.has_log_std else None
+        eigen = _eigen(means)
+        self._blocks: list[_Block] = []
         for (input_values, input_basis), (output_values, output_basis) in zip(eigen[::2], eigen[1::2], strict=True):
             # Rounding makes the smallest eigenvalues of a singular factor slightly negative
             eigenvalues = output_values.clamp(min=0)[:, None] * input_values.clamp(min=0)
             self._blocks.append(_Block(output_basis, input_basis, 1 / (eigenvalues + damping)))
-        self._log_std_scale: th.Tensor | None = 1 / (means[-1] + damping) if jacobian.has_log_std else None
 
     @th.no_grad()
     def __matmul__(self, vector: th.Tensor) -> th.Tensor:
@@ -160,11 +154,6 @@ def _mean_output_fisher(
     jacobian: MlpJacobian, output_fisher: Callable[[Statistics], Statistics], like: th.Tensor
 ) -> th.Tensor:
     """Mean over the samples of the output-space Fisher matrix, one column after the other; ``like`` is an output."""
-    zeros = th.zeros_like(like)
-    columns = []
-    for index in range(like.shape[1]):
-        tangent = zeros.clone()
-        tangent[:, index] = 1
-        tangents = (tangent, zeros) if jacobian.has_log_std else (tangent,)
-        columns.append(output_fisher(tangents)[0].mean(dim=0))
-    return th.stack(columns, dim=1)
+    zeros = [th.zeros_like(like)] if jacobian.has_log_std else []
+    basis = th.eye(like.shape[1], dtype=like.dtype, device=like.device)
+    return th.stack([output_fisher((row.expand_as(like), *zeros))[0].mean(dim=0) for row in basis], dim=1)

@@ -2,17 +2,9 @@
 
 import math
 from collections.abc import Callable
-from enum import Enum
 from typing import NamedTuple
 
-
-class LineSearchStatus(str, Enum):
-    """How a line search ended."""
-
-    ACCEPTED = "accepted"
-    KL_TOO_LARGE = "kl_too_large"
-    NO_IMPROVEMENT = "no_improvement"
-    NON_FINITE = "non_finite"
+from sb3_trpo_ext.optim.status import UpdateStatus
 
 
 class LineSearchResult(NamedTuple):
@@ -26,7 +18,7 @@ class LineSearchResult(NamedTuple):
     objective: float
     #: Mean KL(old || new) at that step.
     kl: float
-    status: LineSearchStatus
+    status: UpdateStatus
 
 
 #: An accepted step that reaches this share of the KL budget ends the search: the rest is not worth an evaluation.
@@ -39,13 +31,6 @@ _MAX_GROWTH = 4.0
 _MAX_SHRINKING = 0.01
 #: A bracket that is narrower than this is not searched any further.
 _NARROW = 1.02
-
-
-def _power(trials: list[tuple[float, float]]) -> float:
-    """Exponent of the power law through the last two measurements of the KL, which is 2 where the KL is quadratic."""
-    (s1, kl1), (s2, kl2) = trials[-2:]
-    # The logarithms are subtracted because the ratio of two KLs can underflow to zero; that of two steps is never quite one
-    return min(max((math.log(kl2) - math.log(kl1)) / math.log(s2 / s1), 1.0), 8.0)
 
 
 def line_search(
@@ -76,16 +61,16 @@ def line_search(
     :return: the accepted step, or step size 0 with the reason why the last trial was refused
     """
     step = full_step
-    # The bracket: the largest step size that met both conditions and the smallest that did not.
+    # The bracket: the largest step size that met both conditions and the smallest that did not
     lower, upper = 0.0, math.inf
     best: LineSearchResult | None = None
     measured: list[tuple[float, float]] = []
-    n_trials, status = 0, LineSearchStatus.NO_IMPROVEMENT
+    n_trials, status = 0, UpdateStatus.NO_IMPROVEMENT
     while n_trials < max_trials:
         objective, kl = evaluate(step)
         n_trials += 1
         trial = _judged(objective, kl, objective_before, max_kl)
-        if trial is LineSearchStatus.ACCEPTED:
+        if trial is UpdateStatus.ACCEPTED:
             lower = step
             if best is None or objective >= best.objective:
                 best = LineSearchResult(step, n_trials, objective, kl, trial)
@@ -93,13 +78,15 @@ def line_search(
                 break
         else:
             upper, status = step, trial
-        if not fill:
-            step *= shrinking_factor
-            continue
-        if trial is not LineSearchStatus.NON_FINITE and kl > 0:
+        if trial is not UpdateStatus.NON_FINITE and kl > 0:
             measured.append((step, kl))
-        kl_decides = trial in (LineSearchStatus.ACCEPTED, LineSearchStatus.KL_TOO_LARGE)
-        step = _next_step(step, kl_decides, max_kl, lower, upper, measured, shrinking_factor)
+        guess = step * shrinking_factor
+        if fill and trial in (UpdateStatus.ACCEPTED, UpdateStatus.KL_TOO_LARGE):
+            guess = step * _growth(kl, max_kl, measured, is_bounded=upper < math.inf)
+        if fill and not lower < guess < upper:
+            # The power law leaves the bracket where the KL is far from one: halve the bracket instead
+            guess = math.sqrt(lower * upper) if lower > 0 and upper < math.inf else step * shrinking_factor
+        step = guess
         if not lower < step < upper or (lower > 0 and upper < _NARROW * lower):
             break
     if best is None:
@@ -107,47 +94,32 @@ def line_search(
     return best._replace(n_trials=n_trials)
 
 
-def _judged(objective: float, kl: float, objective_before: float, max_kl: float) -> LineSearchStatus:
+def _judged(objective: float, kl: float, objective_before: float, max_kl: float) -> UpdateStatus:
     """Whether a trial is good, or why not."""
     if not (math.isfinite(objective) and math.isfinite(kl)):
-        return LineSearchStatus.NON_FINITE
+        return UpdateStatus.NON_FINITE
     if kl > max_kl:
-        return LineSearchStatus.KL_TOO_LARGE
-    return LineSearchStatus.ACCEPTED if objective > objective_before else LineSearchStatus.NO_IMPROVEMENT
+        return UpdateStatus.KL_TOO_LARGE
+    return UpdateStatus.ACCEPTED if objective > objective_before else UpdateStatus.NO_IMPROVEMENT
 
 
-def _next_step(
-    step: float,
-    kl_decides: bool,
-    max_kl: float,
-    lower: float,
-    upper: float,
-    measured: list[tuple[float, float]],
-    shrinking_factor: float,
-) -> float:
+def _growth(kl: float, max_kl: float, measured: list[tuple[float, float]], is_bounded: bool) -> float:
     """
-    Choose the next trial of a search that fills the trust region.
+    Factor from the last trial to where the trust region ends.
 
-    :param step: the last trial
-    :param kl_decides: whether the last trial is to be corrected by its KL, and not because of its objective or of a NaN
+    :param kl: of the last trial
     :param max_kl: the trust region's radius
-    :param lower: the largest step size that was accepted, or 0
-    :param upper: the smallest one that was refused, or infinity
-    :param measured: step size and KL of the trials so far, where these are positive and finite
-    :param shrinking_factor: for trials that the KL does not decide
-    :return: the next trial; outside ``(lower, upper)`` if the bracket cannot be narrowed any more
+    :param measured: step size and KL of all trials whose KL is positive and finite
+    :param is_bounded: whether a trial has been refused, which bounds the growth
     """
-    if kl_decides and measured and measured[-1][0] == step:
-        kl = measured[-1][1]
-        power = _power(measured) if len(measured) > 1 else 2.0
-        max_growth = _MAX_GROWTH if upper == math.inf else math.inf
-        guess = step * min(max(math.pow(_AIM * max_kl / kl, 1 / power), _MAX_SHRINKING), max_growth)
-    elif kl_decides:
-        # The KL is zero: nothing has moved yet
-        guess = step * _MAX_GROWTH
-    else:
-        guess = step * shrinking_factor
-    if lower < guess < upper:
-        return guess
-    # The power law leaves the bracket where the KL is far from one: halve the bracket instead
-    return math.sqrt(lower * upper) if lower > 0 and upper < math.inf else step * shrinking_factor
+    if kl <= 0:
+        # Nothing has moved yet
+        return _MAX_GROWTH
+    power = 2.0
+    if len(measured) > 1:
+        # The power law through the last two measurements. The logarithms are subtracted because the ratio of two KLs can
+        # underflow to zero; that of two steps is never quite one
+        (s1, kl1), (s2, kl2) = measured[-2:]
+        power = min(max((math.log(kl2) - math.log(kl1)) / math.log(s2 / s1), 1.0), 8.0)
+    growth = max(math.pow(_AIM * max_kl / kl, 1 / power), _MAX_SHRINKING)
+    return growth if is_bounded else min(growth, _MAX_GROWTH)

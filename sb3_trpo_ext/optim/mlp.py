@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch as th
 from torch import nn
@@ -21,13 +22,7 @@ ELEMENTWISE_ACTIVATIONS: tuple[type[nn.Module], ...] = (
 
 
 def _value_and_slope(activation: nn.Module, pre_activation: th.Tensor) -> tuple[th.Tensor, th.Tensor | None]:
-    """
-    Value and derivative of an elementwise activation, both without a graph.
-
-    :param activation: one of :data:`ELEMENTWISE_ACTIVATIONS`
-    :param pre_activation: its input, of any shape
-    :return: value and derivative, of the input's shape; no derivative for the identity
-    """
+    """Value and derivative of an elementwise activation, both without a graph; no derivative for the identity."""
     if type(activation) is nn.Identity:
         return pre_activation, None
     if type(activation) is nn.Tanh:
@@ -39,6 +34,20 @@ def _value_and_slope(activation: nn.Module, pre_activation: th.Tensor) -> tuple[
         value = activation(leaf.clone())
         (slope,) = th.autograd.grad(value.sum(), leaf)
     return value.detach(), slope
+
+
+class _Layer(NamedTuple):
+    """A linear layer at the old parameters, with the activation after it."""
+
+    #: Shape ``(n_out, n_in)``.
+    weight: th.Tensor
+    #: Where weight and bias are among the parameters.
+    weight_index: int
+    bias_index: int | None
+    #: Shape ``(n_samples, n_in)``.
+    inputs: th.Tensor
+    #: Derivative of the activation, shape ``(n_samples, n_out)``; ``None`` for the identity, and at the output.
+    slope: th.Tensor | None
 
 
 class MlpJacobian(Jacobian):
@@ -80,29 +89,33 @@ class MlpJacobian(Jacobian):
         used += [] if log_std is None else [log_std]
         if len(used) != len(params) or any(id(tensor) not in position for tensor in used):
             raise ValueError("`params` must be the parameters of the layers and `log_std`, each once")
-        self._weight_index = [position[id(layer.weight)] for layer in layers]
-        self._bias_index: list[int | None] = [None if layer.bias is None else position[id(layer.bias)] for layer in layers]
         self._log_std_index = None if log_std is None else position[id(log_std)]
-        # Copies: a product in the middle of a line search must still be the one at the old parameters
-        self._weights = [layer.weight.detach().clone() for layer in layers]
-        self._hidden = [inputs.detach()]
-        self._slopes: list[th.Tensor | None] = []
+        self._layers: list[_Layer] = []
+        hidden = inputs.detach()
         with th.no_grad():
-            for layer, activation in zip(layers, activations, strict=False):
-                value, slope = _value_and_slope(activation, layer(self._hidden[-1]))
-                self._hidden.append(value)
-                self._slopes.append(slope)
-            #: What the network puts out, shape ``(n_samples, n_outputs)``.
-            self.output: th.Tensor = layers[-1](self._hidden[-1])
+            for layer, activation in zip(layers, [*activations, nn.Identity()], strict=True):
+                value, slope = _value_and_slope(activation, layer(hidden))
+                bias_index = None if layer.bias is None else position[id(layer.bias)]
+                # A copy: a product in the middle of a line search must still be the one at the old parameters
+                weight = layer.weight.detach().clone()
+                self._layers.append(_Layer(weight, position[id(layer.weight)], bias_index, hidden, slope))
+                hidden = value
+        #: The output of the network, shape ``(n_samples, n_outputs)``.
+        self.output: th.Tensor = hidden
 
     def thinned(self, stride: int) -> "MlpJacobian":
-        """The Jacobian on every so many-th sample, without computing anything again."""
+        """The Jacobian on every k-th sample, without computing anything again."""
         if stride == 1:
             return self
         smaller = copy.copy(self)
-        # Copies are contiguous, which the products are worth
-        smaller._hidden = [hidden[::stride].contiguous() for hidden in self._hidden]
-        smaller._slopes = [None if slope is None else slope[::stride].contiguous() for slope in self._slopes]
+        # Contiguous copies make the products faster
+        smaller._layers = [
+            layer._replace(
+                inputs=layer.inputs[::stride].contiguous(),
+                slope=None if layer.slope is None else layer.slope[::stride].contiguous(),
+            )
+            for layer in self._layers
+        ]
         smaller.output = self.output[::stride].contiguous()
         smaller.n_samples = smaller.output.shape[0]
         return smaller
@@ -117,21 +130,17 @@ class MlpJacobian(Jacobian):
         """
         parts = th.split(vector, self._sizes)
         tangent: th.Tensor | None = None
-        for index, (weight, hidden) in enumerate(zip(self._weights, self._hidden, strict=True)):
-            direction = parts[self._weight_index[index]].view_as(weight)
-            bias_index = self._bias_index[index]
-            if bias_index is None:
-                moved = hidden @ direction.t()
+        for layer in self._layers:
+            direction = parts[layer.weight_index].view_as(layer.weight)
+            if layer.bias_index is None:
+                moved = layer.inputs @ direction.t()
             else:
-                moved = th.addmm(parts[bias_index], hidden, direction.t())
-            tangent = moved if tangent is None else moved.addmm_(tangent, weight.t())
-            if index < len(self._slopes):
-                slope = self._slopes[index]
-                tangent = tangent if slope is None else tangent.mul_(slope)
+                moved = th.addmm(parts[layer.bias_index], layer.inputs, direction.t())
+            tangent = moved if tangent is None else moved.addmm_(tangent, layer.weight.t())
+            if layer.slope is not None:
+                tangent.mul_(layer.slope)
         assert tangent is not None
-        if self._log_std_index is None:
-            return (tangent,)
-        return tangent, parts[self._log_std_index].expand_as(tangent)
+        return (tangent,) if self._log_std_index is None else (tangent, parts[self._log_std_index].expand_as(tangent))
 
     @th.no_grad()
     def vjp(self, cotangents: Statistics) -> th.Tensor:
@@ -145,12 +154,10 @@ class MlpJacobian(Jacobian):
         parts = th.split(result, self._sizes)
         if self._log_std_index is not None:
             th.sum(cotangents[1], dim=0, out=parts[self._log_std_index])
-        for index, cotangent in enumerate(self.layer_cotangents(cotangents[0])):
-            weight_part = parts[self._weight_index[index]].view_as(self._weights[index])
-            th.mm(cotangent.t(), self._hidden[index], out=weight_part)
-            bias_index = self._bias_index[index]
-            if bias_index is not None:
-                th.sum(cotangent, dim=0, out=parts[bias_index])
+        for layer, cotangent in zip(self._layers, self.layer_cotangents(cotangents[0]), strict=True):
+            th.mm(cotangent.t(), layer.inputs, out=parts[layer.weight_index].view_as(layer.weight))
+            if layer.bias_index is not None:
+                th.sum(cotangent, dim=0, out=parts[layer.bias_index])
         return result
 
     @th.no_grad()
@@ -162,15 +169,15 @@ class MlpJacobian(Jacobian):
         :return: one cotangent per layer, from the first to the last
         """
         cotangents = [cotangent]
-        for weight, slope in zip(reversed(self._weights[1:]), reversed(self._slopes), strict=True):
-            cotangent = cotangent @ weight
-            cotangents.append(cotangent if slope is None else cotangent.mul_(slope))
+        for before, layer in zip(self._layers[-2::-1], self._layers[:0:-1], strict=True):
+            cotangent = cotangent @ layer.weight
+            cotangents.append(cotangent if before.slope is None else cotangent.mul_(before.slope))
         return cotangents[::-1]
 
     @property
     def device(self) -> th.device:
         """Where it is."""
-        return self._hidden[0].device
+        return self.output.device
 
     @property
     def has_log_std(self) -> bool:
@@ -178,26 +185,13 @@ class MlpJacobian(Jacobian):
         return self._log_std_index is not None
 
     def layer_inputs(self) -> list[th.Tensor]:
-        """
-        The inputs of each linear layer, with a column of ones where it has a bias.
-
-        :return: tensors of shape ``(n_samples, n_in)`` or ``(n_samples, n_in + 1)``
-        """
-        return [
-            hidden if bias_index is None else th.cat([hidden, hidden.new_ones(self.n_samples, 1)], dim=1)
-            for hidden, bias_index in zip(self._hidden, self._bias_index, strict=True)
-        ]
+        """The inputs of each linear layer, shape ``(n_samples, n_in)``, with a column of ones where it has a bias."""
+        ones = self.output.new_ones(self.n_samples, 1)
+        return [layer.inputs if layer.bias_index is None else th.cat([layer.inputs, ones], dim=1) for layer in self._layers]
 
     def layer_shapes(self) -> list[tuple[int, int]]:
-        """
-        Shapes of the matrices that :meth:`to_layers` returns.
-
-        :return: pairs ``(n_out, n_in)``, with the bias counted as an input
-        """
-        return [
-            (weight.shape[0], weight.shape[1] + (bias_index is not None))
-            for weight, bias_index in zip(self._weights, self._bias_index, strict=True)
-        ]
+        """Shapes ``(n_out, n_in)`` of the matrices that :meth:`to_layers` returns."""
+        return [(len(layer.weight), layer.weight.shape[1] + (layer.bias_index is not None)) for layer in self._layers]
 
     def to_layers(self, vector: th.Tensor) -> tuple[list[th.Tensor], th.Tensor | None]:
         """
@@ -208,27 +202,19 @@ class MlpJacobian(Jacobian):
         """
         parts = th.split(vector, self._sizes)
         matrices = []
-        for weight, weight_index, bias_index in zip(self._weights, self._weight_index, self._bias_index, strict=True):
-            matrix = parts[weight_index].view_as(weight)
-            matrices.append(matrix if bias_index is None else th.cat([matrix, parts[bias_index][:, None]], dim=1))
+        for layer in self._layers:
+            matrix = parts[layer.weight_index].view_as(layer.weight)
+            matrices.append(matrix if layer.bias_index is None else th.cat([matrix, parts[layer.bias_index][:, None]], dim=1))
         return matrices, None if self._log_std_index is None else parts[self._log_std_index]
 
     def from_layers(self, matrices: Sequence[th.Tensor], log_std: th.Tensor | None) -> th.Tensor:
-        """
-        The inverse of :meth:`to_layers`.
-
-        :param matrices: one per layer
-        :param log_std: the part of the log std, if there is one
-        :return: shape ``(n_params,)``
-        """
+        """The inverse of :meth:`to_layers`."""
         result = matrices[0].new_empty(sum(self._sizes))
         parts = th.split(result, self._sizes)
-        for matrix, weight, weight_index, bias_index in zip(
-            matrices, self._weights, self._weight_index, self._bias_index, strict=True
-        ):
-            parts[weight_index].view_as(weight).copy_(matrix[:, : weight.shape[1]])
-            if bias_index is not None:
-                parts[bias_index].copy_(matrix[:, -1])
+        for layer, matrix in zip(self._layers, matrices, strict=True):
+            parts[layer.weight_index].view_as(layer.weight).copy_(matrix[:, : layer.weight.shape[1]])
+            if layer.bias_index is not None:
+                parts[layer.bias_index].copy_(matrix[:, -1])
         if self._log_std_index is not None:
             assert log_std is not None
             parts[self._log_std_index].copy_(log_std)

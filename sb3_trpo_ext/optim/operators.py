@@ -14,7 +14,7 @@ import torch as th
 from sb3_trpo_ext.optim.vectors import flatten, unflatten
 from sb3_trpo_ext.parallel.reductions import Shares
 
-#: What a policy's distribution is made of on a batch (mean and log std, logits, ...): tensors whose first axis is the batch.
+#: The statistics of a policy's distribution on a batch (mean and log std, logits, ...): tensors whose first axis is the batch.
 Statistics = tuple[th.Tensor, ...]
 
 
@@ -162,7 +162,7 @@ class HessianFisher(LinearOperator):
 
 
 class ChunkedOperator(LinearOperator):
-    """A weighted sum of operators that are made anew for every product, so that the graph of only one of them is in memory."""
+    """A weighted sum of operators that are built again for every product, so that only one graph at a time is in memory."""
 
     def __init__(self, parts: Sequence[Callable[[], LinearOperator]], weights: Sequence[float]):
         self._parts = parts

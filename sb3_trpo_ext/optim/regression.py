@@ -14,8 +14,8 @@ class MlpRegression:
     An MLP's output, and the gradient in its parameters of any loss of it, without a graph.
 
     On minibatches of a hundred samples, building and walking a graph takes a good part of the time of the matrix products
-    themselves, and so does every other call into PyTorch: there are as few of them as possible. Gradients go straight into
-    ``param.grad``, which is made where there is none. The memory of the activations is kept from one minibatch to the next,
+    themselves, and so does every other call into PyTorch: there are as few of them as possible. Gradients are written into
+    ``param.grad``, which is created if missing. The memory of the activations is kept from one minibatch to the next,
     and stays in the cache.
 
     :param layers: the linear layers with bias, from input to the one output
@@ -32,8 +32,8 @@ class MlpRegression:
         for param in (param for layer in layers for param in layer.parameters()):
             if param.grad is None:
                 param.grad = th.zeros_like(param)
-        # Looked up once: a module takes its time to find an attribute. Not a view of a weight, which would be the old weight
-        # to an optimiser that replaces `param.data`
+        # Looked up once, since attributes of a module are slow. The weights themselves and no views of them: an optimizer may
+        # replace `param.data`, and a view would keep the old weight
         self._params = [(layer.weight, layer.bias) for layer in layers]
         self._gradients = [(layer.weight.grad, layer.bias.grad) for layer in layers]
         self._kinds = [type(activation) for activation in activations]

@@ -1,4 +1,4 @@
-"""How something ended: a number for those who average and plot, a name and advice for people."""
+"""How something ended: a code for averages and plots, a name and advice for people."""
 
 from enum import IntEnum
 

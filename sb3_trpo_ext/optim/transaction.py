@@ -1,4 +1,4 @@
-"""Changes that are made completely or not at all."""
+"""Optimizer steps that are kept as a whole or undone."""
 
 import copy
 from collections.abc import Iterable

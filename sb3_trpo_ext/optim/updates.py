@@ -142,7 +142,7 @@ class KLConstraint(PolicyUpdate):
         curvature = solution.curvature - self.cg_damping * squared_length
         result = result._replace(curvature=curvature, cg_steps=solution.n_steps, cg_residual=solution.residual_norm)
         if solution.status in (CGStatus.NON_POSITIVE_CURVATURE, CGStatus.NON_FINITE):
-            return result._replace(status=UpdateStatus[f"CG_{solution.status.name}"])
+            return result._replace(status=UpdateStatus(solution.status))
         scale = solution.curvature if self.damped_scale else curvature
         # Where the KL does not change along the direction, rounding leaves a remainder of either sign
         full_step = math.sqrt(2 * target_kl / scale) if scale > 0 else math.inf
@@ -151,7 +151,7 @@ class KLConstraint(PolicyUpdate):
 
         search = self._move(problem, direction, full_step, result.objective_before, target_kl)
         return result._replace(
-            status=UpdateStatus[search.status.name],
+            status=search.status,
             objective_after=search.objective,
             predicted_improvement=search.step_size * slope,
             kl=search.kl,
@@ -248,20 +248,15 @@ class AdaptiveKLPenalty(PolicyUpdate):
             is_finite = math.isfinite(objective) and math.isfinite(kl) and bool(th.isfinite(moved).all())
             if is_finite:
                 transaction.commit()
-        if not is_finite:
-            # Too far is the one way to get here from finite gradients: raise the penalty
-            self._multiply_beta(2.0)
-            return result._replace(status=UpdateStatus.NON_FINITE)
-        if kl > 1.5 * target_kl:
+        # With finite gradients, only a step that goes too far leads to a NaN
+        if not is_finite or kl > 1.5 * target_kl:
             self._multiply_beta(2.0)
         elif kl < target_kl / 1.5:
             self._multiply_beta(0.5)
-        return result._replace(
-            objective_after=objective,
-            predicted_improvement=float(th.dot(gradient, moved)),
-            kl=kl,
-            step_size=1.0,
-        )
+        if not is_finite:
+            return result._replace(status=UpdateStatus.NON_FINITE)
+        predicted = float(th.dot(gradient, moved))
+        return result._replace(objective_after=objective, predicted_improvement=predicted, kl=kl, step_size=1.0)
 
     def _multiply_beta(self, factor: float) -> None:
         """Adapt beta, within bounds from which it can come back."""

@@ -1,4 +1,4 @@
-"""Between lists of parameters and one flat vector."""
+"""Conversions between lists of parameters and one flat vector."""
 
 from collections.abc import Sequence
 
@@ -6,42 +6,26 @@ import torch as th
 
 
 def flatten(tensors: Sequence[th.Tensor]) -> th.Tensor:
-    """
-    Concatenate tensors into one vector, in order.
-
-    :param tensors: any number of tensors of any shapes, at least one
-    :return: vector of shape ``(n_params,)``, without a graph
-    """
+    """Concatenate at least one tensor into a vector of shape ``(n_params,)``, in order and without a graph."""
     return th.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
 def unflatten(vector: th.Tensor, like: Sequence[th.Tensor]) -> list[th.Tensor]:
-    """
-    Cut a vector into views shaped like the given tensors: the inverse of :func:`flatten`.
-
-    :param vector: shape ``(n_params,)``
-    :param like: the tensors whose shapes and order are taken
-    :return: views into ``vector``
-    """
+    """Cut a vector of shape ``(n_params,)`` into views shaped like the given tensors: the inverse of :func:`flatten`."""
     chunks = th.split(vector, [tensor.numel() for tensor in like])
     return [chunk.view(tensor.shape) for chunk, tensor in zip(chunks, like, strict=True)]
 
 
 @th.no_grad()
 def assign_(params: Sequence[th.Tensor], vector: th.Tensor) -> None:
-    """
-    Overwrite parameters with the values of a flat vector, in place.
-
-    :param params: the parameters
-    :param vector: shape ``(n_params,)``
-    """
+    """Overwrite parameters with the values of a vector of shape ``(n_params,)``, in place."""
     for param, value in zip(params, unflatten(vector, params), strict=True):
         param.copy_(value)
 
 
 def flat_gradient_(params: Sequence[th.Tensor]) -> th.Tensor:
     """
-    Give parameters gradients that lie side by side in one tensor: what is written into one is in the other.
+    Give parameters gradients that are views into one flat tensor.
 
     :param params: the parameters, of one type and on one device; the gradients they have are dropped
     :return: vector of shape ``(n_params,)``, zero
@@ -54,7 +38,7 @@ def flat_gradient_(params: Sequence[th.Tensor]) -> th.Tensor:
 
 def gradient_by_backward(output: th.Tensor, params: Sequence[th.Tensor]) -> th.Tensor:
     """
-    The flat gradient of a scalar, by ``backward``: hooks of every kind hear of it, once, and may change it.
+    The flat gradient of a scalar, by ``backward``: hooks of every kind run once, and may change it.
 
     (``th.autograd.grad`` accumulates nothing, so that hooks for after the accumulation would not run.)
 

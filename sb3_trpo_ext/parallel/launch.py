@@ -2,7 +2,7 @@
 
 Each process steps environments of its own. What an update needs of all of them is averaged in
 :mod:`sb3_trpo_ext.parallel.reductions`. Here is the rest: how processes find each other, start from one state, count steps
-together and notice if they come apart.
+together and notice if they diverge.
 """
 
 import atexit
@@ -25,8 +25,8 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import explained_variance, get_device
 
-from sb3_trpo_ext.parallel.moments import Moments, all_joined, joined, moments_of, without
-from sb3_trpo_ext.parallel.reductions import all_max, all_sum, is_parallel, lost_process, rank, world_size
+from sb3_trpo_ext.parallel.moments import Moments, all_joined, difference, joined, moments_of
+from sb3_trpo_ext.parallel.reductions import all_max, all_sum, is_parallel, losses_explained, rank, world_size
 
 #: How long a process waits for the others: longer than any evaluation, which the first one makes alone.
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -74,7 +74,7 @@ def join_process_group() -> None:
 def _leave_process_group() -> None:
     """End communication while the interpreter is still there."""
     if dist.is_initialized():
-        # A thread of gloo may be about to let go of the last tensor, for which it needs the interpreter. Were that gone, the
+        # A thread of gloo may be about to free the last tensor, for which it needs the interpreter. Were that gone, the
         # process would die with "terminate called without an active exception" (PyTorch's issue 190489)
         time.sleep(0.2)
         dist.destroy_process_group()
@@ -115,7 +115,7 @@ def start_together(model: OnPolicyAlgorithm, arguments: tuple[int, int, bool]) -
     """
     Check that all processes can train together, and give them the state of the first one.
 
-    That is policy, optimisers, counters, VecNormalize statistics and how long to train: a checkpoint that the first process
+    That is policy, optimizers, counters, VecNormalize statistics and how long to train: a checkpoint that the first process
     has loaded is enough for all.
 
     :param model: before ``learn``
@@ -145,12 +145,7 @@ def start_together(model: OnPolicyAlgorithm, arguments: tuple[int, int, bool]) -
 
 
 def _check_settings(model: OnPolicyAlgorithm) -> None:
-    """
-    Compare what must be the same on all processes.
-
-    :param model: of this process
-    :raises ValueError: with the name of what differs, and its values
-    """
+    """Compare what must be the same on all processes; raises a ``ValueError`` that names what differs, with its values."""
     settings: dict[str, Any] = {
         name: value
         for name, value in vars(model).items()
@@ -162,10 +157,8 @@ def _check_settings(model: OnPolicyAlgorithm) -> None:
     settings["VecNormalize"] = sorted(running_statistics(model))
     settings["world_size"] = world_size()
     everyone: list[Any] = [None] * world_size()
-    try:
+    with losses_explained():
         dist.all_gather_object(everyone, settings)
-    except RuntimeError as error:
-        raise lost_process() from error
     for name in sorted({name for others in everyone for name in others}):
         values = [others.get(name) for others in everyone]
         if any(value != values[0] for value in values):
@@ -181,10 +174,8 @@ def broadcast(value: Any) -> Any:
     if not is_parallel():
         return value
     payload = [value]
-    try:
+    with losses_explained():
         dist.broadcast_object_list(payload, src=0)
-    except RuntimeError as error:
-        raise lost_process() from error
     return payload[0]
 
 
@@ -207,17 +198,17 @@ def _moments(stats: RunningMeanStd) -> Moments:
 
 
 class SharedStatistics:
-    """Running statistics that go on separately in each process, and become those of all samples whenever they are merged."""
+    """Running statistics that each process updates alone; merging makes them those of all samples."""
 
     def __init__(self, statistics: dict[str, RunningMeanStd]):
         self._statistics = statistics
         self._merged = {name: _moments(stats) for name, stats in statistics.items()}
 
     def merge_(self) -> None:
-        """Join to what was merged last what all processes have seen since."""
+        """Join what all processes have seen since the last merge to what was merged then."""
         for name, stats in self._statistics.items():
             before = self._merged[name]
-            new = all_joined(without(_moments(stats), before))
+            new = all_joined(difference(_moments(stats), before))
             if new.n > 0:
                 self._merged[name] = total = joined(before, new)
                 stats.count, stats.mean, stats.var = float(total.n), total.mean.numpy(), total.variance.numpy()
@@ -225,7 +216,7 @@ class SharedStatistics:
 
 def check_identical(model: OnPolicyAlgorithm) -> None:
     """
-    End the run if the processes have come apart: one exchange of two numbers per tensor.
+    End the run if the processes have diverged: one exchange of two numbers per tensor.
 
     :param model: after an update
     :raises RuntimeError: with the names of what differs
@@ -273,28 +264,26 @@ def joint_explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
     return float("nan") if variance == 0 else 1 - residual / variance
 
 
-class RankCallback(BaseCallback):
+class RankCallback(CallbackList):
     """
-    Holds the processes together during a training: what they count, what they normalise with, when they stop.
+    Holds the processes together during a training: what they count, what they normalize with, when they stop.
 
     The user's callbacks run in the first process, after this one has counted the steps of all. If one of them ends the
     training, all processes end it after the rollout they are in. The others wait at the end of a rollout while the first
     one evaluates.
 
-    :param statistics: what the processes normalise with, the same on all of them now
+    :param statistics: what the processes normalize with, the same on all of them now
     :param callback: the user's
     :param progress_bar: whether to display one
     """
 
     def __init__(self, statistics: dict[str, RunningMeanStd], callback: MaybeCallback, progress_bar: bool = False):
-        super().__init__()
+        given = callback if isinstance(callback, list) else [] if callback is None else [callback]
+        callbacks = [part if isinstance(part, BaseCallback) else ConvertCallback(part) for part in given]
+        bars = [ProgressBarCallback()] if progress_bar else []
+        super().__init__([*callbacks, *bars] if rank() == 0 else [])
         # Now and not when training starts: the first observations come in between
         self._statistics = SharedStatistics(statistics)
-        self._callback: BaseCallback | None = None
-        if rank() == 0:
-            callbacks = callback if isinstance(callback, list) else [] if callback is None else [callback]
-            all_callbacks = [part if isinstance(part, BaseCallback) else ConvertCallback(part) for part in callbacks]
-            self._callback = CallbackList([*all_callbacks, *([ProgressBarCallback()] if progress_bar else [])])
         #: Whether all processes have agreed to end the training.
         self.is_over = False
         #: Episodes and successes of this rollout, for the first process.
@@ -303,64 +292,43 @@ class RankCallback(BaseCallback):
     def _init_callback(self) -> None:
         assert isinstance(self.model, OnPolicyAlgorithm)
         self._n_other_envs = int(all_sum(th.tensor(self.model.n_envs))) - self.model.n_envs
-        if self._callback is not None:
-            self._callback.init_callback(self.model)
-        self._bars = [part for part in _flattened(self._callback) if isinstance(part, ProgressBarCallback)]
-
-    def _on_training_start(self) -> None:
-        if self._callback is not None:
-            self._callback.on_training_start(self.locals, self.globals)
-
-    def _on_rollout_start(self) -> None:
-        if self._callback is not None:
-            self._callback.on_rollout_start()
-
-    def update_child_locals(self, locals_: dict[str, Any]) -> None:
-        """Pass on the variables of the rollout."""
-        if self._callback is not None:
-            self._callback.update_locals(locals_)
+        super()._init_callback()
+        self._bars = [part for part in _flattened(self) if isinstance(part, ProgressBarCallback)]
 
     def _on_step(self) -> bool:
         self.model.num_timesteps += self._n_other_envs
         self.num_timesteps = self.model.num_timesteps
-        if self._callback is None:
+        if rank() > 0:
             for info, is_done in zip(self.locals["infos"], self.locals["dones"], strict=True):
                 if "episode" in info:
                     self._finished["ep_info_buffer"].append(info["episode"])
                 if is_done and info.get("is_success") is not None:
                     self._finished["ep_success_buffer"].append(info["is_success"])
         elif not self.is_over:
-            self.is_over = not self._callback.on_step()
+            self.is_over = not super()._on_step()
             for bar in self._bars:
                 # It has counted the steps of this process
                 bar.pbar.update(self._n_other_envs)
-        # Nobody stops alone: the others would wait for ever
+        # No process stops alone: the others would wait forever
         return True
 
     def _on_rollout_end(self) -> None:
         self.is_over = bool(all_max(th.tensor(int(self.is_over))))
         self._statistics.merge_()
         everyone: list[Any] | None = [None] * world_size() if rank() == 0 else None
-        try:
+        with losses_explained():
             dist.gather_object(dict(self._finished), everyone, dst=0)
-        except RuntimeError as error:
-            raise lost_process() from error
         self._finished.clear()
         for finished in everyone or []:
             for name, entries in finished.items():
                 getattr(self.model, name).extend(entries)
-        if self._callback is not None:
-            self._callback.on_rollout_end()
-
-    def _on_training_end(self) -> None:
-        if self._callback is not None:
-            self._callback.on_training_end()
+        super()._on_rollout_end()
 
 
-def _flattened(callback: BaseCallback | None) -> Iterator[BaseCallback]:
+def _flattened(callback: BaseCallback) -> Iterator[BaseCallback]:
     """Go through the callbacks in lists of callbacks."""
     if isinstance(callback, CallbackList):
         for part in callback.callbacks:
             yield from _flattened(part)
-    elif callback is not None:
+    else:
         yield callback

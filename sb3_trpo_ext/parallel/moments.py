@@ -1,4 +1,4 @@
-"""Count, mean and variance that can be joined, taken apart and reduced over processes without the samples."""
+"""Count, mean and variance that can be joined, subtracted and reduced over processes without the samples."""
 
 from typing import NamedTuple
 
@@ -24,12 +24,7 @@ class Moments(NamedTuple):
 
 
 def moments_of(samples: th.Tensor) -> Moments:
-    """
-    Moments over the first axis.
-
-    :param samples: shape ``(n_samples, ...)``
-    :return: their moments
-    """
+    """Moments over the first axis of samples of shape ``(n_samples, ...)``."""
     samples = samples.double()
     mean = samples.mean(dim=0)
     return Moments(mean.new_full((), len(samples)), mean, (samples - mean).square().sum(dim=0))
@@ -38,22 +33,21 @@ def moments_of(samples: th.Tensor) -> Moments:
 def joined(first: Moments, second: Moments) -> Moments:
     """Moments of two sets of samples together (Chan, Golub & LeVeque 1983, equation 2.1)."""
     count = first.n + second.n
-    difference = second.mean - first.mean
-    share = second.n / count
-    m2 = first.m2 + second.m2 + difference.square() * first.n * share
-    return Moments(count, first.mean + difference * share, m2)
+    shift, share = second.mean - first.mean, second.n / count
+    m2 = first.m2 + second.m2 + shift.square() * first.n * share
+    return Moments(count, first.mean + shift * share, m2)
 
 
-def without(total: Moments, part: Moments) -> Moments:
+def difference(total: Moments, part: Moments) -> Moments:
     """Moments of what was added to a set of samples: the inverse of :func:`joined`."""
     count = total.n - part.n
     if count <= 0:
         return Moments(th.zeros_like(count), th.zeros_like(total.mean), th.zeros_like(total.m2))
     # Relative to the mean before, which keeps what cancels small
-    difference = (total.mean - part.mean) * (total.n / count)
-    m2 = total.m2 - part.m2 - difference.square() * part.n * (count / total.n)
+    shift = (total.mean - part.mean) * (total.n / count)
+    m2 = total.m2 - part.m2 - shift.square() * part.n * (count / total.n)
     # Rounding leaves a remainder of either sign where there is no variance
-    return Moments(count, part.mean + difference, m2.clamp(min=0))
+    return Moments(count, part.mean + shift, m2.clamp(min=0))
 
 
 def all_joined(part: Moments) -> Moments:

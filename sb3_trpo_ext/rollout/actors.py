@@ -4,7 +4,7 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch as th
@@ -38,12 +38,7 @@ from sb3_trpo_ext.update.structure import (
 _DISTRIBUTIONS = (*PLAIN_DISTRIBUTIONS, StateDependentNoiseDistribution)
 #: What `forward` consists of, and what is called in its place.
 _METHODS = (
-    "forward",
-    "__call__",
-    "get_distribution",
-    "predict_values",
-    "evaluate_actions",
-    "extract_features",
+    *("forward", "__call__", "get_distribution", "predict_values", "evaluate_actions", "extract_features"),
     "_get_action_dist_from_latent",
 )
 #: Modules known to be functions of each observation alone.
@@ -188,10 +183,7 @@ class MlpActor(Actor):
         else:
             space, normalize_images = self._policy.observation_space, self._policy.normalize_images
             hidden = preprocess_obs(observations, space, normalize_images=normalize_images).flatten(1)  # type: ignore[union-attr]
-        if len(hidden) <= self._max_envs_for_one_thread:
-            with one_thread():
-                output = self._output(hidden)
-        else:
+        with one_thread() if len(hidden) <= self._max_envs_for_one_thread else nullcontext():
             output = self._output(hidden)
         # What the checks of `torch.distributions` are there for. A sum that is finite has no NaN in it
         if output.device.type == "cpu" and not math.isfinite(output.sum()) and bool(output.isnan().any()):
@@ -211,8 +203,7 @@ class MlpActor(Actor):
 
     def _output(self, hidden: th.Tensor) -> th.Tensor:
         """The output of the network for features of shape ``(n_envs, n_inputs)``."""
-        weight, bias = self._layers[0]
-        output = F.linear(hidden, weight, bias)
+        output = F.linear(hidden, *self._layers[0])
         for activation, (weight, bias) in zip(self._activations, self._layers[1:], strict=True):
             output = F.linear(activation(output), weight, bias)
         return output

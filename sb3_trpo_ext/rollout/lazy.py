@@ -1,4 +1,4 @@
-"""What a rollout computes at its end, for a callback that looks at it before: tensors and a buffer that compute when asked."""
+"""Lazy tensors and a lazy buffer, for a callback that looks at what a rollout computes only at its end."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -10,26 +10,19 @@ import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 
-#: Arrays of a rollout buffer that are complete only when somebody asks.
+#: Arrays of a rollout buffer that are computed when they are read.
 _LAZY_ARRAYS = ("values", "log_probs", "rewards")
 
 
 class LazyTensor(th.Tensor):
-    """The place of a tensor that is computed when anything looks at it; from then on it is that tensor."""
+    """A placeholder for a tensor that is computed when it is first used."""
 
     #: Returns the tensor, always the same one.
     source: Callable[[], th.Tensor]
 
     @staticmethod
     def of(source: Callable[[], th.Tensor], shape: tuple[int, ...], device: th.device) -> "LazyTensor":
-        """
-        Make a place for a tensor.
-
-        :param source: returns the tensor, of type float32
-        :param shape: its shape
-        :param device: where it is
-        :return: its place
-        """
+        """Make a placeholder for the tensor of type float32, of this shape and on this device, that ``source`` returns."""
         tensor: LazyTensor = th.Tensor._make_wrapper_subclass(LazyTensor, shape, dtype=th.float32, device=device)
         tensor.source = source
         return tensor
@@ -46,7 +39,7 @@ class LazyTensor(th.Tensor):
 
 
 def _present(value: Any) -> Any:
-    """Put tensors in their places."""
+    """Replace placeholders by their tensors."""
     if isinstance(value, LazyTensor):
         return value.source()
     if type(value) in (list, tuple):
@@ -54,44 +47,6 @@ def _present(value: Any) -> Any:
     if type(value) is dict:
         return {key: _present(part) for key, part in value.items()}
     return value
-
-
-class _Step:
-    """Values and log-probabilities of one step."""
-
-    __slots__ = ("_steps", "number", "pair")
-
-    def __init__(self, steps: "LazySteps", number: int):
-        self._steps = steps
-        self.number = number
-        #: Values and log-probabilities, once somebody has looked.
-        self.pair: tuple[th.Tensor, th.Tensor] | None = None
-
-    def look(self) -> tuple[th.Tensor, th.Tensor]:
-        """
-        Compute the step, once.
-
-        :return: values of shape ``(n_envs, 1)`` and log-probabilities of shape ``(n_envs,)``
-        """
-        if self.pair is None:
-            self.pair = self._steps.evaluate(self.number)
-        return self.pair
-
-    def values(self) -> th.Tensor:
-        """
-        The values.
-
-        :return: shape ``(n_envs, 1)``
-        """
-        return self.look()[0]
-
-    def log_probs(self) -> th.Tensor:
-        """
-        The log-probabilities.
-
-        :return: shape ``(n_envs,)``
-        """
-        return self.look()[1]
 
 
 class LazySteps:
@@ -102,59 +57,46 @@ class LazySteps:
     """
 
     def __init__(self, evaluate: Callable[[int], tuple[th.Tensor, th.Tensor]]):
-        self.evaluate = evaluate
-        #: The present step, if somebody may look at it.
-        self._present: _Step | None = None
-        #: What the buffer gets of steps that somebody has looked at.
+        self._evaluate = evaluate
+        #: The current step, if a callback may read it, and the function that evaluates it once.
+        self._present: tuple[int, Any] | None = None
+        #: Values and log-probabilities of steps that a callback has read.
         self._seen: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def at(self, step: int, n_envs: int, device: th.device) -> tuple[LazyTensor, LazyTensor]:
-        """
-        Values and log-probabilities of the present step.
-
-        :param step: number of the step
-        :param n_envs: number of environments
-        :param device: where the tensors are
-        :return: lazy tensors of shapes ``(n_envs, 1)`` and ``(n_envs,)``
-        """
-        self._present = both = _Step(self, step)
-        return LazyTensor.of(both.values, (n_envs, 1), device), LazyTensor.of(both.log_probs, (n_envs,), device)
+        """Values and log-probabilities of the current step: lazy tensors of shapes ``(n_envs, 1)`` and ``(n_envs,)``."""
+        look = functools.cache(lambda: self._evaluate(step))
+        self._present = step, look
+        return (
+            LazyTensor.of(lambda: look()[0], (n_envs, 1), device),
+            LazyTensor.of(lambda: look()[1], (n_envs,), device),
+        )
 
     def keep(self, must_look: bool = False) -> None:
-        """End the present step: what somebody has made of its tensors in place goes into the buffer, as in SB3."""
-        step, self._present = self._present, None
-        if step is not None and must_look:
-            step.look()
-        elif step is not None and step.pair is not None:
-            values, log_probs = step.pair
-            self._seen[step.number] = values.flatten().cpu().numpy().copy(), log_probs.cpu().numpy().copy()
+        """End the current step: changes that a callback has made to its tensors in place go into the buffer, as in SB3."""
+        if self._present is None:
+            return
+        (step, look), self._present = self._present, None
+        if must_look:
+            look()
+        elif look.cache_info().currsize:
+            values, log_probs = look()
+            self._seen[step] = values.flatten().cpu().numpy().copy(), log_probs.cpu().numpy().copy()
 
-    def write(self, begin: int, end: int, values: np.ndarray, log_probs: np.ndarray) -> None:
-        """
-        Write the steps that somebody has looked at into the buffer.
-
-        :param begin: the first step to write
-        :param end: the one after the last
-        :param values: of the buffer, shape ``(n_steps, n_envs)``
-        :param log_probs: the same shape
-        """
-        for step in range(begin, end) if self._seen else ():
-            if step in self._seen:
-                values[step], log_probs[step] = self._seen[step]
+    def write(self, values: np.ndarray, log_probs: np.ndarray) -> None:
+        """Write the steps that a callback has read into the buffer's arrays, of shape ``(n_steps, n_envs)``."""
+        for step, pair in self._seen.items():
+            values[step], log_probs[step] = pair
+        self._seen.clear()
 
     def finish(self, values: np.ndarray, log_probs: np.ndarray, device: th.device) -> None:
-        """
-        End a rollout: a tensor that somebody has kept must not be computed with a later policy.
+        """End a rollout: tensors that a callback has kept are now read from these arrays, which do not change any more."""
+        self._evaluate = functools.partial(stored_step, values, log_probs, device=device)
 
-        :param values: of all steps that are in the buffer, shape ``(n_steps, n_envs)``; not written to any more
-        :param log_probs: the same shape
-        :param device: where tensors are to be
-        """
 
-        def stored(step: int) -> tuple[th.Tensor, th.Tensor]:
-            return th.tensor(values[step, :, None], device=device), th.tensor(log_probs[step], device=device)
-
-        self.evaluate = stored
+def stored_step(values: np.ndarray, log_probs: np.ndarray, step: int, device: th.device) -> tuple[th.Tensor, th.Tensor]:
+    """Copy one step of the buffer's arrays: values of shape ``(n_envs, 1)``, log-probabilities of shape ``(n_envs,)``."""
+    return th.tensor(values[step, :, None], device=device), th.tensor(log_probs[step], device=device)
 
 
 def may_look(callback: Any) -> bool:
@@ -169,16 +111,16 @@ def may_look(callback: Any) -> bool:
 
 
 @contextmanager
-def lazy_buffer(buffer: RolloutBuffer, complete: Callable[[], None]) -> Iterator[None]:
-    """Let a buffer complete its values, log-probabilities and rewards whenever somebody asks for them."""
+def lazy_buffer(buffer: RolloutBuffer, evaluate: Callable[[], None]) -> Iterator[None]:
+    """Let a buffer call ``evaluate`` whenever its values, log-probabilities or rewards are read."""
     original = type(buffer)
-    vars(buffer)["_complete"] = complete
+    vars(buffer)["_evaluate"] = evaluate
     buffer.__class__ = _lazy_class(original)
     try:
         yield
     finally:
         buffer.__class__ = original
-        del vars(buffer)["_complete"]
+        del vars(buffer)["_evaluate"]
 
 
 @functools.cache
@@ -186,9 +128,9 @@ def _lazy_class(original: type[RolloutBuffer]) -> type[RolloutBuffer]:
     """The class that a buffer has during a rollout."""
 
     def reduce(self: Any, _: Any) -> Any:
-        vars(self)["_complete"]()
-        state = {name: value for name, value in vars(self).items() if name != "_complete"}
-        # A copy and a pickle are of the original class, and complete
+        vars(self)["_evaluate"]()
+        state = {name: value for name, value in vars(self).items() if name != "_evaluate"}
+        # A copy and a pickle are of the original class
         return object.__new__, (original,), state
 
     members: dict[str, Any] = {name: _lazy_array(name) for name in _LAZY_ARRAYS}
@@ -196,13 +138,10 @@ def _lazy_class(original: type[RolloutBuffer]) -> type[RolloutBuffer]:
 
 
 def _lazy_array(name: str) -> property:
-    """An array that is completed when somebody asks for it."""
+    """An array that is computed when it is read."""
 
     def get(self: Any) -> Any:
-        vars(self)["_complete"]()
+        vars(self)["_evaluate"]()
         return vars(self)[name]
 
-    def put(self: Any, array: Any) -> None:
-        vars(self)[name] = array
-
-    return property(get, put)
+    return property(get, lambda self, array: vars(self).update({name: array}))

@@ -1,4 +1,4 @@
-"""A policy as it was at some moment: to tell whether it has changed since, and to ask it as if it had not."""
+"""The state of a policy at some moment: tells whether it has changed since, and can restore it for a while."""
 
 import itertools
 from collections.abc import Iterator
@@ -9,9 +9,6 @@ import torch as th
 from torch import nn
 
 from sb3_trpo_ext.optim.vectors import assign_, flatten
-
-#: Modules that may have no part now and get one later.
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class Snapshot:
@@ -30,12 +27,7 @@ class Snapshot:
         self._policy = policy
         self._tensors = [*policy.parameters(), *(buffer for buffer in policy.buffers() if buffer.is_floating_point())]
         self._numbers = flatten(self._tensors)
-        branches = [
-            branch
-            for module in policy.modules()
-            for branch in (module._parameters, module._buffers, module._modules)
-            if branch or (branch is module._modules and isinstance(module, _CONTAINERS))
-        ]
+        branches = [part for m in policy.modules() for part in (m._parameters, m._buffers, m._modules)]
         #: Dictionaries of parts, and what is in them.
         self._tree = [(branch, dict(branch)) for branch in branches]
         self._parts = [branch.values() for branch in branches]
@@ -93,7 +85,7 @@ class Snapshot:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Give the policy the parts and numbers of this snapshot, for as long as it takes."""
+        """Give the policy the parts and numbers of this snapshot within the block."""
         if self.is_of(self._policy):
             yield
             return
@@ -118,7 +110,7 @@ def _array(tensor: th.Tensor) -> Any:
 
 
 def _fill(tree: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    """Put networks together again."""
+    """Restore the parts of all modules."""
     for branch, parts in tree:
         branch.clear()
         branch.update(parts)

@@ -183,7 +183,7 @@ def test_episode_statistics_are_those_of_a_hand_count(tmp_path: Path) -> None:
     assert "x_position" in table
 
 
-def test_statistics_start_anew_with_a_reset() -> None:
+def test_statistics_restart_with_a_reset() -> None:
     env = make("Hopper-v5", seed=1)
     env.reset()
     env.step(FALL)
@@ -387,7 +387,7 @@ def test_use_in_the_wrong_order_is_refused() -> None:
 
 
 def test_reset_after_an_interrupted_step() -> None:
-    """What Ctrl-C leaves behind: a step that nobody waits for, or whose result is lost."""
+    """What Ctrl-C leaves behind: a step whose result is never read, or lost."""
     env = make("Hopper-v5", 2, seed=0)
     still = np.zeros((2, 3))
     first = env.reset()
@@ -499,7 +499,7 @@ def test_evaluate_policy_counts_raw_rewards_without_a_warning() -> None:
         returns, lengths = evaluate_policy(model, env, 4, return_episode_rewards=True)
     assert isinstance(returns, list) and isinstance(lengths, list)
     assert len(returns) == 4
-    # About 1 per step for being healthy, which normalised rewards would not be
+    # About 1 per step for being healthy, which normalized rewards would not be
     assert all(0.5 < value / length < 3 for value, length in zip(returns, lengths, strict=True))
 
 

@@ -47,7 +47,7 @@ def test_outputs_and_gradient_are_those_of_autograd(sizes: list[int], activation
 
 
 def test_weights_may_be_replaced_between_two_steps() -> None:
-    """As by an optimiser that writes ``param.data = ...``."""
+    """As an optimizer does that writes ``param.data = ...``."""
     layers, activations = network([3, 4], nn.Tanh)
     regression = MlpRegression(layers, activations)
     inputs, targets = th.randn(7, 3), th.randn(7)

@@ -151,7 +151,7 @@ def test_merged_statistics_are_those_of_all_samples(outcomes: Outcomes) -> None:
         assert count == pytest.approx(joint.count, rel=1e-12)
 
 
-def test_advantages_are_normalised_over_all_processes(outcomes: Outcomes) -> None:
+def test_advantages_are_normalized_over_all_processes(outcomes: Outcomes) -> None:
     joint = th.cat([outcome["advantages"] for outcome in outcomes])
     assert abs(joint.mean()) < 1e-6
     assert joint.std() == pytest.approx(1, abs=1e-6)
@@ -257,11 +257,11 @@ def test_moments_come_apart_as_they_were_joined() -> None:
     total = moments.joined(first, second)
     assert relative_error(total.mean, samples.mean(dim=0)) < 1e-14
     assert relative_error(total.variance, samples.var(dim=0, correction=0)) < 1e-10
-    again = moments.without(total, first)
+    again = moments.difference(total, first)
     assert again.n == 30
     assert relative_error(again.mean, second.mean) < 1e-12
     assert relative_error(again.m2, second.m2) < 1e-8
-    assert not any(part.any() for part in moments.without(total, total))
+    assert not any(part.any() for part in moments.difference(total, total))
 
 
 def test_hash_sees_single_bits_and_order() -> None:

@@ -232,7 +232,7 @@ def test_number_of_environments_does_not_matter(name: str, n_envs: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["box", "float64 observations", "dict"])
-def test_normalised_environment(name: str) -> None:
+def test_normalized_environment(name: str) -> None:
     case, buffers = CASES[name], []
     for own_loop in (False, True):
         keys = ["position"] if name == "dict" else None
@@ -413,7 +413,7 @@ def test_callbacks_see_what_they_see_in_sb3s_loop(name: str, every: int) -> None
     for our_arrays, their_arrays in zip(found.buffers, expected.buffers, strict=True):
         for array, reference in their_arrays.items():
             np.testing.assert_allclose(our_arrays[array], reference, rtol=1e-4, atol=1e-5, err_msg=array)
-    # The same rollout as if nobody had looked
+    # The same rollout as if no callback had read anything
     assert_same_contents(ours.rollout_buffer, theirs.rollout_buffer)
     assert type(ours.rollout_buffer) is type(theirs.rollout_buffer)
     # What was kept is what it was, after an update of the policy too
@@ -455,7 +455,7 @@ def test_lazy_tensors_are_tensors() -> None:
     collect(CASES["box"].make(), False, Using())
 
 
-def test_nobody_computes_what_nobody_looks_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_callback_reads_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     evaluate = actors.MlpActor.evaluate
 
