@@ -142,10 +142,10 @@ def copy_rollout(ours: TRPO, theirs: sb3_contrib.TRPO) -> None:
 
 def restore(model: TRPO | sb3_contrib.TRPO, state: tuple[Any, Any]) -> None:
     """
-    Put weights and optimiser back.
+    Put weights and optimizer back.
 
     :param model: the model
-    :param state: of the policy and of the optimiser
+    :param state: of the policy and of the optimizer
     """
     model.policy.load_state_dict(state[0])
     model.policy.optimizer.load_state_dict(copy.deepcopy(state[1]))
@@ -157,7 +157,7 @@ def timed_train(model: TRPO | sb3_contrib.TRPO, n_critic_updates: int, state: tu
 
     :param model: the model
     :param n_critic_updates: critic epochs
-    :param state: of the policy and of the optimiser
+    :param state: of the policy and of the optimizer
     :return: seconds
     """
     restore(model, state)

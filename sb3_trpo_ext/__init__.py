@@ -16,7 +16,7 @@ from sb3_trpo_ext.update.distributions import Family, register_family
 
 __version__ = "0.2.0"
 
-# By name, so that the environment is imported when somebody makes it
+# By name, so that the environment is imported only when it is made
 register(
     "sb3_trpo_ext/PointMass1D-v0",
     entry_point="sb3_trpo_ext.envs.point_mass:PointMass1D",

@@ -215,7 +215,7 @@ class TRPO(OnPolicyAlgorithm):
                 "`policy_kwargs['optimizer_class']` is LBFGS, which makes a step from a function and not from a gradient: use "
                 "an optimizer such as Adam."
             )
-        # SB3's optimizer again, over all parameters: with a faster implementation of Adam where nobody has chosen one
+        # SB3's optimizer again, with the fused implementation of Adam unless another one was chosen
         self.policy.optimizer = self.policy.optimizer_class(
             self.policy.parameters(),
             lr=self.lr_schedule(1),  # type: ignore[call-arg]

@@ -149,7 +149,7 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if not is_ours or not isinstance(value, th.Tensor):
             return value
         if value.dtype == th.float64 and not _has_float64:
-            raise TypeError(f"{name} puts out a tensor of float64, which this device does not have")
+            raise TypeError(f"{name} returns a tensor of float64, which this device does not have")
         # What has been worked on in place is the tensor that it was
         return ours[id(value)] if id(value) in ours else DeviceTensor(value)
 

@@ -201,7 +201,7 @@ def test_split_leaves_the_policy_as_it_was(mode: bool) -> None:
     assert all(module.training == mode for module in policy.modules())
     assert not any(module._forward_pre_hooks for module in policy.modules())
     assert all(param.grad is None for param in policy.parameters())
-    # The weights of the normalisation are parameters like others
+    # The weights of the normalization are parameters like others
     assert any(isinstance(module, nn.BatchNorm1d) for module in parts.critic_modules)
 
 
@@ -237,7 +237,7 @@ def test_stock_actor_is_recognised_as_the_mlp_that_it_is(name: str) -> None:
     distribution = policy.get_distribution(observations)
     family = family_of(distribution)
     first, *others = family.statistics(distribution)
-    # The KL, because PyTorch normalises logits; it sees a difference of 1e-6
+    # The KL, because PyTorch normalizes logits; it sees a difference of 1e-6
     assert first.shape == hidden.shape
     assert family.kl((first, *others), (hidden, *others)).abs().max() < 1e-12
     assert all(

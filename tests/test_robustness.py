@@ -96,13 +96,13 @@ def test_bad_observation_in_the_rollout_changes_nothing(bad: float, trust_region
 
 @pytest.mark.filterwarnings("ignore:The policy update was rejected")
 def test_bad_observation_spoils_no_running_statistics_of_the_critic() -> None:
-    class Normalised(th.nn.Sequential):
+    class Normalized(th.nn.Sequential):
         features_dim = 3
 
         def __init__(self, _: spaces.Space) -> None:
             super().__init__(th.nn.Flatten(), th.nn.BatchNorm1d(3))
 
-    policy_kwargs = {"features_extractor_class": Normalised, "share_features_extractor": False, "net_arch": [8]}
+    policy_kwargs = {"features_extractor_class": Normalized, "share_features_extractor": False, "net_arch": [8]}
     model = make_model(policy_kwargs=policy_kwargs).learn(32)
     collect(model)
     model.rollout_buffer.observations[3] = INF
@@ -125,7 +125,7 @@ def test_huge_observations_do_no_harm(trust_region: str, tmp_path: Path) -> None
 
 @FORMS
 @pytest.mark.parametrize(
-    # Normalisation takes the scale out of the policy update, but not out of the fit of the critic
+    # Normalization takes the scale out of the policy update, but not out of the fit of the critic
     ("normalize_advantage", "status"),
     [(True, "accepted"), (False, "non_finite_gradient")],
 )
@@ -229,7 +229,7 @@ def test_bad_reward_costs_one_update(bad: float, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The value function was not fitted")
-def test_bad_reward_in_a_normalised_environment_does_no_harm(tmp_path: Path) -> None:
+def test_bad_reward_in_a_normalized_environment_does_no_harm(tmp_path: Path) -> None:
     # The running statistics of VecNormalize are spoilt for good, and with them all rewards that follow
     log = UpdateLog()
     model = make_model(VecNormalize(DummyVecEnv([lambda: Faulty(40, reward=NAN)])))
@@ -410,12 +410,12 @@ def test_unsupported_action_space_is_named(action_space: spaces.Space, message: 
         make_model(RandomEnv(VECTOR, action_space))
 
 
-def test_one_sample_cannot_be_normalised() -> None:
+def test_one_sample_cannot_be_normalized() -> None:
     with pytest.raises(ValueError, match=r"`n_steps \* n_envs` must be greater than 1 .* n_steps=1 and n_envs=1"):
         make_model(n_steps=1)
 
 
-def test_clipped_advantage_must_be_normalised() -> None:
+def test_clipped_advantage_must_be_normalized() -> None:
     with pytest.raises(ValueError, match=r"got clip_advantage=0\.5 with normalize_advantage=False"):
         make_model(clip_advantage=0.5, normalize_advantage=False)
 

@@ -172,7 +172,7 @@ def test_kl_stays_within_the_trust_region_and_fills_it() -> None:
 def test_ratio_is_one_at_the_start_for_every_distribution(
     policy: str, observation_space: spaces.Space, action_space: spaces.Space, kwargs: dict[str, Any]
 ) -> None:
-    # Without normalisation, so that the objective at ratio 1 is not just zero
+    # Without normalization, so that the objective at ratio 1 is not just zero
     model = make_model(random_vec_env(2, observation_space, action_space), policy, normalize_advantage=False, **kwargs)
     for _ in range(2):
         log = train(collect(model))
@@ -189,14 +189,14 @@ def test_improvement_is_what_the_objective_gained() -> None:
     assert log["train/predicted_improvement"] == pytest.approx(gain, rel=0.5)
 
 
-def test_normalised_advantages_have_mean_zero_and_std_one() -> None:
+def test_normalized_advantages_have_mean_zero_and_std_one() -> None:
     model = collect(make_model(random_vec_env(2)))
     advantages = model._full_batch().advantages
     assert advantages.mean().item() == pytest.approx(0, abs=1e-6)
     assert advantages.std().item() == pytest.approx(1, rel=1e-5)
 
 
-def test_clipped_advantages_are_normalised_again() -> None:
+def test_clipped_advantages_are_normalized_again() -> None:
     model = collect(make_model(random_vec_env(2), clip_advantage=0.5))
     raw = model.rollout_buffer.advantages.swapaxes(0, 1).flatten().astype(np.float64)
     clipped = np.clip((raw - raw.mean()) / raw.std(ddof=1), -0.5, 0.5)
@@ -301,7 +301,7 @@ def test_schedule_of_the_entropy_coefficient_takes_effect() -> None:
     make_model(env, ent_coef=lambda progress: 0.4 * progress).learn(128, callback=log)
     bonuses = log.values("train/policy_objective_before")
     entropies = [np.log(4), *log.values("train/entropy")]
-    # The mean of the normalised advantages is zero, so that only the bonus is left; the policy starts nearly uniform
+    # The mean of the normalized advantages is zero, so that only the bonus is left; the policy starts nearly uniform
     np.testing.assert_allclose(bonuses[0], 0.3 * entropies[0], rtol=1e-3)
     np.testing.assert_allclose(bonuses[1:], [0.2 * entropies[1], 0.1 * entropies[2], 0.0], rtol=1e-4, atol=1e-6)
 
@@ -348,7 +348,7 @@ def test_entropy_settles_where_the_bonus_balances_the_reward(
     entropies = []
     for weight in (ent_coef, 0.0):
         env = DummyVecEnv([lambda: Bandit(action_space)] * 32)
-        # Advantages as they are: normalised ones would have no scale that a bonus could balance. The trust region shrinks, so
+        # Advantages as they are: normalized ones would have no scale that a bonus could balance. The trust region shrinks, so
         # that the policy settles
         model = make_model(
             env, normalize_advantage=False, target_kl=lambda progress: 0.08 * progress, ent_coef=weight, **settings
@@ -414,7 +414,7 @@ def test_ratio_is_one_at_the_start_whatever_training_mode_does(layer: str, share
         "features_extractor_kwargs": {"layer": layer},
         "share_features_extractor": shared,
     }
-    # Without normalisation, so that the objective at ratio 1 is not just zero
+    # Without normalization, so that the objective at ratio 1 is not just zero
     model = make_model(policy_kwargs=policy_kwargs, normalize_advantage=False, **kwargs)
     policy: Any = model.policy
     actor_layer, critic_layer = policy.pi_features_extractor.layer, policy.vf_features_extractor.layer
@@ -528,7 +528,7 @@ def test_parameters_can_be_carried_from_one_model_to_another(kwargs: dict[str, A
         assert_identical(target.get_parameters(), parameters)
     target.set_parameters(parameters)
     assert_identical(target.get_parameters(), parameters)
-    # The optimiser still knows its parameters
+    # The optimizer still knows its parameters
     before = copies(target._parts.critic_params)
     target.learn(32)
     assert all(not th.equal(old, new) for old, new in zip(before, target._parts.critic_params, strict=True))
@@ -629,11 +629,11 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("train/kl_divergence_loss")] == [64, 96]
 
 
-def test_normalised_environment(tmp_path: Path) -> None:
+def test_normalized_environment(tmp_path: Path) -> None:
     env = VecNormalize(random_vec_env(2))
     model = make_model(env).learn(128)
     assert log_of(model)["train/status_name"] == "accepted"
-    # The rollout holds normalised observations
+    # The rollout holds normalized observations
     assert model.rollout_buffer.observations.std() == pytest.approx(1, abs=0.2)
     model.save(tmp_path / "model")
     env.save(str(tmp_path / "statistics"))
@@ -680,7 +680,7 @@ def test_no_gradients_are_left_behind(trust_region: str) -> None:
     assert all(param.grad is None for param in model.policy.parameters())
 
 
-def test_one_sample_is_enough_without_normalisation() -> None:
+def test_one_sample_is_enough_without_normalization() -> None:
     model = make_model(n_steps=1, normalize_advantage=False).learn(3)
     assert model._n_updates == 3
     assert is_finite(model.policy.parameters())

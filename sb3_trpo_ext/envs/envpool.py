@@ -379,7 +379,7 @@ def single_precision(space: Any) -> spaces.Space:
     if not isinstance(space, spaces.Space):
         raise ValueError(f"`env_id`: Stable-Baselines3 has no such space: {space}")
     if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
-        # Some tasks of EnvPool give the smallest positive number for want of a lower bound
+        # Some tasks of EnvPool give the smallest positive number where they have no lower bound
         low = np.where(space.low == np.finfo(space.low.dtype).tiny, -np.inf, space.low)
         with np.errstate(over="ignore"):
             return spaces.Box(low.astype(np.float32), space.high.astype(np.float32), dtype=np.float32)

@@ -53,7 +53,7 @@ def clip(actions: th.Tensor, bounds: ActionBounds) -> ClippedActions:
     """
     Clip actions, and remember where that was.
 
-    :param actions: what the policy put out, shape ``(n_batch, n_actions)``
+    :param actions: as sampled from the policy, shape ``(n_batch, n_actions)``
     :param bounds: of the action space
     :return: the clipped actions
     """

@@ -298,7 +298,7 @@ def test_fisher_matrix_of_a_users_distribution_is_its_closed_form() -> None:
     jacobian = th.stack(
         [flatten(th.autograd.grad(number, params, retain_graph=True)) for c in concentrations for number in c.flatten()]
     ).unflatten(0, (2, -1))
-    # The Hessian of the log normaliser ln B(a, b): trigamma(a) - trigamma(a + b) and so on
+    # The Hessian of the log normalizer ln B(a, b): trigamma(a) - trigamma(a + b) and so on
     trigamma = [th.special.polygamma(1, c).detach().flatten() for c in (*concentrations, sum(concentrations))]
     output_fisher = th.diag_embed(th.stack(trigamma[:2], dim=1)) - trigamma[2].view(-1, 1, 1)
     expected = th.einsum("inp,nij,jnq->pq", jacobian, output_fisher, jacobian) / N_SAMPLES
