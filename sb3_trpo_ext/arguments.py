@@ -24,6 +24,7 @@ from sb3_trpo_ext._checks import (
 )
 from sb3_trpo_ext.update.critic import VALUE_LOSSES
 
+ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 #: The two forms of the trust region, with the options that `trust_region_kwargs` may hold.
 TRUST_REGION_OPTIONS: dict[str, tuple[str, ...]] = {
     "constraint": ("fill", "damped_scale", "precondition"),
@@ -46,13 +47,9 @@ def scheduled(name: str, value: float | Schedule, progress_remaining: float, min
     """Value of a hyperparameter that may be a schedule."""
     number = value(progress_remaining) if callable(value) else value
     if not is_number(number) or float(number) < minimum:
-        source = (
-            f"its schedule returned {number!r} at progress_remaining={progress_remaining:g}"
-            if callable(value)
-            else repr(value)
-        )
+        source = f"its schedule returned {number!r} at progress_remaining={progress_remaining:g}"
         bound = "" if minimum == -math.inf else f" of at least {minimum:g}"
-        raise ArgumentError(f"`{name}` must be a finite number{bound}, got {source}.")
+        raise ArgumentError(f"`{name}` must be a finite number{bound}, got {source if callable(value) else repr(value)}.")
     return float(number)
 
 
@@ -86,31 +83,28 @@ def check_optimizer_states(params: dict[str, Any]) -> None:
             )
 
 
-def check_action_space(action_space: spaces.Space) -> None:
+def check_action_space(space: spaces.Space) -> None:
     """Check that there is a distribution for an action space, and that actions arrive as they were sampled."""
-    supported = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
-    if not isinstance(action_space, supported):
-        names = ", ".join(space.__name__ for space in supported)
-        raise ArgumentError(f"TRPO supports the action spaces {names}; the environment has {action_space}.")
-    if math.prod(action_space.shape or ()) == 0:
-        raise ArgumentError(f"The action space {action_space} has no number in it: there is nothing to learn.")
-    if isinstance(action_space, spaces.Box) and not np.issubdtype(action_space.dtype, np.floating):
-        raise ArgumentError(
-            f"Box actions must have a float dtype, got {action_space}: the rollout buffer would cut off what is behind the "
-            "point. Declare the space with dtype=np.float32, and round in the environment's `step`."
+    size = math.prod(space.shape or ())
+    if not isinstance(space, ACTION_SPACES):
+        problem = f"TRPO supports {', '.join(kind.__name__ for kind in ACTION_SPACES)}"
+    elif size == 0:
+        problem = "it has no number in it"
+    elif isinstance(space, spaces.Box) and not np.issubdtype(space.dtype, np.floating):
+        problem = (
+            "it needs a float dtype such as np.float32, or the buffer would truncate it; round in the environment's `step`"
         )
-    if isinstance(action_space, spaces.MultiBinary) and not isinstance(action_space.n, int):
+    elif isinstance(space, spaces.MultiBinary) and not isinstance(space.n, int):
         # The first words are SB3's
-        raise ArgumentError(
-            f"Multi-dimensional {action_space} action space is not supported: use "
-            f"MultiBinary({math.prod(action_space.shape)}), and reshape the action in the environment's `step`."
-        )
-    if isinstance(action_space, spaces.MultiDiscrete) and action_space.nvec.ndim != 1:
-        raise ArgumentError(
-            f"MultiDiscrete actions must have one dimension, got shape {action_space.shape}: use "
-            f"MultiDiscrete({action_space.nvec.flatten().tolist()}), and reshape the action in the environment's `step`."
-        )
-    _check_start("action", action_space)
+        hint = f"use MultiBinary({size}), and reshape the action in the environment's `step`"
+        raise ArgumentError(f"Multi-dimensional {space} action space is not supported: {hint}.")
+    elif isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim != 1:
+        flat = space.nvec.flatten().tolist()
+        problem = f"it must have one dimension; use MultiDiscrete({flat}), and reshape the action in the environment's `step`"
+    else:
+        _check_start("action", space, "TransformAction")
+        return
+    raise ArgumentError(f"The action space {space} is not supported: {problem}.")
 
 
 def check_observation_space(space: spaces.Space) -> None:
@@ -121,17 +115,14 @@ def check_observation_space(space: spaces.Space) -> None:
         return
     if space.shape is not None and math.prod(space.shape) == 0:
         raise ArgumentError(f"The observation space {space} has no number in it: give the environment a constant to observe.")
-    _check_start("observation", space)
+    _check_start("observation", space, "TransformObservation")
 
 
-def _check_start(what: str, space: spaces.Space) -> None:
-    """Check that the whole numbers of a space begin with 0: SB3 counts them from there, whatever the space says."""
+def _check_start(what: str, space: spaces.Space, wrapper: str) -> None:
+    """Check that the integers of a space begin with 0: SB3 counts them from there, whatever the space says."""
     if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)) and np.any(space.start != 0):
-        where = "TransformAction" if what == "action" else "TransformObservation"
-        raise ArgumentError(
-            f"The {what} space {space} has a `start` that is not 0, which SB3 does not support: count from 0, and shift the "
-            f"{what} in the environment or with gymnasium.wrappers.{where}."
-        )
+        hint = f"count from 0, and shift the {what} in the environment or with gymnasium.wrappers.{wrapper}"
+        raise ArgumentError(f"The {what} space {space} has a `start` that is not 0, which SB3 does not support: {hint}.")
 
 
 def check_env(env: Any) -> None:
@@ -141,15 +132,10 @@ def check_env(env: Any) -> None:
     name = type(env).__name__
     # First: EnvPool's classes say that they are environments and vector environments of Gymnasium, too
     if any(base.__module__.partition(".")[0] == "envpool" for base in type(env).__mro__):
-        raise ArgumentError(
-            f"`env` is EnvPool's own {name}, which SB3 does not support: use "
-            "sb3_trpo_ext.envs.EnvPoolVecEnv(env_id, n_envs=16)."
-        )
+        raise ArgumentError(f"`env` is EnvPool's own {name}: use sb3_trpo_ext.envs.EnvPoolVecEnv(env_id, n_envs=16).")
     if isinstance(env, gym.vector.VectorEnv):
-        raise ArgumentError(
-            f"`env` is a {name} of gymnasium.vector, which SB3 does not support: use SB3's own vector environments, such as "
-            "stable_baselines3.common.env_util.make_vec_env(env_id, n_envs=8)."
-        )
+        use = "stable_baselines3.common.env_util.make_vec_env(env_id, n_envs=8)"
+        raise ArgumentError(f"`env` is a {name} of gymnasium.vector, which SB3 does not support: use {use}.")
     if isinstance(env, type) or not hasattr(env, "step"):
         hint = f"call it: {env.__name__}()" if isinstance(env, type) else "pass an environment, or the id of one"
         raise ArgumentError(f"`env` must be an environment of Gymnasium, a VecEnv of SB3 or an id, got {env!r}: {hint}.")
@@ -170,10 +156,8 @@ def check_settings(model: Any) -> None:
     if model.clip_advantage is not None:
         check_number("clip_advantage", model.clip_advantage, "positive or `None`", lambda x: x > 0)
         if not model.normalize_advantage:
-            raise ArgumentError(
-                f"`clip_advantage` is in standard deviations of the normalized advantage, got "
-                f"clip_advantage={model.clip_advantage} with normalize_advantage=False: leave out one of them."
-            )
+            given = f"clip_advantage={model.clip_advantage} with normalize_advantage=False"
+            raise ArgumentError(f"`clip_advantage` needs normalized advantages, got {given}: leave out one of them.")
     if model.max_grad_norm is not None:
         check_number("max_grad_norm", model.max_grad_norm, "at least 0 or `None`", lambda x: x >= 0)
 
@@ -195,14 +179,11 @@ def check_arguments(model: Any) -> None:
         check_observation_space(model.observation_space)
     n_samples = model.n_steps * model.n_envs
     if model.normalize_advantage and n_samples < 2:
-        raise ArgumentError(
-            f"`n_steps * n_envs` must be greater than 1 to normalize the advantage, got n_steps={model.n_steps} and "
-            f"n_envs={model.n_envs}: raise `n_steps` or set `normalize_advantage=False`."
-        )
+        given = f"n_steps={model.n_steps} and n_envs={model.n_envs}"
+        raise ArgumentError(f"`n_steps * n_envs` must be greater than 1 to normalize the advantage, got {given}.")
     if n_samples % model.batch_size > 0:
         warnings.warn(
-            f"`batch_size` is {model.batch_size}, and a rollout has {n_samples} samples (n_steps={model.n_steps} times "
-            f"n_envs={model.n_envs}): in each pass of the value function there will be a truncated mini-batch of size "
-            f"{n_samples % model.batch_size}. Choose a divisor of {n_samples}.",
+            f"`batch_size` is {model.batch_size}, and a rollout has {n_samples} samples: each pass of the value function ends "
+            f"with a truncated mini-batch of size {n_samples % model.batch_size}. Choose a divisor of {n_samples}.",
             stacklevel=4,
         )

@@ -25,7 +25,7 @@ from sb3_trpo_ext.arguments import check_attributes
 @pytest.mark.parametrize(
     ("action_space", "message"),
     [
-        (spaces.Box(-2, 2, (1,), np.int64), "float dtype, got .*int64.*dtype=np.float32"),
+        (spaces.Box(-2, 2, (1,), np.int64), "int64.* is not supported: it needs a float dtype such as np.float32"),
         (spaces.Box(0, 255, (2,), np.uint8), "float dtype"),
         (spaces.Box(-1.0, 1.0, (0,)), "has no number in it"),
         (spaces.Discrete(3, start=1), "action space .*`start` that is not 0.*TransformAction"),
