@@ -183,7 +183,7 @@ def check_arguments(model: Any) -> None:
         raise ArgumentError(f"`n_steps * n_envs` must be greater than 1 to normalize the advantage, got {given}.")
     if n_samples % model.batch_size > 0:
         warnings.warn(
-            f"`batch_size` is {model.batch_size}, and a rollout has {n_samples} samples: each pass of the value function ends "
-            f"with a truncated mini-batch of size {n_samples % model.batch_size}. Choose a divisor of {n_samples}.",
+            f"`batch_size` is {model.batch_size}, and a rollout has {n_samples} samples: in each pass over it "
+            f"there will be a truncated mini-batch of size {n_samples % model.batch_size}. Choose a divisor of {n_samples}.",
             stacklevel=4,
         )
