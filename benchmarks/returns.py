@@ -234,7 +234,7 @@ def add(comparison: Path, n_episodes: int) -> None:
     :param comparison: folder of the comparison of one task
     :param n_episodes: of the evaluation at the end
     """
-    from sb3_trpo_ext.zoo.command import register
+    from sb3_trpo_ext.zoo.manager import register
     from sb3_trpo_ext.zoo.runs import read_run
 
     register()

@@ -34,9 +34,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
-from sb3_trpo_ext import TRPO, actors, rollouts
+from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.contrib import joint_kl_factor
 from sb3_trpo_ext.envs import EnvPoolVecEnv
+from sb3_trpo_ext.rollout import actors, collect
 
 Model = TRPO | sb3_contrib.TRPO
 
@@ -202,8 +203,8 @@ def shares(contestant: Contestant) -> dict[str, float]:
     targets = [(env, "step", "env_step"), (buffer, "compute_returns_and_advantage", "values_and_gae")]
     targets += [(BaseCallback, name, "callbacks") for name in ("update_locals", "on_step")]
     if isinstance(model, TRPO):
-        targets += [(actors.Actor, "act", "actor_step"), (rollouts._LeanRollout, "_evaluate", "values_and_gae")]
-        targets += [(rollouts._LeanRollout, "_store", "buffer"), (model, "_full_batch", "policy_update")]
+        targets += [(actors.Actor, "act", "actor_step"), (collect._LeanRollout, "_evaluate", "values_and_gae")]
+        targets += [(collect._LeanRollout, "_store", "buffer"), (model, "_full_batch", "policy_update")]
         module = sys.modules[TRPO.__module__]
         targets += [(module, "Surrogate", "policy_update"), (model, "_update_policy", "policy_update")]
         targets += [(module, "fit_critic", "critic_update")]

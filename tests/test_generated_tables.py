@@ -45,7 +45,7 @@ def test_results_are_small() -> None:
 def test_commands_of_the_pages_are_there() -> None:
     if not (ROOT / "benchmarks").is_dir():
         pytest.skip("a source distribution has no benchmarks")
-    for page in (ROOT / "docs").glob("*.md"):
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         text = page.read_text()
         scripts_named = re.findall(r"benchmarks/[\w/]+\.\w+", text)
         modules = [f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m (benchmarks[\w.]*\w)", text)]
