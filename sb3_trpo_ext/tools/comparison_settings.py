@@ -12,15 +12,12 @@ import rl_zoo3
 import yaml
 from rl_zoo3 import ALGOS
 from rl_zoo3.exp_manager import ExperimentManager
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext._checks import closest
 from sb3_trpo_ext.contrib import joint_kl_factor
 from sb3_trpo_ext.zoo.options import check_env
 from sb3_trpo_ext.zoo.settings import KEY, linear_schedule, load_hyperparams
-
-RECORDER = "sb3_trpo_ext.TrainingRecorder"
 
 
 class Settings(NamedTuple):
@@ -70,7 +67,7 @@ def find_settings(algo: str, env_id: str) -> Settings:
 
     :param algo: key of RL-Zoo
     :param env_id: the task
-    :return: the settings, with the recorder of updates if the algorithm has any
+    :return: the settings
     :raises ValueError: if there are no settings for the task
     """
     if algo == KEY:
@@ -84,12 +81,7 @@ def find_settings(algo: str, env_id: str) -> Settings:
         name = "atari" if "atari" in entries and ExperimentManager.is_atari(env_id) else "default"
     if name not in entries:
         raise ValueError(f"--algos: {owner} has no settings of {algo} for {env_id}, nor defaults: leave it out")
-    entry = dict(entries[name])
-    if issubclass(ALGOS[algo], OnPolicyAlgorithm):
-        given = entry.get("callback") or []
-        given = given if isinstance(given, list) else [given]
-        entry["callback"] = given if RECORDER in given else [RECORDER, *given]
-    return Settings(entry, f"{owner}'s {name}")
+    return Settings(dict(entries[name]), f"{owner}'s {name}")
 
 
 def with_equal_kl(settings: Settings, env_id: str) -> Settings:

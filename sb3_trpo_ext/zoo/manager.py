@@ -24,6 +24,7 @@ from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback, ProgressBarCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_trpo_ext import TRPO, TrainingRecorder
@@ -49,10 +50,6 @@ class Manager(ExperimentManager):
         super().__init__(*args, **kwargs)
         self.training = Training() if training is None else training
         self._checkpoint: Checkpoint | None = None
-
-    @property
-    def _is_trpo(self) -> bool:
-        return issubclass(ALGOS[self.algo], TRPO)
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
         """Set up a new run, or the one to continue."""
@@ -84,7 +81,7 @@ class Manager(ExperimentManager):
         hyperparams, saved_hyperparams = super().read_hyperparameters()
         check_names(hyperparams, ALGOS[self.algo])
         # Other algorithms have texts of their own here, such as SAC's ent_coef="auto"
-        for name in SCHEDULED if self._is_trpo else ():
+        for name in SCHEDULED if issubclass(ALGOS[self.algo], TRPO) else ():
             if isinstance(hyperparams.get(name), str):
                 hyperparams[name] = linear_schedule(name, hyperparams[name])
         return hyperparams, saved_hyperparams
@@ -118,7 +115,7 @@ class Manager(ExperimentManager):
             self.callbacks = []
             return
         recorders = [callback for callback in self.callbacks if isinstance(callback, TrainingRecorder)]
-        if not recorders and self._is_trpo and not self.optimize_hyperparameters:
+        if not recorders and issubclass(ALGOS[self.algo], OnPolicyAlgorithm) and not self.optimize_hyperparameters:
             self.callbacks.insert(0, TrainingRecorder(self.save_path))
         for recorder in recorders:
             recorder.folder = recorder.folder or Path(self.save_path)

@@ -15,9 +15,6 @@ from stable_baselines3.common.monitor import get_monitor_files
 
 from sb3_trpo_ext.callbacks import FILE_NAME
 
-#: Tables of updates, of which the first that exists is read: our recorder's or SB3's, and a shortened one without timesteps.
-TABLES = (FILE_NAME, "updates.csv")
-
 
 class Curve(NamedTuple):
     """
@@ -125,7 +122,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def read_run(folder: str | Path) -> Run:
     """
-    Read what there is of a run: monitor files, ``evaluations.npz``, ``progress.csv`` or ``updates.csv``.
+    Read what there is of a run: monitor files, ``evaluations.npz``, ``progress.csv``.
 
     :param folder: the folder of the run, such as ``logs/trpo_ext/Hopper-v5_1``
     :return: the run
@@ -143,23 +140,22 @@ def read_run(folder: str | Path) -> Run:
         episodes = training_curve(folder)
     with _reading(folder / "evaluations.npz"):
         evaluations = evaluation_curve(folder)
-    updates = read_updates(folder, settings)
+    updates = read_updates(folder)
     if len(episodes.steps) + len(evaluations.steps) + len(updates) == 0:
         raise RunError(f"there is no run in {folder}: no episode in monitor files, no evaluations.npz, no {FILE_NAME}")
     return Run(folder, env_id, seed if isinstance(seed, int) else None, episodes, evaluations, updates, settings)
 
 
-def read_updates(folder: Path, settings: dict[str, Any]) -> pandas.DataFrame:
+def read_updates(folder: Path) -> pandas.DataFrame:
     """
     Read what each update has logged.
 
     :param folder: the folder of the run
-    :param settings: the run's, for a table without timesteps
     :return: a row for each update; no rows if there is no table
     :raises RunError: if the table is empty or damaged
     """
-    path = next((folder / name for name in TABLES if (folder / name).is_file()), None)
-    if path is None:
+    path = folder / FILE_NAME
+    if not path.is_file():
         return pandas.DataFrame({"timesteps": []})
     with _reading(path):
         table = pandas.read_csv(path, on_bad_lines="error")
@@ -167,12 +163,9 @@ def read_updates(folder: Path, settings: dict[str, Any]) -> pandas.DataFrame:
             # Half a line: the training was killed while it wrote
             table = table.iloc[:-1]
         table = table.rename(columns=lambda name: str(name).removeprefix("train/"))
-        if "time/total_timesteps" in table:
-            table["timesteps"] = table["time/total_timesteps"].astype(float)
-        elif not {"status", "kl_divergence_loss", "value_loss", "loss"}.isdisjoint(table):
-            table["timesteps"] = np.arange(1.0, len(table) + 1) * settings.get("n_steps", 2048) * settings.get("n_envs", 1)
-        else:
-            raise ValueError(f"it has none of the columns of a training, only {list(table)[:5]}")
+        if "time/total_timesteps" not in table:
+            raise ValueError(f"it has no column time/total_timesteps, only {list(table)[:5]}")
+        table["timesteps"] = table["time/total_timesteps"].astype(float)
     # A training that was resumed from an earlier state repeats some timesteps: the later rows are those of the agent
     later = table["timesteps"][::-1].cummin()[::-1].shift(-1)
     return table[~(table["timesteps"] >= later)].reset_index(drop=True)

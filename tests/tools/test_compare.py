@@ -104,7 +104,6 @@ def arguments(folder: Path, *others: Any) -> list[Any]:
 def test_settings_of_the_nearest_version_are_taken(algo: str, env_id: str, source: str) -> None:
     settings = comparison_settings.find_settings(algo, env_id)
     assert settings.source == source
-    assert settings.entry["callback"] == ["sb3_trpo_ext.TrainingRecorder"]
 
 
 def test_nearest_version_prefers_the_newer_of_two() -> None:
@@ -115,15 +114,10 @@ def test_nearest_version_prefers_the_newer_of_two() -> None:
     assert comparison_settings.nearest_version("A", entries) is None
 
 
-def test_off_policy_algorithms_have_no_updates_to_record() -> None:
-    assert "callback" not in comparison_settings.find_settings("sac", "Hopper-v5").entry
-
-
 def test_settings_of_rl_zoo_are_otherwise_unchanged() -> None:
     path = Path(sys.modules["rl_zoo3"].__path__[0]) / "hyperparams" / "trpo.yml"
     theirs = yaml.safe_load(path.read_text())["Hopper-v4"]
     entry = comparison_settings.find_settings("trpo", "Hopper-v5").entry
-    assert entry.pop("callback")
     assert entry == theirs
 
 

@@ -199,13 +199,6 @@ def test_run_of_ppo_shows_what_it_has(tmp_path: Path) -> None:
     np.testing.assert_array_equal(made[1].lines[1].y, [0.01, 0.01])
 
 
-def test_table_without_steps_takes_them_from_the_settings(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "CartPole-v1_1")
-    (folder / "progress.csv").unlink()
-    (folder / "updates.csv").write_text("kl_divergence_loss,status\n0.1,accepted\n0.2,accepted\n")
-    assert list(runs.read_run(folder).updates["timesteps"]) == [100, 200]
-
-
 def test_repeated_steps_are_those_of_the_later_training(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "CartPole-v1_1")
     table = {"time/total_timesteps": [10, 20, 30, 20, 30, 40], "train/loss": [1, 2, 3, 4, 5, 6]}

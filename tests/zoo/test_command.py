@@ -480,8 +480,17 @@ def test_recorder_keeps_a_folder_of_its_own(tmp_path: Path) -> None:
     assert recorder.folder == tmp_path / "mine"
 
 
-def test_other_algorithms_are_recorded_only_if_asked_for(tmp_path: Path) -> None:
+def test_every_on_policy_algorithm_is_recorded(tmp_path: Path) -> None:
     experiment = experiment_of(tmp_path, "ppo")
+    experiment.setup_experiment()
+    assert [type(callback) for callback in experiment.callbacks] == [TrainingRecorder]
+
+
+def test_off_policy_algorithms_have_no_updates_to_record(tmp_path: Path) -> None:
+    config = tmp_path / "settings.yml"
+    entry = {"n_timesteps": 64, "policy": "MlpPolicy", "buffer_size": 100}
+    config.write_text(yaml.safe_dump({"CartPole-v1": entry}), encoding="utf-8")
+    experiment = manager("CartPole-v1", tmp_path, algo="dqn", config=config, log_interval=-1)
     experiment.setup_experiment()
     assert experiment.callbacks == []
 
