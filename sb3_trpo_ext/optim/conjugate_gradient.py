@@ -22,6 +22,10 @@ class CGStatus(IntEnum):
     NON_FINITE = UpdateStatus.CG_NON_FINITE
 
 
+#: The status while there is no other reason to end. A plain number: PyTorch is slow with members of enumerations.
+_RUNNING = int(CGStatus.MAX_STEPS)
+
+
 class CGResult(NamedTuple):
     """What conjugate gradient found; with the status ``NON_POSITIVE_CURVATURE`` or ``NON_FINITE``, ``x`` is no solution."""
 
@@ -52,7 +56,7 @@ def _product(operator: LinearOperator | None, vector: th.Tensor) -> th.Tensor:
 
 def _ended_if(condition: th.Tensor, reason: CGStatus, status: th.Tensor) -> th.Tensor:
     """The new status; of several reasons to end, the first counts."""
-    return th.where((status == CGStatus.MAX_STEPS) & condition, reason, status)
+    return th.where((status == _RUNNING) & condition, int(reason), status)
 
 
 @th.no_grad()
@@ -86,18 +90,18 @@ def conjugate_gradient(
     bz = rz if start is None else th.dot(b, _product(preconditioner, b))
     bound = tolerance**2 * bz
     n_steps = th.full((), 0 if start is None else start.n_steps, device=b.device)
-    status = th.full((), CGStatus.MAX_STEPS, device=b.device)
+    status = th.full((), _RUNNING, device=b.device)
     status = _ended_if(~th.isfinite(rz), CGStatus.NON_FINITE, status)
     status = _ended_if(rz <= bound, CGStatus.CONVERGED, status)
     for _ in range(max_steps):
-        if can_stop and status != CGStatus.MAX_STEPS:
+        if can_stop and status != _RUNNING:
             break
         ap = operator @ p
         # A NaN in `ap` that `p` multiplies by zero still makes the dot product NaN
         curvature = th.dot(p, ap)
         status = _ended_if(~th.isfinite(curvature), CGStatus.NON_FINITE, status)
         status = _ended_if(curvature <= 0, CGStatus.NON_POSITIVE_CURVATURE, status)
-        is_active = status == CGStatus.MAX_STEPS
+        is_active = status == _RUNNING
         if can_stop and not is_active:
             break
         alpha = rz / curvature
@@ -111,7 +115,7 @@ def conjugate_gradient(
         x, r, p, rz = new if can_stop else (th.where(is_active, *pair) for pair in zip(new, old, strict=True))
 
     # An overflow can spoil the iterate in the very step that reveals it
-    status = th.where(th.isfinite(x.abs().amax()), status, CGStatus.NON_FINITE)
+    status = th.where(th.isfinite(x.abs().amax()), status, int(CGStatus.NON_FINITE))
     residual_norm = th.where(bz == 0, bz, (rz / bz).clamp(min=0).sqrt())
     curvature, norm, steps, code = th.stack([th.dot(x, b - r), residual_norm, n_steps.to(b), status.to(b)]).tolist()
     direction = p if preconditioner is None else None

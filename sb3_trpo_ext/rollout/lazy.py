@@ -58,29 +58,33 @@ class LazySteps:
 
     def __init__(self, evaluate: Callable[[int], tuple[th.Tensor, th.Tensor]]):
         self._evaluate = evaluate
-        #: The current step, if a callback may read it, and the function that evaluates it once.
-        self._present: tuple[int, Any] | None = None
+        #: The current step if a callback may read it, its values and log-probabilities once it has, and what computes them.
+        self._current: tuple[int, list[th.Tensor], Callable[[], Any]] | None = None
         #: Values and log-probabilities of steps that a callback has read.
         self._seen: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def at(self, step: int, n_envs: int, device: th.device) -> tuple[LazyTensor, LazyTensor]:
         """Values and log-probabilities of the current step: lazy tensors of shapes ``(n_envs, 1)`` and ``(n_envs,)``."""
-        look = functools.cache(lambda: self._evaluate(step))
-        self._present = step, look
-        return (
-            LazyTensor.of(lambda: look()[0], (n_envs, 1), device),
-            LazyTensor.of(lambda: look()[1], (n_envs,), device),
-        )
+        pair: list[th.Tensor] = []
+
+        def look() -> list[th.Tensor]:
+            # Once: what a callback has changed in place must stay
+            if not pair:
+                pair.extend(self._evaluate(step))
+            return pair
+
+        self._current = step, pair, look
+        return LazyTensor.of(lambda: look()[0], (n_envs, 1), device), LazyTensor.of(lambda: look()[1], (n_envs,), device)
 
     def keep(self, must_look: bool = False) -> None:
         """End the current step: changes that a callback has made to its tensors in place go into the buffer, as in SB3."""
-        if self._present is None:
+        if self._current is None:
             return
-        (step, look), self._present = self._present, None
+        (step, pair, look), self._current = self._current, None
         if must_look:
             look()
-        elif look.cache_info().currsize:
-            values, log_probs = look()
+        elif pair:
+            values, log_probs = pair
             self._seen[step] = values.flatten().cpu().numpy().copy(), log_probs.cpu().numpy().copy()
 
     def write(self, values: np.ndarray, log_probs: np.ndarray) -> None:

@@ -483,7 +483,7 @@ def test_a_copy_of_the_buffer_during_a_rollout_is_an_ordinary_one(kind: Any) -> 
     model, callback = CASES["box"].make(), Copying()
     collect(model, False, callback)
     assert type(callback.copy) is type(model.rollout_buffer) is RolloutBuffer
-    assert "_complete" not in vars(callback.copy) | vars(model.rollout_buffer)
+    assert "_evaluate" not in vars(callback.copy) | vars(model.rollout_buffer)
     np.testing.assert_allclose(callback.copy.values[:19], model.rollout_buffer.values[:19], rtol=1e-5, atol=1e-6)
     assert callback.copy.pos == 19
 
