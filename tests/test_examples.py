@@ -103,7 +103,6 @@ def test_example_has_the_settings_of_the_file(name: str, tmp_path: Path, monkeyp
     assert model.policy == entry.pop("policy")
     assert model.env.num_envs == entry.pop("n_envs")
     assert model.total_timesteps == entry.pop("n_timesteps")
-    assert entry.pop("callback") == "sb3_trpo_ext.TrainingRecorder"
     normalize = entry.pop("normalize")
     expected = {"norm_obs": True, "norm_reward": True} if normalize is True else value_of(normalize)
     assert {"norm_obs": model.env.norm_obs, "norm_reward": model.env.norm_reward} == expected
