@@ -110,4 +110,5 @@ def clipped_log_prob(distribution: Distribution, actions: ClippedActions) -> th.
     """
     normal = distribution.distribution
     assert isinstance(normal, th.distributions.Normal)
-    return _ClippedNormal.apply(normal.loc, normal.scale, actions).sum(dim=1)
+    log_prob: th.Tensor = _ClippedNormal.apply(normal.loc, normal.scale, actions)  # type: ignore[no-untyped-call]
+    return log_prob.sum(dim=1)

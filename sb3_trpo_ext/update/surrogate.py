@@ -169,7 +169,7 @@ class Surrogate(Problem):
 
     def _share(self, chunk: slice) -> float:
         """What part of the batch a chunk is, from 0 to 1."""
-        return (chunk.stop - chunk.start) / self.batch.n_samples
+        return float((chunk.stop - chunk.start) / self.batch.n_samples)
 
     def evaluate(self, indices: th.Tensor | None = None) -> tuple[th.Tensor, th.Tensor]:
         """Objective and mean KL(old || new) at the policy's current parameters, the whole batch in chunks."""
