@@ -20,7 +20,7 @@ SOURCES := $(wildcard .ci sb3_trpo_ext tests benchmarks examples docs)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow test-core test-oldest lint format type docs commit-checks clean
+.PHONY: help train test coverage test-slow test-core test-oldest lint format type docs commit-checks clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -39,7 +39,10 @@ train: $(STAMP) ## Train and evaluate an agent: ENV=Humanoid-v5 STEPS=400000 SEE
 	$(BIN)/sb3-trpo report --env $(ENV) -f $(LOGS)
 
 # One thread per worker: the networks of the tests are small, and workers that each use all cores slow each other down.
-test: $(STAMP) ## Run the tests and show the coverage
+test: $(STAMP) ## Run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+coverage: $(STAMP) ## Run the tests and show the coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report term
 
 test-slow: $(STAMP) ## Run the tests that take longer
