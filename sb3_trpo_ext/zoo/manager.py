@@ -10,14 +10,15 @@ What is replaced in RL-Zoo, all of it:
   rl_zoo3.record_video``, which knows neither our class nor the modules of ``--gym-packages``, and may be another Python.
 """
 
+from __future__ import annotations
+
 import functools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import optuna
 import rl_zoo3.train
 from rl_zoo3 import ALGOS
 from rl_zoo3.exp_manager import ExperimentManager
@@ -36,6 +37,9 @@ from sb3_trpo_ext.zoo.options import Training
 from sb3_trpo_ext.zoo.resume import Checkpoint, folder_of_launch, last_checkpoint, mark_folder, restore_evaluations
 from sb3_trpo_ext.zoo.search_space import convert_trpo_params, sample_trpo_params
 from sb3_trpo_ext.zoo.settings import KEY, SCHEDULED, check_names, linear_schedule
+
+if TYPE_CHECKING:
+    import optuna
 
 
 class Manager(ExperimentManager):
