@@ -1,4 +1,4 @@
-"""An accelerator that is none: tensors of a device of its own, whose numbers the CPU computes.
+"""A simulated accelerator: its tensors are on a device of their own, and the CPU computes their numbers.
 
 It is as strict as a GPU about what lies where: an operator that gets a tensor of the host beside one of the device raises,
 unless the former is a single number, and ``numpy`` is refused. And it counts, by the function of the package that is running,

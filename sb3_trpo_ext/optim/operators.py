@@ -176,7 +176,7 @@ class ChunkedOperator(LinearOperator):
 
 
 class Damped(LinearOperator):
-    """``A + damping I``."""
+    """``A + damping I``; the damping is in the units of A and not negative."""
 
     def __init__(self, operator: LinearOperator, damping: float):
         self._operator = operator
@@ -215,7 +215,11 @@ class Projected(LinearOperator):
 
 
 class Averaged(LinearOperator):
-    """The mean of an operator over all processes of a data-parallel run; the operator itself on one process."""
+    """
+    The mean of an operator over all processes of a data-parallel run; the operator itself on one process.
+
+    All processes must multiply the same vector, and get the same product.
+    """
 
     def __init__(self, operator: LinearOperator, shares: Shares):
         self._operator = operator

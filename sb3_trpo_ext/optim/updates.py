@@ -32,11 +32,20 @@ class Problem(ABC):
 
     @abstractmethod
     def evaluate(self, indices: th.Tensor | None = None) -> tuple[th.Tensor, th.Tensor]:
-        """Objective and mean KL(old || new) at the current parameters."""
+        """
+        Objective and mean KL(old || new) at the current parameters.
+
+        :param indices: of the samples to average over; ``None`` for all of this process
+        :return: two scalars, with a graph if gradients are enabled
+        """
 
     @abstractmethod
     def fisher(self) -> LinearOperator:
-        """The Fisher matrix of the mean KL at the old parameters, over the samples of this process, without damping."""
+        """
+        The Fisher matrix of the mean KL at the old parameters, over the samples of this process, without damping.
+
+        Call it before the parameters move.
+        """
 
     def objective_and_gradient(self) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -91,7 +100,13 @@ class PolicyUpdate(ABC):
 
     @abstractmethod
     def update(self, problem: Problem, target_kl: float) -> UpdateResult:
-        """Take one step."""
+        """
+        Take one step.
+
+        :param problem: objective, KL and Fisher matrix; its parameters are moved in place
+        :param target_kl: radius of the trust region, in units of the problem's KL; positive
+        :return: what happened
+        """
 
 
 @dataclass(frozen=True)

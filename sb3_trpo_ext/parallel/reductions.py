@@ -34,18 +34,18 @@ class Shares(NamedTuple):
 
     @staticmethod
     def of(n_samples: int) -> "Shares":
-        """Exchange the numbers of samples of all processes."""
+        """The shares of all processes, by one exchange of their numbers of samples, each at least 1."""
         return Shares(all_gathered(th.tensor([n_samples])).tolist() if is_parallel() else None)
 
     def mean(self, tensor: th.Tensor) -> th.Tensor:
-        """Mean of a tensor over all processes."""
+        """Mean of a tensor without a graph over all processes; ``tensor`` itself on one process."""
         if not is_parallel():
             return tensor
         share = 1 / world_size() if self.counts is None else self.counts[rank()] / sum(self.counts)
         return _reduced_(tensor * share, dist.ReduceOp.SUM)
 
     def means(self, tensors: Sequence[th.Tensor]) -> Sequence[th.Tensor]:
-        """Means of several tensors in one exchange: its latency counts once."""
+        """Means of several tensors of one dtype and device in one exchange; ``tensors`` itself on one process."""
         if not is_parallel() or not tensors:
             return tensors
         flat = self.mean(th.cat([tensor.detach().reshape(-1) for tensor in tensors]))
@@ -66,19 +66,19 @@ class Shares(NamedTuple):
         return _sizes(n_samples, batch_size, self.counts or [n_samples])
 
     def minibatch_weights(self, n_samples: int, batch_size: int) -> list[float]:
-        """How much this process contributes to each joint minibatch of all processes."""
+        """For each minibatch, its size in this process over that of the joint minibatch of all; 1 on one process."""
         counts = self.counts or [n_samples] * world_size()
         everyone = zip(*(_sizes(count, batch_size, counts) for count in counts), strict=True)
         return [sizes[rank()] / sum(sizes) for sizes in everyone]
 
 
 def all_sum(tensor: th.Tensor) -> th.Tensor:
-    """Sum of a tensor over all processes."""
+    """Sum of a tensor over all processes; ``tensor`` itself on one process."""
     return _reduced_(tensor.clone(), dist.ReduceOp.SUM) if is_parallel() else tensor
 
 
 def all_max(tensor: th.Tensor) -> th.Tensor:
-    """Largest value over all processes, entry by entry."""
+    """Largest value over all processes, entry by entry; ``tensor`` itself on one process."""
     return _reduced_(tensor.clone(), dist.ReduceOp.MAX) if is_parallel() else tensor
 
 
@@ -109,7 +109,7 @@ def _sizes(n_samples: int, batch_size: int, counts: Sequence[int]) -> list[int]:
 
 @th.no_grad()
 def average_(gradient: th.Tensor, weight: float) -> None:
-    """Average the gradients of a minibatch over all processes, in place and in one exchange."""
+    """Average the gradients of a minibatch, each times its :meth:`Shares.minibatch_weights`, in place and in one exchange."""
     if is_parallel():
         gradient.copy_(_reduced_(gradient.mul_(weight), dist.ReduceOp.SUM))
 
