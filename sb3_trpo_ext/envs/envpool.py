@@ -19,18 +19,12 @@ from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
+from stable_baselines3.common.vec_env.util import dict_to_obs, obs_space_info
 
-from sb3_trpo_ext._checks import check_integer, closest
+from sb3_trpo_ext._checks import check_integer, check_seed, closest
 
-#: Options of EnvPool that have a name of their own here, or that this class cannot do, and what to do instead.
-RESERVED = {
-    "num_envs": "pass `n_envs`",
-    "batch_size": "all environments step together, leave it out",
-    "env_seed": "pass `seed`, environment i gets `seed + i`",
-    "gym_reset_return_info": "leave it out",
-    "render_mode": "EnvPoolVecEnv does not render, use `gymnasium.make(..., render_mode=...)` to watch an agent",
-    "max_num_players": "EnvPoolVecEnv is for one agent per environment",
-}
+#: Options of EnvPool that have a name of their own here, or that this class cannot do.
+RESERVED = ("num_envs", "batch_size", "env_seed", "gym_reset_return_info", "render_mode", "max_num_players")
 #: EnvPool counts seeds and steps in 32 bits.
 MAX_INT32 = int(np.iinfo(np.int32).max)
 
@@ -76,22 +70,23 @@ class EnvPoolVecEnv(VecEnv):
         self._envpool = load_envpool()
         n_envs = check_integer("n_envs", n_envs, 1)
         num_threads = check_integer("num_threads", min(n_envs, n_cores()) if num_threads is None else num_threads, 1)
-        if seed is not None and (not isinstance(seed, (int, np.integer)) or isinstance(seed, bool)):
-            raise ValueError(f"`seed` must be an integer or None, got {seed!r}")
-        config = task_options(self._envpool, env_id, kwargs)
-        self.spec, self._max_episode_steps = task_spec(env_id, config)
+        seed = check_seed(seed)
+        task = checked_task(self._envpool, env_id, kwargs)
 
         self._env_id = env_id
         self._options_of_task = {**kwargs, "num_envs": n_envs, "num_threads": num_threads}
-        if self._max_episode_steps is not None:
+        self.spec = copy.deepcopy(gym.registry.get(env_id)) or EnvSpec(env_id)
+        # If an episode ends by itself in the very step of its time limit, EnvPool calls that truncated only, and an algorithm
+        # would bootstrap from a state that has no future. Where Gymnasium keeps the time limit outside of the environment, the
+        # task cannot depend on it: then we count the steps ourselves, and EnvPool reports all true ends
+        self._keeps_time_limit = self.spec.max_episode_steps is not None
+        if self._keeps_time_limit:
             self._options_of_task["max_episode_steps"] = MAX_INT32
+        self.spec.max_episode_steps = self._max_episode_steps = int(task.config.max_episode_steps)
         self._pool: Any = None
-        # EnvPool takes seeds when it makes the environments, and only then
-        self._has_new_seed = True
         # From the call into EnvPool until its answer is dealt with. After a Ctrl-C in between there may be no answer
         # to wait for, and waiting would never end.
         self._is_busy = False
-        self._is_closed = False
 
         self._returns = np.zeros(n_envs)
         self._lengths = np.zeros(n_envs, dtype=np.int64)
@@ -103,9 +98,9 @@ class EnvPoolVecEnv(VecEnv):
             self._results = ResultsWriter(monitor_file, header, self._info_keywords, override_existing)
 
         with spaces_without_warnings():
-            spec = self._envpool.make_spec(env_id, **kwargs)
-            super().__init__(n_envs, single_precision(spec.observation_space), single_precision(spec.action_space))
-        self.seed(None if seed is None else int(seed))
+            super().__init__(n_envs, single_precision(task.observation_space), single_precision(task.action_space))
+        self._dtypes = obs_space_info(self.observation_space)[2]
+        self.seed(seed)
 
     # === What SB3 calls in training ===
 
@@ -121,10 +116,7 @@ class EnvPoolVecEnv(VecEnv):
         if seed is None:
             seed = int(np.random.randint(MAX_INT32 - self.num_envs))  # noqa: NPY002 as SB3, for `set_random_seed`
         # SB3's seeds go up to 2^32, EnvPool's up to 2^31
-        seed = int(seed) % (MAX_INT32 - self.num_envs)
-        self._seeds = [seed + index for index in range(self.num_envs)]
-        self._has_new_seed = True
-        return self._seeds
+        return super().seed(int(seed) % (MAX_INT32 - self.num_envs))
 
     def set_options(self, options: list[dict] | dict | None = None) -> None:
         """Refuse options for the next reset, for EnvPool has none: raises a ``ValueError`` if there is one."""
@@ -133,25 +125,22 @@ class EnvPoolVecEnv(VecEnv):
 
     def reset(self) -> VecEnvObs:
         """Start a new episode in all environments."""
-        self._check_open()
         if self._is_busy:
             # The seed of the old environments would repeat the episodes that they have had
             self.seed(None)
-        if self._has_new_seed:
+        if self._seeds[0] is not None:
             # First end the threads of the old environments
             self._pool = None
             self._pool = self._envpool.make_gymnasium(self._env_id, seed=self._seeds[0], **self._options_of_task)
-            with spaces_without_warnings():
-                # It makes its spaces when it needs them first, and keeps them
-                assert self._pool.observation_space is not None and self._pool.action_space is not None
-            self._has_new_seed = False
+            self._reset_seeds()
         self._is_busy = True
-        observations, columns = self._pool.reset()
-        self.reset_infos = rows(columns, self.num_envs)
+        with spaces_without_warnings():
+            observations, columns = self._pool.reset()
+        self.reset_infos = rows(columns)
         self._returns[:] = 0
         self._lengths[:] = 0
         self._is_busy = False
-        return in_single_precision(observations)
+        return dict_to_obs(self.observation_space, self._copies(observations))
 
     def step_async(self, actions: np.ndarray) -> None:
         """
@@ -160,7 +149,6 @@ class EnvPoolVecEnv(VecEnv):
         :param actions: of shape ``(n_envs, *action_space.shape)``
         :raises ValueError: if the actions are of another shape
         """
-        self._check_open()
         if self._pool is None or self._is_busy:
             raise RuntimeError("call `reset` before the first step, and after a step that was interrupted")
         actions = np.asarray(actions)
@@ -173,23 +161,28 @@ class EnvPoolVecEnv(VecEnv):
 
     def step_wait(self) -> VecEnvStepReturn:
         """Wait for the step, and start a new episode in the environments that are done."""
-        observations, rewards, terminated, truncated, columns = self._pool.recv()
-        observations = in_single_precision(observations)
+        returned, rewards, terminated, truncated, columns = self._pool.recv()
+        observations = self._copies(returned)
         self._returns += rewards
         self._lengths += 1
-        if self._max_episode_steps is not None:
+        if self._keeps_time_limit:
             truncated = self._lengths >= self._max_episode_steps
         dones = terminated | truncated
 
-        infos = rows(columns, self.num_envs)
+        infos = rows(columns)
         for info, is_cut_off in zip(infos, (truncated & ~terminated).tolist(), strict=True):
             info["TimeLimit.truncated"] = is_cut_off
         if dones.any():
             self._restart(np.flatnonzero(dones), observations, infos)
         self._is_busy = False
-        return observations, rewards.astype(np.float32), dones, infos
+        return dict_to_obs(self.observation_space, observations), rewards.astype(np.float32), dones, infos
 
-    def _restart(self, done: np.ndarray, observations: VecEnvObs, infos: list[dict[str, Any]]) -> None:
+    def _copies(self, observations: Any) -> dict[Any, np.ndarray]:
+        """Copy observations, in float32 where EnvPool has float64, by key; under the key None if there is only one."""
+        parts = observations if isinstance(observations, dict) else {None: observations}
+        return {key: parts[key].astype(dtype) for key, dtype in self._dtypes.items()}
+
+    def _restart(self, done: np.ndarray, observations: dict[Any, np.ndarray], infos: list[dict[str, Any]]) -> None:
         """Report finished episodes, and reset their environments in one batch."""
         elapsed = round(time.time() - self._start, 6)
         for index in done.tolist():
@@ -197,25 +190,22 @@ class EnvPoolVecEnv(VecEnv):
             episode = {"r": round(float(self._returns[index]), 6), "l": int(self._lengths[index]), "t": elapsed}
             episode.update((name, info[name]) for name in self._info_keywords)
             info["episode"] = episode
-            info["terminal_observation"] = take(observations, index)
+            terminal_observation = {key: part[index].copy() for key, part in observations.items()}
+            info["terminal_observation"] = dict_to_obs(self.observation_space, terminal_observation)
             if self._results is not None:
                 self._results.write_row(episode)
         self._returns[done] = 0
         self._lengths[done] = 0
 
         first_observations, columns = self._pool.reset(done.astype(np.int32))
-        put(observations, done, first_observations)
-        for index, info in zip(done.tolist(), rows(columns, len(done)), strict=True):
+        for key, part in self._copies(first_observations).items():
+            observations[key][done] = part
+        for index, info in zip(done.tolist(), rows(columns), strict=True):
             self.reset_infos[index] = info
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise RuntimeError("these environments are closed: make a new EnvPoolVecEnv")
 
     def close(self) -> None:
         """End the threads; calling it twice does no harm."""
         self._pool = None
-        self._is_closed = True
         if self._results is not None:
             self._results.close()
 
@@ -230,30 +220,21 @@ class EnvPoolVecEnv(VecEnv):
         :return: the same value for each
         :raises AttributeError: if it is another attribute
         """
-        known = {name: getattr(self, name) for name in ("action_space", "observation_space", "spec")}
+        known = {"action_space": self.action_space, "observation_space": self.observation_space, "spec": self.spec}
         known |= {"metadata": {"render_modes": []}, "render_mode": None}
         if attr_name not in known:
-            raise AttributeError(
-                f"EnvPool's environments have no attribute {attr_name!r} in Python: they run in C++; `get_attr` knows "
-                f"action_space, metadata, observation_space, render_mode and spec"
-            )
+            raise AttributeError(f"EnvPool's environments run in C++ and have no attribute {attr_name!r}, only {list(known)}")
         return [known[attr_name]] * len(list(self._get_indices(indices)))
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """Refuse to set an attribute: EnvPool's environments have none that could be set."""
-        raise AttributeError(
-            f"EnvPool's environments have no attribute {attr_name!r} to set: they run in C++; pass options of the task to the "
-            f"constructor of EnvPoolVecEnv"
-        )
+        raise AttributeError(f"`{attr_name}`: EnvPool's environments run in C++, pass options of the task to EnvPoolVecEnv")
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
         """Refuse to call a method: EnvPool's environments have none in Python."""
-        raise AttributeError(
-            f"EnvPool's environments have no method {method_name!r} in Python: they run in C++; use DummyVecEnv or "
-            f"SubprocVecEnv if you need it"
-        )
+        raise AttributeError(f"`{method_name}`: EnvPool's environments run in C++, use DummyVecEnv for a method in Python")
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
         """
@@ -268,16 +249,10 @@ class EnvPoolVecEnv(VecEnv):
         """
         return [wrapper_class is Monitor] * len(list(self._get_indices(indices)))
 
-    def get_images(self) -> Sequence[np.ndarray | None]:
-        """Refuse to render."""
-        return [self.render()]
-
     def render(self, mode: str | None = None) -> np.ndarray | None:
         """Refuse to render."""
-        raise NotImplementedError(
-            f"EnvPoolVecEnv does not render: watch the agent in gymnasium.make({self._env_id!r}, "
-            f"render_mode={mode or 'human'!r}), or with `sb3-trpo enjoy`"
-        )
+        watch = f"gymnasium.make({self._env_id!r}, render_mode={mode or 'human'!r})"
+        raise NotImplementedError(f"EnvPoolVecEnv does not render: watch the agent in {watch}, or with `sb3-trpo enjoy`")
 
 
 # === Before there are environments ===
@@ -288,9 +263,7 @@ def load_envpool() -> ModuleType:
     try:
         return importlib.import_module("envpool")
     except ImportError as error:
-        raise ImportError(
-            f"EnvPoolVecEnv needs EnvPool: pip install sb3-trpo-ext[envpool] (there are wheels for Python >= 3.11; {error})"
-        ) from error
+        raise ImportError(f"EnvPoolVecEnv needs Python >= 3.11: pip install sb3-trpo-ext[envpool] ({error})") from error
 
 
 @contextmanager
@@ -306,59 +279,35 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def task_options(envpool: ModuleType, env_id: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+def checked_task(envpool: ModuleType, env_id: str, kwargs: dict[str, Any]) -> Any:
     """
     Check the name of a task and its options.
 
     :param envpool: the package
     :param env_id: the task
     :param kwargs: the options that were given
-    :return: all options of the task
+    :return: the task as EnvPool describes it, with these options
     :raises ValueError: if there is no such task or option, or if EnvPool does not take a value
     """
     tasks = envpool.list_all_envs()
     if env_id not in tasks:
         raise ValueError(f"`env_id`: EnvPool has no task {env_id!r}; {closest(str(env_id), tasks)}")
-    for name in kwargs.keys() & RESERVED.keys():
-        raise ValueError(f"`{name}` is not an option here: {RESERVED[name]}")
-    with spaces_without_warnings():
-        defaults = envpool.make_spec(env_id).config._asdict()
-        for name in kwargs.keys() - defaults.keys():
-            raise ValueError(
-                f"`{name}`: {env_id} of EnvPool has no such option; {closest(name, defaults)} Its options may have other "
-                f"names than Gymnasium's, print(envpool.make_spec({env_id!r}).config) shows them"
-            )
-        try:
-            config = envpool.make_spec(env_id, **kwargs).config._asdict()
-        except (TypeError, RuntimeError, AssertionError) as error:
-            replaced = {name: defaults[name] for name in kwargs}
-            raise ValueError(f"EnvPool does not take {kwargs} as options of {env_id}; the defaults are {replaced}") from error
-    if config.get("max_num_players", 1) != 1:
+    defaults = envpool.make_spec(env_id).config._asdict()
+    for name in kwargs:
+        if name in RESERVED:
+            hint = "pass `n_envs` and `seed`; all environments step together, have one agent each, and do not render"
+            raise ValueError(f"`{name}` is not an option here: {hint}")
+        if name not in defaults:
+            raise ValueError(f"`{name}`: {env_id} of EnvPool has no such option; {closest(name, defaults)}")
+    try:
+        task = envpool.make_spec(env_id, **kwargs)
+    except (TypeError, RuntimeError, AssertionError) as error:
+        replaced = {name: defaults[name] for name in kwargs}
+        raise ValueError(f"EnvPool does not take {kwargs} as options of {env_id}; the defaults are {replaced}") from error
+    if defaults.get("max_num_players", 1) != 1:
         raise ValueError(f"`env_id`: {env_id} has several players, and EnvPoolVecEnv is for one agent per environment")
-    if config["max_episode_steps"] < 1:
-        raise ValueError(f"`max_episode_steps` must be at least 1, got {config['max_episode_steps']}")
-    return config
-
-
-def task_spec(env_id: str, config: dict[str, Any]) -> tuple[EnvSpec, int | None]:
-    """
-    Describe a task, and say whether its time limit can be kept from outside.
-
-    If an episode ends by itself in the very step of its time limit, EnvPool calls that truncated only, and an algorithm would
-    bootstrap from a state that has no future. Where Gymnasium keeps the time limit outside of the environment, the task cannot
-    depend on it: then we count the steps ourselves, and EnvPool reports all true ends.
-
-    :param env_id: the task
-    :param config: all its options
-    :return: the task as Gymnasium describes it, and the time limit to keep, None to leave it to EnvPool
-    """
-    max_episode_steps = int(config["max_episode_steps"])
-    registered = gym.registry.get(env_id)
-    if registered is None or registered.max_episode_steps is None:
-        return EnvSpec(env_id, max_episode_steps=max_episode_steps), None
-    spec = copy.deepcopy(registered)
-    spec.max_episode_steps = max_episode_steps
-    return spec, max_episode_steps
+    check_integer("max_episode_steps", task.config.max_episode_steps, 1)
+    return task
 
 
 # === Between EnvPool's arrays and SB3's ===
@@ -370,14 +319,9 @@ def single_precision(space: Any) -> spaces.Space:
 
     :param space: a space of EnvPool
     :return: the space; other data types are left as they are
-    :raises ValueError: if SB3 does not have such spaces
     """
     if isinstance(space, spaces.Dict):
-        if any(isinstance(part, spaces.Dict) for part in space.spaces.values()):
-            raise ValueError(f"`env_id`: Stable-Baselines3 has no dictionaries within dictionaries, got {space}")
         return spaces.Dict({key: single_precision(part) for key, part in space.spaces.items()})
-    if not isinstance(space, spaces.Space):
-        raise ValueError(f"`env_id`: Stable-Baselines3 has no such space: {space}")
     if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
         # Some tasks of EnvPool give the smallest positive number where they have no lower bound
         low = np.where(space.low == np.finfo(space.low.dtype).tiny, -np.inf, space.low)
@@ -386,32 +330,8 @@ def single_precision(space: Any) -> spaces.Space:
     return space
 
 
-def in_single_precision(observations: Any) -> Any:
-    """Copy observations, in float32 where EnvPool has float64."""
-    if isinstance(observations, dict):
-        return {key: in_single_precision(part) for key, part in observations.items()}
-    return observations.astype(np.float32 if observations.dtype == np.float64 else observations.dtype)
-
-
-def take(observations: Any, index: int) -> Any:
-    """Copy the observation of one environment."""
-    if isinstance(observations, dict):
-        return {key: part[index].copy() for key, part in observations.items()}
-    return observations[index].copy()
-
-
-def put(observations: Any, indices: np.ndarray, values: Any) -> None:
-    """Replace the observations of some environments."""
-    if isinstance(observations, dict):
-        for key, part in observations.items():
-            part[indices] = values[key]
-    else:
-        observations[indices] = values
-
-
-def rows(columns: dict[str, Any], n_rows: int) -> list[dict[str, Any]]:
+def rows(columns: dict[str, Any]) -> list[dict[str, Any]]:
     """Turn EnvPool's one dictionary of arrays into SB3's list of dictionaries."""
     names = [name for name, column in columns.items() if isinstance(column, np.ndarray) and name != "env_id"]
     values = [columns[name].tolist() if columns[name].ndim == 1 else list(columns[name]) for name in names]
-    found = [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
-    return found if names else [{} for _ in range(n_rows)]
+    return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]

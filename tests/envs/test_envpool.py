@@ -352,16 +352,14 @@ def test_what_sb3_asks_the_environments() -> None:
     assert env.env_is_wrapped(Monitor) == [True] * 3
     assert env.env_is_wrapped(gym.wrappers.TimeLimit, indices=[0]) == [False]
     assert not env.has_attr("action_masks")
-    with pytest.raises(AttributeError, match=r"no attribute 'x'.*C\+\+"):
+    with pytest.raises(AttributeError, match=r"C\+\+ and have no attribute 'x', only"):
         env.get_attr("x")
-    with pytest.raises(AttributeError, match="constructor"):
+    with pytest.raises(AttributeError, match="options of the task"):
         env.set_attr("x", 1)
     with pytest.raises(AttributeError, match="DummyVecEnv"):
         env.env_method("action_masks")
     with pytest.raises(NotImplementedError, match=r"gymnasium\.make"):
         env.render()
-    with pytest.raises(NotImplementedError, match=r"gymnasium\.make"):
-        env.get_images()
     env.set_options(None)
     env.set_options([{}, {}, {}])
     with pytest.raises(ValueError, match="options"):
@@ -381,9 +379,8 @@ def test_use_in_the_wrong_order_is_refused() -> None:
     env.step(np.zeros((2, 3)))
     env.close()
     env.close()
-    for use in (env.reset, lambda: env.step(np.zeros((2, 3)))):
-        with pytest.raises(RuntimeError, match="closed"):
-            use()
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(np.zeros((2, 3)))
 
 
 def test_reset_after_an_interrupted_step() -> None:
@@ -414,14 +411,14 @@ def test_reset_after_an_interrupted_step() -> None:
         ({"n_envs": 2.0}, "`n_envs` must be an integer"),
         ({"n_envs": True}, "`n_envs` must be an integer"),
         ({"num_threads": 0}, "`num_threads` must be an integer of at least 1, got 0"),
-        ({"seed": "a"}, "`seed` must be an integer or None, got 'a'"),
-        ({"seed": 1.5}, "`seed` must be an integer or None"),
+        ({"seed": "a"}, "`seed` must be an integer from 0 to .* or None .*, got 'a'"),
+        ({"seed": 1.5}, "`seed` must be an integer"),
         ({"healthy_rewards": 1.0}, "`healthy_rewards`: .*did you mean healthy_reward"),
         ({"healthy_reward": "much"}, "much"),
-        ({"max_episode_steps": 0}, "`max_episode_steps` must be at least 1, got 0"),
+        ({"max_episode_steps": 0}, "`max_episode_steps` must be an integer of at least 1, got 0"),
         ({"num_envs": 4}, "pass `n_envs`"),
         ({"batch_size": 1}, "step together"),
-        ({"render_mode": "human"}, "does not render"),
+        ({"render_mode": "human"}, "do not render"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
