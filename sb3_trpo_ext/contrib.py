@@ -16,14 +16,12 @@ from stable_baselines3.common.save_util import load_from_zip_file, open_path
 def saved_attributes(path: str | pathlib.Path | io.BufferedIOBase) -> dict[str, Any]:
     """The attributes in a file of a saved model, as far as JSON has them."""
     file = open_path(path, "r", suffix="zip")
-    start = file.tell()
     try:
         with zipfile.ZipFile(file) as archive:
-            return json.loads(archive.read("data")) if "data" in archive.namelist() else {}
-    except zipfile.BadZipFile:
+            return json.loads(archive.read("data"))
+    except (zipfile.BadZipFile, KeyError):
         return {}
     finally:
-        file.seek(start)
         if file is not path:
             file.close()
 
@@ -50,10 +48,7 @@ def joint_kl_arguments(
     path: str | pathlib.Path | io.BufferedIOBase, custom_objects: dict[str, Any] | None, given: Collection[str]
 ) -> dict[str, Any]:
     """The ``target_kl`` and ``cg_damping`` of a model that sb3-contrib saved, in joint units, with a warning that says so."""
-    start = path.tell() if isinstance(path, io.IOBase) else None
     data, _, _ = load_from_zip_file(path, device="cpu", custom_objects=custom_objects)
-    if start is not None:
-        path.seek(start)  # type: ignore[union-attr]
     assert data is not None, "`saved_attributes` has read it already"
     factor = joint_kl_factor(data["action_space"])
     names = [name for name in ("target_kl", "cg_damping") if name not in given and name not in (custom_objects or {})]

@@ -54,14 +54,11 @@ class _SquashedMixin(ActorCriticPolicy):
         :raises ValueError: for gSDE, which has a squashing of its own, and for an action space without bounds
         """
         if self.use_sde:
-            raise ValueError(
-                f"{type(self).__name__} is for `use_sde=False`; for gSDE with a tanh pass "
-                "`policy_kwargs=dict(squash_output=True)` to the policy of the same name without 'Squashed'."
-            )
+            use = "policy_kwargs=dict(squash_output=True) and the policy of the same name without 'Squashed'"
+            raise ValueError(f"{type(self).__name__} is for `use_sde=False`; for gSDE with a tanh use {use}.")
         if not isinstance(self.action_space, spaces.Box) or not self.action_space.is_bounded():
-            raise ValueError(
-                f"{type(self).__name__} needs a Box action space with finite bounds to squash into, got {self.action_space}."
-            )
+            needed = "a Box action space with finite bounds to squash into"
+            raise ValueError(f"{type(self).__name__} needs {needed}, got {self.action_space}.")
         self.action_dist = SquashedDiagGaussianDistribution(get_action_dim(self.action_space))
         # What makes SB3 rescale actions from [-1, 1] to the bounds in `predict` and in the rollout
         self._squash_output = True

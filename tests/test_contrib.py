@@ -18,7 +18,6 @@ from helpers import BOX_ACTIONS, DICT, VECTOR, relative_error
 from stable_baselines3.common.logger import Logger
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.contrib import is_contrib_model, joint_kl_arguments, saved_attributes
 
 #: What makes our step sb3-contrib's: plain conjugate gradient, scaled by the damped curvature, and no filling of the region.
 CONTRIB_STEP = {"fill": False, "damped_scale": True, "precondition": False}
@@ -232,15 +231,6 @@ def test_loading_from_a_file_object(open_path: Callable[[Path], Any], tmp_path: 
         model = load(file)
     assert model.target_kl == 0.02
     assert_identical(model.policy.state_dict(), contrib.policy.state_dict())
-
-
-def test_looking_into_a_file_object_leaves_it_where_it_was(tmp_path: Path) -> None:
-    make_contrib(BOX_ACTIONS).save(tmp_path / "contrib")
-    with open(tmp_path / "contrib.zip", "rb") as file:
-        assert is_contrib_model(saved_attributes(file))
-        assert file.tell() == 0
-        joint_kl_arguments(file, custom_objects=None, given=("target_kl", "cg_damping"))
-        assert file.tell() == 0
 
 
 def test_models_of_our_own_are_not_converted(tmp_path: Path) -> None:
