@@ -11,7 +11,6 @@ import io
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -97,10 +96,8 @@ def rank_device(device: th.device | str) -> th.device | str:
     if index is None:
         local_rank, n_devices = int(os.environ.get("LOCAL_RANK", 0)), th.cuda.device_count()
         if local_rank >= n_devices:
-            raise ValueError(
-                f"`device` is {device!r}, but there is no GPU for process {local_rank} of this machine, which has "
-                f"{n_devices}: start at most {n_devices} processes on it, or pass `device='cpu'`."
-            )
+            problem = f"there is no GPU for process {local_rank} of this machine, which has {n_devices}"
+            raise ValueError(f"`device` is {device!r}, but {problem}: start fewer processes on it, or pass `device='cpu'`.")
         chosen = th.device("cuda", local_rank)
     th.cuda.set_device(chosen)
     return chosen
@@ -124,19 +121,18 @@ def start_together(model: OnPolicyAlgorithm, arguments: tuple[int, int, bool]) -
     :raises ValueError: if the processes' settings, networks or kinds of device differ
     """
     _check_settings(model)
-    payload: Any = None
     statistics = running_statistics(model)
+    counters = {name: value for name, value in vars(model).items() if type(value) in (int, float) and name not in _OWN}
+    file = io.BytesIO()
     if rank() == 0:
-        counters = {name: value for name, value in vars(model).items() if type(value) in (int, float) and name not in _OWN}
-        file = io.BytesIO()
-        th.save({"parameters": model.get_parameters(), "counters": counters}, file)
-        payload = (file.getvalue(), {name: vars(stats) for name, stats in statistics.items()}, arguments)
-    payload = broadcast(payload)
+        # As a file, which does not say on which GPU
+        th.save(model.get_parameters(), file)
+    content, counters, first_statistics, arguments = broadcast(
+        (file.getvalue(), counters, {name: vars(stats) for name, stats in statistics.items()}, arguments)
+    )
     if rank() > 0:
-        content, first_statistics, arguments = payload
-        state = th.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        model.set_parameters(state["parameters"], device=model.device)
-        vars(model).update(state["counters"])
+        model.set_parameters(th.load(io.BytesIO(content), map_location="cpu", weights_only=True), device=model.device)
+        vars(model).update(counters)
         for name, stats in statistics.items():
             vars(stats).update(first_statistics[name])
         # The first process alone writes
@@ -156,17 +152,21 @@ def _check_settings(model: OnPolicyAlgorithm) -> None:
     settings["frozen parameters"] = [name for name, param in model.policy.named_parameters() if not param.requires_grad]
     settings["VecNormalize"] = sorted(running_statistics(model))
     settings["world_size"] = world_size()
-    everyone: list[Any] = [None] * world_size()
-    with losses_explained():
-        dist.all_gather_object(everyone, settings)
+    everyone = gathered(settings)
     for name in sorted({name for others in everyone for name in others}):
         values = [others.get(name) for others in everyone]
         if any(value != values[0] for value in values):
             shown = values if name != "policy" else "networks of different shapes"
-            raise ValueError(
-                f"`{name}` must be the same on all processes, got {shown} (the first one first): run the same script with the "
-                "same arguments everywhere."
-            )
+            problem = f"`{name}` must be the same on all processes, got {shown} (the first one first)"
+            raise ValueError(f"{problem}: run the same script with the same arguments everywhere.")
+
+
+def gathered(value: Any) -> list[Any]:
+    """The objects of all processes, the first one first."""
+    everyone: list[Any] = [None] * world_size()
+    with losses_explained():
+        dist.all_gather_object(everyone, value)
+    return everyone
 
 
 def broadcast(value: Any) -> Any:
@@ -233,10 +233,9 @@ def check_identical(model: OnPolicyAlgorithm) -> None:
     names = [name for name, high, low in zip(tensors, largest, smallest, strict=True) if high != -low]
     if names:
         raise RuntimeError(
-            f"The processes of this run have come apart by update {model._n_updates}: they differ in {', '.join(names)}. "
-            "Either something has changed the model in one process alone, such as a callback, or the machines do not round "
-            "alike (CPUs of different kinds, other numbers of threads, other builds of PyTorch). The last checkpoint can be "
-            "loaded."
+            f"The processes of this run have come apart by update {model._n_updates}: they differ in {', '.join(names)}. Either "
+            "something such as a callback has changed the model in one process alone, or the machines do not round alike (other CPUs, "
+            "threads or builds of PyTorch). The last checkpoint can be loaded."
         )
 
 
@@ -293,7 +292,7 @@ class RankCallback(CallbackList):
         assert isinstance(self.model, OnPolicyAlgorithm)
         self._n_other_envs = int(all_sum(th.tensor(self.model.n_envs))) - self.model.n_envs
         super()._init_callback()
-        self._bars = [part for part in _flattened(self) if isinstance(part, ProgressBarCallback)]
+        self._bars = [part for part in self.callbacks if isinstance(part, ProgressBarCallback)]
 
     def _on_step(self) -> bool:
         self.model.num_timesteps += self._n_other_envs
@@ -315,20 +314,9 @@ class RankCallback(CallbackList):
     def _on_rollout_end(self) -> None:
         self.is_over = bool(all_max(th.tensor(int(self.is_over))))
         self._statistics.merge_()
-        everyone: list[Any] | None = [None] * world_size() if rank() == 0 else None
-        with losses_explained():
-            dist.gather_object(dict(self._finished), everyone, dst=0)
+        everyone = gathered(dict(self._finished))
         self._finished.clear()
-        for finished in everyone or []:
+        for finished in everyone if rank() == 0 else ():
             for name, entries in finished.items():
                 getattr(self.model, name).extend(entries)
         super()._on_rollout_end()
-
-
-def _flattened(callback: BaseCallback) -> Iterator[BaseCallback]:
-    """Go through the callbacks in lists of callbacks."""
-    if isinstance(callback, CallbackList):
-        for part in callback.callbacks:
-            yield from _flattened(part)
-    else:
-        yield callback

@@ -120,10 +120,11 @@ def losses_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        process = f"Process {dist.get_rank()} of {dist.get_world_size()}"
         raise RuntimeError(
-            f"Process {dist.get_rank()} of {dist.get_world_size()} has lost the connection to another one, which has died or "
-            "was silent for longer than the timeout of the process group; look for the first error in the output of the "
-            "others. The last checkpoint can be loaded; `torchrun --max-restarts` starts all processes again."
+            f"{process} has lost the connection to another one, which has died or was silent for longer than the timeout of "
+            "the process group; look for the first error in the output of the others. The last checkpoint can be loaded; "
+            "`torchrun --max-restarts` starts all processes again."
         ) from error
 
 
