@@ -2,13 +2,11 @@
 
 import math
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.distributions import (
     CategoricalDistribution,
     DiagGaussianDistribution,
@@ -83,10 +81,6 @@ def is_deferrable_policy(policy: ActorCriticPolicy) -> bool:
     An SB3 policy does, unless a method, a module or the distribution is the user's own, or something hooks into its modules: a
     module may draw random numbers, keep a state or mix the observations of a batch.
     """
-    networks = [
-        *(policy.pi_features_extractor, policy.vf_features_extractor),
-        *(policy.mlp_extractor, policy.action_net, policy.value_net),
-    ]
     has_own_extractors = policy.share_features_extractor and not (
         policy.features_extractor is policy.pi_features_extractor is policy.vf_features_extractor
     )
@@ -99,12 +93,12 @@ def is_deferrable_policy(policy: ActorCriticPolicy) -> bool:
             module._forward_hooks or module._forward_pre_hooks or has_own_forward(module) for module in policy.modules()
         )
         and type(policy.mlp_extractor) is MlpExtractor
-        and all(type(module) in _PURE_MODULES for network in networks for module in network.modules())
+        and all(type(module) in _PURE_MODULES for child in policy.children() for module in child.modules())
     )
 
 
-class Actor(ABC):
-    """The actor of a policy, as long as its parameters stay what they are."""
+class Actor:
+    """The actor of any policy, by the policy's own methods, as long as its parameters stay what they are."""
 
     def __init__(self, policy: ActorCriticPolicy):
         self._policy = policy
@@ -128,24 +122,14 @@ class Actor(ABC):
         """Read what :meth:`_sample` returned."""
         return actions.cpu().numpy()
 
-    @abstractmethod
-    def _sample(self, observations: PyTorchObs) -> th.Tensor:
-        """Sample actions without a graph, one per environment."""
-
-    @abstractmethod
-    def evaluate(self, observations: PyTorchObs, begin: int, end: int) -> tuple[th.Tensor, th.Tensor]:
-        """Values and log-probabilities of the actions of this actor in the steps from ``begin`` to ``end``."""
-
-
-class PolicyActor(Actor):
-    """The actor of any policy, by the policy's own methods."""
-
     @th.no_grad()
     def _sample(self, observations: PyTorchObs) -> th.Tensor:
+        """Sample actions without a graph, one per environment."""
         return self._policy.get_distribution(observations).get_actions()
 
     def evaluate(self, observations: PyTorchObs, begin: int, end: int) -> tuple[th.Tensor, th.Tensor]:
-        """Values and log-probabilities together: they may share a features extractor."""
+        """Values and log-probabilities of the actions of this actor in the steps from ``begin`` to ``end``."""
+        # Together: they may share a features extractor
         values, log_probs, _ = self._policy.evaluate_actions(observations, th.cat(self._actions[begin:end]))
         return values, log_probs
 
@@ -169,8 +153,6 @@ class MlpActor(Actor):
         self._activations = [activation.forward for activation in structure.activations]
         self._log_std = structure.log_std
         self._draw = _sampler(policy, structure)
-        space = policy.observation_space
-        self._is_vector = isinstance(space, spaces.Box) and len(space.shape) == 1
         self._outputs: list[th.Tensor] = []
         size = sum(weight.numel() for weight, _ in self._layers)
         is_on_cpu = _CAN_SET_THREADS and policy.device.type == "cpu"
@@ -178,11 +160,8 @@ class MlpActor(Actor):
 
     def _sample(self, observations: PyTorchObs) -> th.Tensor:
         """Sample actions; raises a ``ValueError`` if the network returns a NaN."""
-        if self._is_vector:
-            hidden = observations.float()  # type: ignore[union-attr]
-        else:
-            space, normalize_images = self._policy.observation_space, self._policy.normalize_images
-            hidden = preprocess_obs(observations, space, normalize_images=normalize_images).flatten(1)  # type: ignore[union-attr]
+        space, normalize_images = self._policy.observation_space, self._policy.normalize_images
+        hidden = preprocess_obs(observations, space, normalize_images=normalize_images).flatten(1)  # type: ignore[union-attr]
         with one_thread() if len(hidden) <= self._max_envs_for_one_thread else nullcontext():
             output = self._output(hidden)
         # What the checks of `torch.distributions` are there for. A sum that is finite has no NaN in it
@@ -219,7 +198,7 @@ class MlpActor(Actor):
 def make_actor(policy: ActorCriticPolicy) -> Actor:
     """The fastest actor for a policy in evaluation mode for which :func:`is_deferrable_policy` holds."""
     structure = actor_structure(policy)
-    return PolicyActor(policy) if structure is None else MlpActor(policy, structure)
+    return Actor(policy) if structure is None else MlpActor(policy, structure)
 
 
 def _sampler(policy: ActorCriticPolicy, structure: MlpStructure) -> Callable[[th.Tensor], th.Tensor]:

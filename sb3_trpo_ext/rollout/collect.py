@@ -7,6 +7,7 @@ Differences from ``OnPolicyAlgorithm.collect_rollouts``:
 
 1. While callbacks run in ``on_step``, ``locals["values"]``, ``locals["log_probs"]`` and what the buffer has of values,
    log-probabilities and bootstrapped rewards are computed when the callback reads them (:mod:`sb3_trpo_ext.rollout.lazy`).
+   What a callback changes in the first two in place does not get into the buffer.
 2. ``terminal_obs`` and ``terminal_value`` are not among the locals.
 3. Errors say what the environment did wrong.
 
@@ -14,7 +15,8 @@ Where it is not certain that the contents would be the same, SB3's loop runs ins
 always wants it says ``collect_rollouts = OnPolicyAlgorithm.collect_rollouts``.
 """
 
-from contextlib import ExitStack, suppress
+import functools
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -29,8 +31,8 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext.rollout.actors import Actor, is_deferrable_policy, make_actor
-from sb3_trpo_ext.rollout.errors import check_shape, explain_dead_worker, explain_observation, parts_of
-from sb3_trpo_ext.rollout.lazy import LazySteps, lazy_buffer, may_look, stored_step
+from sb3_trpo_ext.rollout.errors import explain_dead_worker, explain_observation, parts_of
+from sb3_trpo_ext.rollout.lazy import lazy_class, lazy_pair, may_look
 from sb3_trpo_ext.rollout.snapshot import Snapshot
 
 #: Numbers in the observations of one batch at the end of a rollout: 16 MiB of float32.
@@ -58,9 +60,8 @@ def collect_rollouts(
     """
     try:
         if is_deferrable(model, rollout_buffer):
-            with ExitStack() as stack:
-                rollout = _LeanRollout(model, env, callback, rollout_buffer, stack)
-                return rollout.collect(n_rollout_steps), rollout.snapshot
+            rollout = _LeanRollout(model, env, callback, rollout_buffer)
+            return rollout.collect(n_rollout_steps), rollout.snapshot
         snapshot = Snapshot(model.policy)
         with snapshot.watching():
             is_full = OnPolicyAlgorithm.collect_rollouts(model, env, callback, rollout_buffer, n_rollout_steps)
@@ -84,41 +85,29 @@ def is_deferrable(model: OnPolicyAlgorithm, buffer: RolloutBuffer) -> bool:
     :param buffer: to be filled
     :return: false if SB3's loop has to be used
     """
-    stock: type[RolloutBuffer] = DictRolloutBuffer if isinstance(buffer, DictRolloutBuffer) else RolloutBuffer
-    for name in ("add", "reset"):
-        if name in vars(buffer) or getattr(type(buffer), name) is not getattr(stock, name):
-            return False
-    if not isinstance(model._last_obs, dict if stock is DictRolloutBuffer else np.ndarray):
+    if type(buffer) not in (RolloutBuffer, DictRolloutBuffer):
         return False
-    observations, stored = parts_of(model._last_obs), parts_of(buffer.observations)
-    for key, space in parts_of(model.observation_space).items():
-        dtype, stored_dtype = observations[key].dtype, stored[key].dtype
+    observations = parts_of(model._last_obs)
+    for key, stored in parts_of(buffer.observations).items():
         # SB3's policies compute in float32, whatever comes
-        is_rounded_later = dtype == np.float64 and stored_dtype == np.float32 and isinstance(space, spaces.Box)
-        if not (np.can_cast(dtype, stored_dtype) or is_rounded_later):
-            return False
-        if observations[key].shape != (buffer.n_envs, *(space.shape or ())):
+        is_rounded_later = observations[key].dtype == np.float64 and stored.dtype == np.float32
+        if not (is_rounded_later or np.can_cast(observations[key].dtype, stored.dtype)):
             return False
     return is_deferrable_policy(model.policy)
 
 
 class _LeanRollout:
-    """
-    One rollout.
-
-    :param stack: ends what watches the policy
-    """
+    """One rollout."""
 
     #: The policy that acts first.
     snapshot: Snapshot
 
-    def __init__(self, model: OnPolicyAlgorithm, env: VecEnv, callback: BaseCallback, buffer: RolloutBuffer, stack: ExitStack):
-        self.model, self.env, self.callback, self.buffer, self.stack = model, env, callback, buffer, stack
-        self.policy: ActorCriticPolicy = model.policy
-        #: The buffer's arrays themselves, also while it is lazy.
-        self._arrays: dict[str, Any] = vars(buffer)
-        #: The number of steps that have their values and log-probabilities.
-        self._n_evaluated = 0
+    def __init__(self, model: OnPolicyAlgorithm, env: VecEnv, callback: BaseCallback, buffer: RolloutBuffer):
+        self.model, self.env, self.callback, self.buffer = model, env, callback, buffer
+        #: Ends what watches the policy.
+        self._watching = ExitStack()
+        #: The number of steps in the buffer, and of those that have their values and log-probabilities.
+        self._n_stored = self._n_evaluated = 0
         #: Whether values and log-probabilities are computed after each step.
         self._is_eager = False
         #: Truncated episodes: step, environment and last observation.
@@ -129,45 +118,38 @@ class _LeanRollout:
     def collect(self, n_rollout_steps: int) -> bool:
         """Run the environment, then compute what was deferred; returns False if the callback ended the training."""
         model, callback, buffer, scope = self.model, self.callback, self.buffer, self._scope
-        self.policy.set_training_mode(False)
         buffer.reset()
+        # For tensors that a callback keeps: the buffer makes new arrays in its next reset
+        self._values, self._log_probs = buffer.values, buffer.log_probs
         self._reset_noise()
         callback.on_rollout_start()
         self._follow_policy()
         self.snapshot = self._snapshot
-        self._steps = LazySteps(self._evaluate_step)
         scope["n_rollout_steps"] = n_rollout_steps
-        with lazy_buffer(buffer, self._evaluate):
+        with self._watching:
             try:
                 is_full = self._run(n_rollout_steps)
-            except BaseException:
-                # Tensors that a callback has kept must not be computed with a later policy
-                with suppress(Exception):
-                    self._finish()
-                raise
-            self._finish()
+            finally:
+                # After an error too: tensors that a callback has kept must not be computed with a later policy
+                self._evaluate()
         if not is_full:
             return False
         with th.no_grad():
             values = self.policy.predict_values(obs_as_tensor(scope["new_obs"], model.device))
         buffer.compute_returns_and_advantage(last_values=values, dones=scope["dones"])
-        log_probs, rewards = th.as_tensor(buffer.log_probs[-1].copy(), device=model.device), buffer.rewards[-1].copy()
+        log_probs, rewards = th.tensor(buffer.log_probs[-1], device=model.device), buffer.rewards[-1].copy()
         scope.update(n_steps=n_rollout_steps, values=values, log_probs=log_probs, rewards=rewards)
         callback.update_locals(scope)
         callback.on_rollout_end()
         return True
 
-    def _finish(self) -> None:
-        """Compute what was deferred, and release the policy."""
-        # A callback may have trained something
-        self.policy.set_training_mode(False)
-        self._evaluate()
-        self._steps.finish(self._arrays["values"], self._arrays["log_probs"], self.model.device)
-
     def _run(self, n_rollout_steps: int) -> bool:
         """Run the environment; returns False if the callback ended the training."""
-        model, env, callback, scope = self.model, self.env, self.callback, self._scope
+        model, env, callback, buffer, scope = self.model, self.env, self.callback, self.buffer, self._scope
         is_watched = may_look(callback)
+        stock_class = type(buffer)
+        class_in_callbacks = lazy_class(stock_class, self._evaluate) if is_watched else stock_class
+        unknown = th.zeros(env.num_envs)
         for n_steps in range(n_rollout_steps):
             if model.sde_sample_freq > 0 and n_steps % model.sde_sample_freq == 0:
                 self._reset_noise()
@@ -176,23 +158,32 @@ class _LeanRollout:
             clipped_actions = self._clipped(actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             model.num_timesteps += env.num_envs
-            check_shape(model, new_obs, env.num_envs)
             if is_watched:
-                scope["values"], scope["log_probs"] = self._steps.at(n_steps, env.num_envs, model.device)
+                evaluate = functools.partial(self._evaluate_step, n_steps, obs_tensor)
+                scope["values"], scope["log_probs"] = lazy_pair(evaluate, env.num_envs, model.device)
             scope.update(n_steps=n_steps, obs_tensor=obs_tensor, actions=actions, clipped_actions=clipped_actions)
             scope.update(new_obs=new_obs, rewards=rewards, dones=dones, infos=infos)
             callback.update_locals(scope)
-            if not callback.on_step():
-                # This step never gets into the buffer
-                self._steps.keep(must_look=True)
+            buffer.__class__ = class_in_callbacks
+            try:
+                goes_on = callback.on_step()
+            finally:
+                buffer.__class__ = stock_class
+            if not goes_on:
                 return False
-            self._steps.keep()
-            self._store(n_steps, actions, rewards, dones, infos)
+            model._update_info_buffer(infos, dones)
+            buffer.add(model._last_obs, actions, rewards, model._last_episode_starts, unknown, unknown)  # type: ignore[arg-type]
+            self._n_stored += 1
             model._last_obs = new_obs  # type: ignore[assignment]
             model._last_episode_starts = dones
             if not self._snapshot.is_of(model.policy, in_detail=is_watched):
-                self._follow_change(n_steps)
-            elif self._is_eager:
+                self._evaluate()
+                self._follow_policy()
+                # New parts may give other answers later
+                self._is_eager = not is_deferrable_policy(model.policy)
+            # As in SB3, an episode that is truncated in this step is worth what the policy says after the callback
+            self._note_truncated(n_steps, dones, infos)
+            if self._is_eager:
                 self._evaluate()
         return True
 
@@ -204,71 +195,54 @@ class _LeanRollout:
         # Faster than `np.clip`
         return np.minimum(np.maximum(actions, space.low), space.high) if isinstance(space, spaces.Box) else actions
 
-    def _follow_change(self, step: int) -> None:
-        """Evaluate the steps so far with the policy that made them, and go on with the policy as it is now."""
-        # As in SB3, an episode that is truncated in this step is worth what the policy says after the callback
-        present = [episode for episode in self._truncated if episode[0] == step]
-        del self._truncated[len(self._truncated) - len(present) :]
-        self._evaluate()
-        self._truncated = present
-        before = self._snapshot
-        self._follow_policy()
-        if not self._snapshot.has_parts_of(before):
-            # New parts may give other answers later
-            self._is_eager = not is_deferrable(self.model, self.buffer)
-
     def _reset_noise(self) -> None:
         """Draw new noise matrices for gSDE, without a graph, with which the policy could not be copied."""
         if self.model.use_sde:
             with th.no_grad():
                 self.model.policy.reset_noise(self.env.num_envs)
 
-    def _store(self, step: int, actions: np.ndarray, rewards: np.ndarray, dones: np.ndarray, infos: list[Any]) -> None:
-        """Put one step into the buffer, as its ``add`` would, without values and log-probabilities."""
-        self.model._update_info_buffer(infos, dones)
+    def _note_truncated(self, step: int, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
+        """Keep the last observations of episodes that a time limit has ended."""
         for index in np.flatnonzero(dones):
             terminal_observation = infos[index].get("terminal_observation")
             if terminal_observation is not None and infos[index].get("TimeLimit.truncated", False):
                 self._truncated.append((step, int(index), self.policy.obs_to_tensor(terminal_observation)[0]))
-        buffer, arrays, observations = self.buffer, self._arrays, parts_of(self.model._last_obs)
-        for key, stored in parts_of(arrays["observations"]).items():
-            stored[step] = observations[key].reshape(stored.shape[1:])
-        arrays["actions"][step] = actions.reshape(arrays["actions"].shape[1:])
-        arrays["rewards"][step] = rewards
-        arrays["episode_starts"][step] = self.model._last_episode_starts
-        buffer.pos = step + 1
-        buffer.full = buffer.pos == buffer.buffer_size
 
     def _follow_policy(self) -> None:
         """Let the policy act as it is now."""
-        self.policy = self.model.policy
+        self.policy: ActorCriticPolicy = self.model.policy
         self.policy.set_training_mode(False)
         self._snapshot = Snapshot(self.policy)
         # In the place of the one before: a callback may change the policy in every step
-        self.stack.close()
-        self.stack.enter_context(self._snapshot.watching())
+        self._watching.close()
+        self._watching.enter_context(self._snapshot.watching())
         self._actor: Actor = make_actor(self.policy)
         #: The first step that this actor makes.
-        self._first_step = self.buffer.pos
+        self._first_step = self._n_stored
 
     @th.no_grad()
-    def _evaluate_step(self, step: int) -> tuple[th.Tensor, th.Tensor]:
+    def _evaluate_step(self, step: int, observations: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         """Values and log-probabilities of the current step or an earlier one, for a callback that reads them."""
-        if step < self.buffer.pos:
+        if step < self._n_stored:
             self._evaluate()
-            return stored_step(self._arrays["values"], self._arrays["log_probs"], step, self.model.device)
-        number = step - self._first_step
-        with self._snapshot.restored():
-            values, log_probs = self._actor.evaluate(self._scope["obs_tensor"], number, number + 1)
+            device = self.model.device
+            values, log_probs = th.tensor(self._values[step], device=device), th.tensor(self._log_probs[step], device=device)
+        else:
+            with self._snapshot.restored():
+                number = step - self._first_step
+                values, log_probs = self._actor.evaluate(observations, number, number + 1)
         return values.reshape(-1, 1), log_probs.flatten()
 
     @th.no_grad()
     def _evaluate(self) -> None:
         """Compute values, log-probabilities and bootstrapped rewards of all stored steps that do not have them yet."""
-        buffer, arrays, space = self.buffer, self._arrays, self.model.observation_space
-        start, stop = self._n_evaluated, buffer.pos
+        start, stop = self._n_evaluated, self._n_stored
+        truncated, self._truncated = self._truncated, []
+        if start == stop and not truncated:
+            return
         self._n_evaluated = stop
-        stored, shapes = parts_of(arrays["observations"]), {key: part.shape or () for key, part in parts_of(space).items()}
+        stored, space = parts_of(self.buffer.observations), self.model.observation_space
+        shapes = {key: part.shape or () for key, part in parts_of(space).items()}
         chunk = max(1, _CHUNK_NUMBERS // sum(array[0].size for array in stored.values()))
         with self._snapshot.restored():
             for begin in range(start, stop, chunk):
@@ -276,15 +250,13 @@ class _LeanRollout:
                 parts = {key: stored[key][begin:end].reshape(-1, *shape) for key, shape in shapes.items()}
                 observations = obs_as_tensor(parts if isinstance(space, spaces.Dict) else parts[""], self.model.device)
                 values, log_probs = self._actor.evaluate(observations, begin - self._first_step, end - self._first_step)
-                arrays["values"][begin:end] = values.reshape(end - begin, -1).cpu().numpy()
-                arrays["log_probs"][begin:end] = log_probs.reshape(end - begin, -1).cpu().numpy()
-            self._steps.write(arrays["values"], arrays["log_probs"])
-            n_observations = chunk * buffer.n_envs
-            for first in range(0, len(self._truncated), n_observations):
-                steps, indices, terminal = zip(*self._truncated[first : first + n_observations], strict=True)
+                self._values[begin:end] = values.reshape(end - begin, -1).cpu().numpy()
+                self._log_probs[begin:end] = log_probs.reshape(end - begin, -1).cpu().numpy()
+            n_observations = chunk * self.env.num_envs
+            for first in range(0, len(truncated), n_observations):
+                steps, indices, terminal = zip(*truncated[first : first + n_observations], strict=True)
                 terminal_values = self.policy.predict_values(_concatenated(terminal)).flatten().cpu().numpy()
-                arrays["rewards"][list(steps), list(indices)] += self.model.gamma * terminal_values
-        self._truncated.clear()
+                self.buffer.rewards[list(steps), list(indices)] += self.model.gamma * terminal_values
 
 
 def _concatenated(observations: tuple[PyTorchObs, ...]) -> PyTorchObs:

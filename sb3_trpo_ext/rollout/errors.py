@@ -18,39 +18,26 @@ def parts_of(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {"": value}
 
 
-def check_shape(model: OnPolicyAlgorithm, observations: Any, n_envs: int, cause: Exception | None = None) -> None:
-    """Raise a ``ValueError`` if observations do not have the shape of their space."""
-    problem, parts = "", parts_of(observations)
-    for key, space in parts_of(model.observation_space).items():
-        if key not in parts:
-            problem = f"an observation without {key!r}"
-        elif parts[key].shape != (n_envs, *(space.shape or ())):
-            where = f" in {key!r}" if key else ""
-            problem = f"observations of shape {parts[key].shape}{where} for {n_envs} environments of shape {space.shape}"
-        if problem:
-            raise ValueError(f"The environment returned {problem} after {model.num_timesteps} timesteps. {_INTACT}") from cause
-
-
 def explain_observation(model: OnPolicyAlgorithm, env: VecEnv, error: Exception) -> None:
     """Raise a ``ValueError`` if a NaN, an infinity or a wrong shape of the last observation explains this error."""
-    if model._last_obs is None:
-        return
-    check_shape(model, model._last_obs, env.num_envs, error)
-    for key, observation in parts_of(model._last_obs).items():
+    observations = parts_of(model._last_obs)
+    for key, space in parts_of(model.observation_space).items():
+        observation, where, shape = observations[key], key or "observation", space.shape or ()
+        problem = hint = ""
+        if observation.shape != (env.num_envs, *shape):
+            problem = f"shape {observation.shape} in its {where} for {env.num_envs} environments of shape {shape}"
         # Policies raise a ValueError for a NaN
-        if isinstance(error, ValueError) and not np.isfinite(observation).all():
-            raise ValueError(
-                f"The environment returned a NaN or an infinity in its {key or 'observation'} after {model.num_timesteps} "
-                f"timesteps. {_INTACT[:-1]}; `VecCheckNan` from stable_baselines3.common.vec_env finds the step at which it "
-                "happens."
-            ) from error
+        elif isinstance(error, ValueError) and not np.isfinite(observation).all():
+            problem = f"a NaN or an infinity in its {where}"
+            hint = " `VecCheckNan` from stable_baselines3.common.vec_env finds the step at which it happens."
+        if problem:
+            message = f"The environment returned {problem} after {model.num_timesteps} timesteps. {_INTACT}{hint}"
+            raise ValueError(message) from error
 
 
 def explain_dead_worker(model: OnPolicyAlgorithm, env: VecEnv, error: Exception) -> None:
     """Raise a ``RuntimeError`` if a worker of ``SubprocVecEnv`` has died."""
-    inner: Any = env
-    while hasattr(inner, "venv"):
-        inner = inner.venv
+    inner: Any = env.unwrapped
     processes = getattr(inner, "processes", [])
     for process in processes:
         # It may be about to end; all but the dead ones go on waiting for a command
@@ -59,7 +46,6 @@ def explain_dead_worker(model: OnPolicyAlgorithm, env: VecEnv, error: Exception)
     if dead:
         codes = ", ".join(f"{index} with exit code {code}" for index, code in dead.items())
         raise RuntimeError(
-            f"Of the {len(processes)} worker processes of {type(inner).__name__} some have ended after {model.num_timesteps} "
-            f"timesteps: {codes}. If the environment raised an error, that is on stderr; a negative code is the signal that "
-            f"killed the process. {_INTACT}"
+            f"Worker processes of {type(inner).__name__} have ended after {model.num_timesteps} timesteps: {codes}. Errors of "
+            f"the environments are on stderr; a negative code is the signal that killed a process. {_INTACT}"
         ) from error

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from sb3_trpo_ext.optim.vectors import assign_, flatten
@@ -23,7 +24,7 @@ class Snapshot:
     :param policy: the policy
     """
 
-    def __init__(self, policy: nn.Module):
+    def __init__(self, policy: ActorCriticPolicy):
         self._policy = policy
         self._tensors = [*policy.parameters(), *(buffer for buffer in policy.buffers() if buffer.is_floating_point())]
         self._numbers = flatten(self._tensors)
@@ -31,12 +32,11 @@ class Snapshot:
         #: Dictionaries of parts, and what is in them.
         self._tree = [(branch, dict(branch)) for branch in branches]
         self._parts = [branch.values() for branch in branches]
-        self._ids = self._ids_now()
-        #: The same memory as that of the tensors.
+        #: The same memory as that of the tensors, where NumPy can read it.
         self._arrays = [
-            _array(tensor)
+            tensor.detach().numpy()
             for tensor in self._tensors
-            if tensor.device.type == "cpu" and tensor.numel() > 0 and tensor.is_contiguous()
+            if tensor.device.type == "cpu" and tensor.numel() > 0 and tensor.dtype != th.bfloat16
         ]
         self._versions, self._details = self._versions_now(), self._details_now()
         self._has_stepped = False
@@ -48,14 +48,12 @@ class Snapshot:
         def notice(*_: Any) -> None:
             self._has_stepped = True
 
-        optimizer = getattr(self._policy, "optimizer", None)
         # A hook of this optimizer alone: those of all optimizers must not change while another thread goes through them
-        handle = optimizer.register_step_post_hook(notice) if isinstance(optimizer, th.optim.Optimizer) else None
+        handle = self._policy.optimizer.register_step_post_hook(notice)
         try:
             yield
         finally:
-            if handle is not None:
-                handle.remove()
+            handle.remove()
 
     def is_of(self, policy: nn.Module, in_detail: bool = True) -> bool:
         """Whether a policy is the one of this snapshot, and has not changed since."""
@@ -67,21 +65,13 @@ class Snapshot:
             self._has_stepped = not th.equal(flatten(self._tensors), self._numbers)
         return not self._has_stepped
 
-    def has_parts_of(self, other: "Snapshot") -> bool:
-        """Whether two snapshots differ by numbers at most."""
-        return self._policy is other._policy and self._ids == other._ids
-
     def _versions_now(self) -> list[int]:
         """What operations of PyTorch change."""
         return [number for tensor in self._tensors for number in (tensor._version, tensor.data_ptr())]
 
     def _details_now(self) -> list[Any]:
         """What else may change."""
-        return [*self._ids_now(), *(array[0] for array in self._arrays)]
-
-    def _ids_now(self) -> list[int]:
-        """What changes with the parts."""
-        return list(map(id, itertools.chain.from_iterable(self._parts)))
+        return [*map(id, itertools.chain.from_iterable(self._parts)), *(array.item(0) for array in self._arrays)]
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -98,15 +88,6 @@ class Snapshot:
         finally:
             assign_(self._tensors, numbers)
             _fill(now)
-
-
-def _array(tensor: th.Tensor) -> Any:
-    """The numbers of a tensor on the CPU, in its own memory."""
-    flat = tensor.detach().reshape(-1)
-    try:
-        return memoryview(flat.numpy())  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return memoryview(flat.view(th.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _fill(tree: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
