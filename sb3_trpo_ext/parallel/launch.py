@@ -232,10 +232,11 @@ def check_identical(model: OnPolicyAlgorithm) -> None:
     largest, smallest = all_max(th.stack([hashes, -hashes])).tolist()
     names = [name for name, high, low in zip(tensors, largest, smallest, strict=True) if high != -low]
     if names:
+        differing = f"they differ in {', '.join(names)}"
         raise RuntimeError(
-            f"The processes of this run have come apart by update {model._n_updates}: they differ in {', '.join(names)}. Either "
-            "something such as a callback has changed the model in one process alone, or the machines do not round alike (other CPUs, "
-            "threads or builds of PyTorch). The last checkpoint can be loaded."
+            f"The processes of this run have come apart by update {model._n_updates}: {differing}. Either something, such as "
+            "a callback, has changed the model in one process alone, or the machines do not round alike (other CPUs, numbers "
+            "of threads or builds of PyTorch). The last checkpoint can be loaded."
         )
 
 
