@@ -1,9 +1,8 @@
-"""The command ``sb3-trpo plot``: one page of diagnostics of one run or of several, as a picture and as an interactive page."""
+"""The command ``sb3-trpo plot``: one page of diagnostics of one run or of several."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,7 +74,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folder of a run, such as logs/trpo_ext/Hopper-v5_1")
     output_help = "the picture (default: diagnostics.png, of one run in its folder, of several here)"
     parser.add_argument("-o", "--output", metavar="PNG", help=output_help)
-    parser.add_argument("--no-html", action="store_true", help="leave out the interactive page")
     return parser
 
 
@@ -94,13 +92,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = [read_run(folder) for folder in args.runs]
     draw_page(png, runs)
     print(f"  diagnostics      {png}")
-    if args.no_html:
-        return
-    if importlib.util.find_spec("plotly") is None:
-        print("  no interactive page: pip install 'sb3-trpo-ext[plots]' brings Plotly, which draws it")
-        return
-    from sb3_trpo_ext.tools.diagnostics_html import write_page
-
-    html = png.with_suffix(".html")
-    write_page(html, runs)
-    print(f"  interactive page {html}")

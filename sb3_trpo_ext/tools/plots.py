@@ -68,7 +68,7 @@ def draw_panel(axes: Axes, panel: Panel, end: float) -> None:
 
 
 def run_colors(n_runs: int) -> list[str]:
-    """A color for each run, the same in every panel, for Matplotlib and Plotly."""
+    """A color for each run, the same in every panel."""
     palette = colormaps["tab10" if n_runs <= 10 else "tab20"]
     return [to_hex(palette(index % palette.N)) for index in range(n_runs)]
 

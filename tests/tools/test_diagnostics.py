@@ -1,6 +1,5 @@
 """The page of diagnostics: what is read from a run, what is drawn of it, and what is said where there is nothing to draw."""
 
-import importlib.util
 import subprocess
 import sys
 from collections import OrderedDict
@@ -213,70 +212,26 @@ def test_half_a_line_is_left_out(tmp_path: Path) -> None:
     assert len(runs.read_run(folder).updates) == 5
 
 
-def test_picture_and_page_of_one_run_lie_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_picture_of_one_run_lies_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "trpo_ext" / "CartPole-v1_1")
     status, output = plot(capsys, folder)
     assert status == 0
     assert str(folder / "diagnostics.png") in output
     assert (folder / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
-    has_plotly = importlib.util.find_spec("plotly") is not None
-    assert (folder / "diagnostics.html").is_file() == has_plotly
 
 
 def test_several_runs_lie_over_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [write_run(tmp_path / algo / "CartPole-v1_1", n_updates=n) for algo, n in (("trpo", 3), ("trpo_ext", 200))]
-    assert plot(capsys, *folders, "-o", tmp_path / "both.png", "--no-html")[0] == 0
+    assert plot(capsys, *folders, "-o", tmp_path / "both.png")[0] == 0
     assert (tmp_path / "both.png").is_file()
-    assert not (tmp_path / "both.html").exists()
 
 
 def test_published_run_can_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = RESULTS / "trpo_ext" / "Humanoid-v5_29"
-    assert plot(capsys, folder, "-o", tmp_path / "page.png", "--no-html")[0] == 0
+    assert plot(capsys, folder, "-o", tmp_path / "page.png")[0] == 0
     run = runs.read_run(folder)
     assert (run.env_id, run.seed, run.evaluations.steps[-1]) == ("Humanoid-v5", 0, 9_999_360)
     assert [panel.title for panel in panels.make_panels([run], ["#000000"])] == ["return of an episode"]
-
-
-def test_page_holds_every_run_and_every_panel(tmp_path: Path) -> None:
-    pytest.importorskip("plotly")
-    from sb3_trpo_ext.tools.diagnostics_html import make_figure, write_page
-
-    made = [runs.read_run(write_run(tmp_path / algo / "CartPole-v1_1")) for algo in ("trpo", "trpo_ext")]
-    figure = make_figure(made)
-    titles = {annotation.text for annotation in figure.layout.annotations}
-    colors = ["#000000", "#ffffff"]
-    assert titles == {panel.title for panel in panels.make_panels(made, colors)} | {panels.phases(made).title}
-    assert [trace.name for trace in figure.data if trace.showlegend is not False] == [
-        "trpo/CartPole-v1_1",
-        "trpo_ext/CartPole-v1_1",
-        # What the panels of the picture have a legend for
-        *("evaluation", "CartPole-v1: solved at 475", "target_kl", "rejected", "actual", "predicted"),
-        *("rollout", "policy", "critic"),
-    ]
-    single = make_figure(made[:1])
-    named = {trace.name: trace for trace in single.data if trace.showlegend}
-    assert {"episode", "10-90%", "mean of 1 episodes", "evaluation", "target_kl", "predicted"} <= set(named)
-    assert named["predicted"].line.dash == "dash"
-    assert named["evaluation"].mode == "markers"
-    write_page(tmp_path / "page.html", made)
-    text = (tmp_path / "page.html").read_text()
-    assert text.count("CartPole-v1_1") >= 2
-    # Nothing is loaded from elsewhere
-    assert "<script src=" not in text
-
-
-def test_without_plotly_the_picture_is_drawn(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = write_run(tmp_path / "CartPole-v1_1")
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "plotly" else find_spec(name, *rest))
-    status, output = plot(capsys, folder)
-    assert status == 0
-    assert "pip install 'sb3-trpo-ext[plots]'" in output
-    assert (folder / "diagnostics.png").is_file()
-    assert not (folder / "diagnostics.html").exists()
 
 
 @pytest.mark.parametrize("name", ["progress.csv", "evaluations.npz", "0.monitor.csv"])
@@ -286,7 +241,7 @@ def test_damaged_file_ends_in_one_line(name: str, kind: str, tmp_path: Path, cap
     whole = (folder / name).read_bytes()
     damaged = {"empty": b"", "half": whole[: len(whole) // 2], "garbage": b"\x00\xff\xfe\n1,2,3\n4,5,6,7,8\n"}[kind]
     (folder / name).write_bytes(damaged)
-    status, output = plot(capsys, folder, "--no-html")
+    status, output = plot(capsys, folder)
     if kind == "half" and name.endswith(".csv"):
         # What is whole of a table of rows can be drawn
         assert status == 0
