@@ -10,8 +10,7 @@ import numpy as np
 import pandas
 from rliable import library, metrics
 
-from sb3_trpo_ext.tools.panels import Line, Panel, threshold_line
-from sb3_trpo_ext.tools.plots import draw_learning_curve, run_colors
+from sb3_trpo_ext.tools.plots import Line, Panel, draw_learning_curve, run_colors, threshold_line
 from sb3_trpo_ext.zoo.runs import Curve
 
 N_BOOTSTRAP = 2000
@@ -165,7 +164,7 @@ def draw_curves(path: Path, title: str, results: Mapping[str, Sequence[SeedRun]]
         lines += [Line("faint", "", color, steps, curve) for curve in curves]
         lines.append(Line("band", "", color, steps, low, high))
         label = f"{algo} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
-        lines.append(Line("line", label, color, steps, center, in_legend=True))
+        lines.append(Line("line", label, color, steps, center))
     end = max((line.x[-1] for line in lines), default=1.0)
     if threshold is not None:
         lines.append(threshold_line(f"threshold {threshold:g}", threshold, end))

@@ -17,8 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_trpo_ext._files import replacing
-from sb3_trpo_ext.tools.panels import Panel, return_lines
-from sb3_trpo_ext.tools.plots import draw_learning_curve
+from sb3_trpo_ext.tools.plots import Panel, draw_learning_curve, return_lines
 from sb3_trpo_ext.zoo.options import check_env
 from sb3_trpo_ext.zoo.runs import evaluation_curve, latest_run, read_settings, training_curve
 from sb3_trpo_ext.zoo.settings import KEY, StoreDict

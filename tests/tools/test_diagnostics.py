@@ -11,7 +11,7 @@ import pandas
 import pytest
 import yaml
 
-from sb3_trpo_ext.tools import panels
+from sb3_trpo_ext.tools import diagnostics, plots
 from sb3_trpo_ext.zoo import runs
 from sb3_trpo_ext.zoo.command import main
 from sb3_trpo_ext.zoo.runs import Curve
@@ -66,7 +66,7 @@ def plot(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]
     return status, output.out + output.err
 
 
-def panel_of(made: list[panels.Panel], title: str) -> panels.Panel:
+def panel_of(made: list[plots.Panel], title: str) -> plots.Panel:
     """The panel whose title begins so."""
     return next(panel for panel in made if panel.title.startswith(title))
 
@@ -90,7 +90,7 @@ def test_settings_run_no_code_of_a_stranger(tmp_path: Path) -> None:
 
 def test_every_quantity_has_its_panel(tmp_path: Path) -> None:
     run = runs.read_run(write_run(tmp_path / "CartPole-v1_1"))
-    made = panels.make_panels([run], ["#000000"])
+    made = diagnostics.make_panels([run], ["#000000"])
     expected: dict[str, list[float]] = {
         "explained variance": [0.9] * 5,
         "entropy": [0.6] * 5,
@@ -125,8 +125,7 @@ def test_every_quantity_has_its_panel(tmp_path: Path) -> None:
     np.testing.assert_allclose(evaluations.y, [20, 60, 100])
     assert (solved.label, solved.y[0]) == ("CartPole-v1: solved at 475", 475)
 
-    bars = panels.phases([run])
-    assert bars.seconds == {"rollout": [2.0], "policy": [0.25], "critic": [0.5]}
+    assert diagnostics.phases([run]).to_dict("list") == {"rollout": [2.0], "policy": [0.25], "critic": [0.5]}
 
 
 def test_evaluations_have_a_phase_of_their_own(tmp_path: Path) -> None:
@@ -134,9 +133,9 @@ def test_evaluations_have_a_phase_of_their_own(tmp_path: Path) -> None:
     table = pandas.read_csv(folder / "progress.csv")
     table["time/evaluation"] = [0.0, 5.0, 0.0, 0.0, 0.0]
     table.to_csv(folder / "progress.csv", index=False)
-    bars = panels.phases([runs.read_run(folder)])
-    assert bars.seconds == {"rollout": [2.0], "evaluation": [1.0], "policy": [0.25], "critic": [0.5]}
-    assert set(bars.seconds) <= set(panels.PHASE_COLORS)
+    seconds = diagnostics.phases([runs.read_run(folder)])
+    assert seconds.to_dict("list") == {"rollout": [2.0], "evaluation": [1.0], "policy": [0.25], "critic": [0.5]}
+    assert set(seconds) <= set(diagnostics.PHASE_COLORS)
 
 
 TEXTS = ["accepted", "no_improvement", "zero_target_kl", "accepted", "kl_too_large"]
@@ -161,28 +160,27 @@ def test_rejected_updates_are_those_that_failed(columns: dict[str, list[Any]], r
     folder = write_run(tmp_path / "CartPole-v1_1")
     table = pandas.read_csv(folder / "progress.csv").drop(columns="train/status")
     table.assign(**{f"train/{name}": values for name, values in columns.items()}).to_csv(folder / "progress.csv", index=False)
-    assert list(panels.rejected_steps(runs.read_run(folder))) == rejected
+    assert list(diagnostics.rejected_steps(runs.read_run(folder))) == rejected
 
 
 def test_single_outliers_do_not_hide_all_other_values() -> None:
     values = np.sin(np.arange(200.0))
     values[[50, 120]] = 1000, np.nan
-    line = panels.Line("line", "actual", "black", np.arange(200.0), values)
-    limits = panels.Panel("improvement of the objective", [line], "outliers").limits
+    line = plots.Line("line", "actual", "black", np.arange(200.0), values)
+    limits = plots.Panel("improvement of the objective", [line], "outliers").limits
     assert limits is not None
     assert -1.3 < limits[0] < -0.9
     assert 0.9 < limits[1] < 1.3
     calm = line._replace(y=np.sin(np.arange(200.0)))
-    assert panels.Panel("improvement of the objective", [calm], "outliers").limits is None
-    assert panels.Panel("step size", [line]).limits is None
+    assert plots.Panel("improvement of the objective", [calm], "outliers").limits is None
+    assert plots.Panel("step size", [line]).limits is None
 
 
 def test_band_holds_the_middle_four_fifths(tmp_path: Path) -> None:
     run = runs.read_run(write_run(tmp_path / "CartPole-v1_1", n_updates=600))
     episodes = Curve(np.arange(1.0, 1001), np.tile(np.arange(100.0), 10))
-    band = next(
-        line for line in panels.returns_panel([run._replace(episodes=episodes)], ["#000000"]).lines if line.upper is not None
-    )
+    lines = diagnostics.returns_panel([run._replace(episodes=episodes)], ["#000000"]).lines
+    band = next(line for line in lines if line.upper is not None)
     assert band.upper is not None
     assert (band.y[-1], band.upper[-1]) == pytest.approx((9.9, 89.1))
 
@@ -191,7 +189,7 @@ def test_run_of_ppo_shows_what_it_has(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "CartPole-v1_1")
     table = {"time/total_timesteps": [64, 128], "train/approx_kl": [0.01, 0.02], "train/entropy_loss": [-0.6, -0.5]}
     pandas.DataFrame(table).to_csv(folder / "progress.csv", index=False)
-    made = panels.make_panels([runs.read_run(folder)], ["#000000"])
+    made = diagnostics.make_panels([runs.read_run(folder)], ["#000000"])
     assert [panel.title for panel in made] == ["return of an episode", "KL divergence of an update", "entropy of the policy"]
     np.testing.assert_array_equal(made[2].lines[0].y, [0.6, 0.5])
     # The bound is of the settings
@@ -231,7 +229,7 @@ def test_published_run_can_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert plot(capsys, folder, "-o", tmp_path / "page.png")[0] == 0
     run = runs.read_run(folder)
     assert (run.env_id, run.seed, run.evaluations.steps[-1]) == ("Humanoid-v5", 0, 9_999_360)
-    assert [panel.title for panel in panels.make_panels([run], ["#000000"])] == ["return of an episode"]
+    assert [panel.title for panel in diagnostics.make_panels([run], ["#000000"])] == ["return of an episode"]
 
 
 @pytest.mark.parametrize("name", ["progress.csv", "evaluations.npz", "0.monitor.csv"])
