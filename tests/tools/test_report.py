@@ -203,7 +203,7 @@ def test_all_plots_gathers_our_runs(logs: Path, tmp_path: Path, capsys: pytest.C
     [
         (["--env", "Ant-v5"], "there is no run of Ant-v5 in "),
         (["--env", "Ant-v55"], "--env: there is no environment 'Ant-v55'; did you mean Ant-v5"),
-        (["--env", "Swimmer-v5", "--exp-id", "7"], "Swimmer-v5_7/Swimmer-v5.zip: is it in another --folder"),
+        (["--env", "Swimmer-v5", "--exp-id", "7"], "Swimmer-v5_7 folder was not found"),
         (["--env", "Swimmer-v5", "--n-eval-episodes", "0"], "must be at least 1, got 0"),
     ],
 )
