@@ -149,7 +149,7 @@ def runs_of(*finals: float) -> list[Run]:
     nothing = Curve(np.zeros(0), np.zeros(0))
     updates = pandas.DataFrame({"timesteps": [100], "time/time_elapsed": [14.0], "time/evaluation": [4.0]})
     curves = [Curve(steps, np.outer(steps, [final / 100] * 2)) for final in finals]
-    return [Run(Path("."), None, seed, nothing, curve, updates, {}) for seed, curve in enumerate(curves)]
+    return [Run(Path("."), None, nothing, curve, updates, {}) for curve in curves]
 
 
 def test_figures_of_a_table() -> None:
@@ -270,6 +270,14 @@ def test_crashed_training_is_reported_and_tried_again(
     fake()
     assert run_compare(capsys, *arguments(tmp_path))[0] == 0
     assert set(started) == {"ppo seed 0"}
+
+
+def test_without_a_finished_training_there_is_no_table(
+    tmp_path: Path, fake: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(ppo_0="crash")
+    assert run_compare(capsys, *arguments(tmp_path, "--seeds", 1, "--algos", "ppo"))[0] == 1
+    assert not (tmp_path / "CartPole-v1" / "comparison.md").exists()
 
 
 def test_other_settings_are_not_mixed(
