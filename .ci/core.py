@@ -14,7 +14,7 @@ import numpy as np
 
 from sb3_trpo_ext import TRPO
 
-EXTRAS = ("envpool", "matplotlib", "mujoco", "optuna", "pandas", "plotly", "rich", "rl_zoo3", "sb3_contrib", "tqdm", "yaml")
+EXTRAS = ("envpool", "matplotlib", "mujoco", "optuna", "pandas", "rich", "rl_zoo3", "sb3_contrib", "tqdm", "yaml")
 
 installed = [name for name in EXTRAS if importlib.util.find_spec(name)]
 assert not installed, f"there are more than the core dependencies: {installed}"

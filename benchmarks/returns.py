@@ -22,9 +22,8 @@ import pandas
 from matplotlib.figure import Figure
 
 from benchmarks.markdown import ROOT, table
-from sb3_trpo_ext.tools.comparison_table import SeedRun, area_under, common_curves, interquartile_means
-from sb3_trpo_ext.tools.panels import Line, Panel
-from sb3_trpo_ext.tools.plots import draw_learning_curve, draw_panel
+from sb3_trpo_ext.tools.comparison_table import area_under, common_curves, interquartile_means
+from sb3_trpo_ext.tools.plots import Line, Panel, draw_learning_curve, draw_panel
 from sb3_trpo_ext.zoo.runs import Curve
 
 RESULTS = ROOT / "results"
@@ -174,9 +173,9 @@ def tables() -> dict[str, str]:
 
 def seed_lines(results: Sequence[Result], color: str, label: str) -> list[Line]:
     """Each seed as a thin line, and the mean over seeds."""
-    steps, curves = common_curves([SeedRun(result.seed, result.curve, float("nan")) for result in results])
+    steps, curves = common_curves([result.curve for result in results])
     seeds = [Line("faint", "", color, steps, curve) for curve in curves]
-    return [*seeds, Line("line", label, color, steps, curves.mean(axis=0), in_legend=True)]
+    return [*seeds, Line("line", label, color, steps, curves.mean(axis=0))]
 
 
 def draw_humanoid() -> None:

@@ -59,18 +59,14 @@ class TrainingRecorder(BaseCallback):
 
     :param folder: where to write. None: the folder of the run under ``sb3-trpo train``, else the logger's folder
     :param verbose: 1 to say where the file is
-    :raises ValueError: if there is a file where the folder should be
+    :raises ValueError: if the folder is not a path
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, verbose: int = 0) -> None:
         super().__init__(verbose)
         if folder is not None and not isinstance(folder, (str, os.PathLike)):
-            raise ValueError(
-                f"`folder` must be a path or None, got {folder!r}: pass the folder that progress.csv should lie in."
-            )
+            raise ValueError(f"`folder` must be a path or None, got {folder!r}.")
         self.folder = None if folder is None else Path(folder)
-        if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"`folder` must be a folder, got {str(folder)!r}, which is a file: pass another path.")
         self._columns: list[str] = []
         # What is known of an update before it is over; None if no update is expected
         self._row: dict[str, Any] | None = None
@@ -91,10 +87,7 @@ class TrainingRecorder(BaseCallback):
         :raises ValueError: if the folder cannot be made, if SB3's logger writes the same file, or if there are no updates
         """
         if not isinstance(self.model, OnPolicyAlgorithm):
-            raise ValueError(
-                f"`TrainingRecorder` writes a row for each update of an on-policy algorithm, got {type(self.model).__name__}: "
-                "leave it out."
-            )
+            raise ValueError(f"`TrainingRecorder` records updates of an on-policy algorithm, got {type(self.model).__name__}.")
         path = self.path
         for output in self.logger.output_formats:
             if isinstance(output, CSVOutputFormat) and os.path.abspath(output.file.name) == str(path.absolute()):
@@ -105,9 +98,7 @@ class TrainingRecorder(BaseCallback):
             self._columns = list(dict.fromkeys([*COLUMNS, *(rows[0] if rows else ())]))
             self._rewrite(rows)
         except OSError as error:
-            raise ValueError(
-                f"`folder`: cannot write {path} ({error.strerror}): pass a folder that can be written."
-            ) from error
+            raise ValueError(f"`folder`: cannot write {path} ({error.strerror}): pass another folder.") from error
         if self.verbose > 0:
             print(f"Updates are recorded in {path}")
         self._phase_started = time.perf_counter()
@@ -177,8 +168,6 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    header = next(csv.reader(lines[:1]), [])
-    rows = csv.reader(lines[1:])
-    return [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
+    rows = csv.DictReader(line for line in lines if line.endswith("\n"))
+    # Too many cells are under the key None, and too few have the value None
+    return [row for row in rows if None not in (*row, *row.values())]

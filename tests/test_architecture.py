@@ -26,7 +26,6 @@ EXTRAS = (
     "mujoco",
     "optuna",
     "pandas",
-    "plotly",
     "rich",
     "rl_zoo3",
     "rliable",

@@ -32,7 +32,7 @@ def test_import_loads_nothing_that_it_does_not_need() -> None:
     code = "import sys, stable_baselines3; sb3 = {*sys.modules}; import sb3_trpo_ext.envs; print(*{*sys.modules} - sb3)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "sb3_trpo_ext" in modules
-    assert {"envpool", "matplotlib", "optuna", "pandas", "plotly", "rl_zoo3", "sb3_contrib", "yaml"}.isdisjoint(modules)
+    assert {"envpool", "matplotlib", "optuna", "pandas", "rl_zoo3", "sb3_contrib", "yaml"}.isdisjoint(modules)
 
 
 def test_missing_envpool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,16 +16,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas
 import yaml
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID
 
-from sb3_trpo_ext.callbacks import EVALUATION, FILE_NAME, read_rows
-from sb3_trpo_ext.tools.comparison_settings import Settings, check_names, find_settings, with_equal_kl
-from sb3_trpo_ext.tools.comparison_table import SeedRun, as_markdown, draw_curves, make_table
+from sb3_trpo_ext.callbacks import FILE_NAME, read_rows
+from sb3_trpo_ext.tools.comparison_settings import Settings, find_settings, with_equal_kl
+from sb3_trpo_ext.tools.comparison_table import as_markdown, draw_curves, make_table
 from sb3_trpo_ext.tools.report import write_json
-from sb3_trpo_ext.zoo.runs import RunError, read_run, reward_threshold
-from sb3_trpo_ext.zoo.settings import KEY
+from sb3_trpo_ext.zoo.runs import Run, RunError, read_run, reward_threshold
+from sb3_trpo_ext.zoo.settings import KEY, as_option
 
 #: Written last, and only after a training that ended by itself: RL-Zoo saves a model when it is interrupted, too.
 DONE = "done.json"
@@ -66,10 +65,8 @@ class Job:
         """
         try:
             before = json.loads((self.folder / DONE).read_text(encoding="utf-8"))["identity"]
-        except FileNotFoundError:
-            return False
-        except ValueError:
-            # Half a file: it was interrupted
+        # Half a file: it was interrupted
+        except (FileNotFoundError, ValueError):
             return False
         different = [key for key in self.identity | before if before.get(key) != self.identity.get(key)]
         if different:
@@ -94,28 +91,27 @@ def make_jobs(args: argparse.Namespace, settings: dict[str, Settings]) -> list[J
     :return: the jobs
     """
     options: dict[str, Any] = {"-n": args.n_timesteps, "--eval-freq": args.eval_freq, "--device": args.device}
-    options |= {"--eval-episodes": args.eval_episodes}
-    options |= {} if args.vec_env is None else {"--vec-env": args.vec_env}
+    options |= {"--eval-episodes": args.eval_episodes} | ({"--vec-env": args.vec_env} if args.vec_env else {})
     jobs = []
     for seed in range(args.seeds):
         for algo in args.algos:
             folder = Path(args.folder) / args.env / algo / f"seed_{seed}"
             command = [sys.executable, "-m", "sb3_trpo_ext.zoo", "train", "--algo", algo, "--env", args.env]
             command += ["--seed", str(seed), "-f", str(folder), "--conf-file", str(folder / "settings.yml"), "--verbose", "0"]
-            command += [text for option, value in options.items() for text in (option, str(value))]
-            command += ["--gym-packages", *args.gym_packages] if args.gym_packages else []
+            for option, value in (*options.items(), ("--gym-packages", args.gym_packages)):
+                command += as_option(option, value)
             # As JSON has it, which makes lists of tuples
             identity = json.loads(json.dumps({**options, "settings": settings[algo].entry}, default=str))
             jobs.append(Job(algo, seed, folder, command, identity))
     return jobs
 
 
-def start(job: Job, lock: int | None) -> subprocess.Popen[bytes]:
+def start(job: Job, lock: tuple[int, ...]) -> subprocess.Popen[bytes]:
     """
     Start a training from scratch, in a process group of its own, so that Ctrl-C reaches us alone.
 
     :param job: the training
-    :param lock: file descriptor that it keeps open
+    :param lock: file descriptors that it keeps open
     :return: its process
     """
     # What an interrupted training has left
@@ -127,13 +123,7 @@ def start(job: Job, lock: int | None) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with job.log.open("wb") as log:
         return subprocess.Popen(
-            job.command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-            pass_fds=() if lock is None else (lock,),
+            job.command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True, pass_fds=lock
         )
 
 
@@ -148,31 +138,26 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[int | None]:
+def locked(folder: Path) -> Iterator[tuple[int, ...]]:
     """
     Keep a second comparison out of a folder, also while trainings of a first one that was killed are still at work in it.
 
     :param folder: the folder
-    :return: a file descriptor for the trainings, None where there are no such locks
-    :raises ValueError: if the folder is in use, or cannot be made
+    :return: a file descriptor for the trainings, none where there are no such locks
+    :raises ValueError: if the folder is in use
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--folder: cannot make {folder} ({error.strerror})") from error
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:
-        yield None
+        yield ()
         return
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(
-                f"--folder: another comparison is at work in {folder}: wait for it, or take another one"
-            ) from error
-        yield file.fileno()
+            raise ValueError(f"--folder: another comparison is at work in {folder}: wait, or take another one") from error
+        yield (file.fileno(),)
 
 
 @contextlib.contextmanager
@@ -194,7 +179,7 @@ def noted_interruptions() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def run_jobs(jobs: Sequence[Job], n_parallel: int, n_timesteps: int, lock: int | None) -> list[str]:
+def run_jobs(jobs: Sequence[Job], n_parallel: int, n_timesteps: int, lock: tuple[int, ...]) -> list[str]:
     """
     Run trainings side by side, with a display of their progress.
 
@@ -208,8 +193,7 @@ def run_jobs(jobs: Sequence[Job], n_parallel: int, n_timesteps: int, lock: int |
     waiting = list(jobs)
     running: dict[Job, tuple[subprocess.Popen[bytes], TaskID, float]] = {}
     crashed: list[str] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with noted_interruptions() as came, Progress(*columns, disable=not sys.stdout.isatty()) as progress:
+    with noted_interruptions() as came, Progress(disable=not sys.stdout.isatty()) as progress:
         total = progress.add_task("trainings", total=len(jobs))
         try:
             while waiting or running:
@@ -248,32 +232,18 @@ def last_line(path: Path) -> str:
     return lines[-1].strip() if lines else "it printed nothing"
 
 
-def read_result(job: Job) -> SeedRun:
+def read_result(job: Job) -> Run:
     """
-    What a finished training has come to.
+    What a finished training has left.
 
     :param job: the training
-    :return: its evaluations and speed
+    :return: its run, with evaluations
     :raises RunError: if a file is missing or damaged
     """
-    folder = job.run_folder()
-    run = None if folder is None else read_run(folder)
-    if run is None or len(run.evaluations.steps) == 0:
-        raise RunError(f"there are no evaluations in {folder or job.folder}: remove it, and run the same command again")
-    return SeedRun(job.seed, run.evaluations, speed_of(run.updates))
-
-
-def speed_of(updates: pandas.DataFrame) -> float:
-    """
-    Steps per second of a training, its evaluations left out.
-
-    :param updates: what each update has logged
-    :return: the speed; NaN where it is not known how long the evaluations took
-    """
-    if len(updates) == 0 or not {"time/time_elapsed", EVALUATION} <= set(updates):
-        return float("nan")
-    last = updates.iloc[-1]
-    return float(last["timesteps"] / (last["time/time_elapsed"] - updates[EVALUATION].sum()))
+    run = read_run(job.run_folder() or job.folder)
+    if len(run.evaluations.steps) == 0:
+        raise RunError(f"there are no evaluations in {run.folder}: remove it, and run the same command again")
+    return run
 
 
 def write_comparison(
@@ -287,7 +257,7 @@ def write_comparison(
     :param settings: by algorithm
     :param crashed: lines about those that crashed
     """
-    results: dict[str, list[SeedRun]] = {algo: [] for algo in args.algos}
+    results: dict[str, list[Run]] = {algo: [] for algo in args.algos}
     for job in jobs:
         if job.is_done():
             results[job.algo].append(read_result(job))
@@ -349,13 +319,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.eval_freq = max(args.n_timesteps // 20, 1)
     if not 1 <= args.eval_freq <= args.n_timesteps:
         raise ValueError(f"--eval-freq must be between 1 and --n-timesteps, got {args.eval_freq}")
-    check_names(args.algos, args.env)
+    # Each once
+    args.algos = list(dict.fromkeys(args.algos))
     settings = {algo: find_settings(algo, args.env) for algo in args.algos}
     if args.equal_kl:
         if "trpo" not in settings:
-            raise ValueError(
-                "--equal-kl converts the settings of sb3-contrib's trpo, which is not among --algos: leave it out"
-            )
+            raise ValueError("--equal-kl converts the settings of sb3-contrib's trpo, which is not among --algos")
         settings["trpo"] = with_equal_kl(settings["trpo"], args.env)
     jobs = make_jobs(args, settings)
     left = [job for job in jobs if not job.is_done()]
@@ -363,7 +332,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with locked(Path(args.folder) / args.env) as lock:
             print(f"{len(jobs)} trainings, {len(jobs) - len(left)} of them finished before", flush=True)
             crashed = run_jobs(left, args.jobs, args.n_timesteps, lock)
-            write_comparison(args, jobs, settings, crashed)
+            if any(job.is_done() for job in jobs):
+                write_comparison(args, jobs, settings, crashed)
     except KeyboardInterrupt:
         print("sb3-trpo compare: interrupted; run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None

@@ -16,7 +16,6 @@ from rl_zoo3.exp_manager import ExperimentManager
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext._checks import closest
 from sb3_trpo_ext.contrib import joint_kl_factor
-from sb3_trpo_ext.zoo.options import check_env
 from sb3_trpo_ext.zoo.settings import KEY, linear_schedule, load_hyperparams
 
 
@@ -25,22 +24,6 @@ class Settings(NamedTuple):
 
     entry: dict[str, Any]
     source: str
-
-
-def check_names(algos: list[str], env_id: str) -> None:
-    """
-    Refuse algorithms and tasks that do not exist.
-
-    :param algos: keys of RL-Zoo
-    :param env_id: the task
-    :raises ValueError: with the names that do exist
-    """
-    for algo in algos:
-        if algo not in ALGOS:
-            raise ValueError(f"--algos: there is no algorithm {algo!r}; {closest(algo, ALGOS)}")
-    if len(set(algos)) < len(algos):
-        raise ValueError(f"--algos must name each algorithm once, got {' '.join(algos)}")
-    check_env(env_id)
 
 
 def nearest_version(env_id: str, entries: dict[str, Any]) -> str | None:
@@ -68,14 +51,15 @@ def find_settings(algo: str, env_id: str) -> Settings:
     :param algo: key of RL-Zoo
     :param env_id: the task
     :return: the settings
-    :raises ValueError: if there are no settings for the task
+    :raises ValueError: if there is no such algorithm, or no settings for the task
     """
+    if algo not in ALGOS:
+        raise ValueError(f"--algos: there is no algorithm {algo!r}; {closest(algo, ALGOS)}")
     if algo == KEY:
         owner, entries = "sb3-trpo-ext", load_hyperparams()
     else:
-        owner = "RL-Zoo"
         path = Path(rl_zoo3.__path__[0]) / "hyperparams" / f"{algo}.yml"
-        entries = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        owner, entries = "RL-Zoo", yaml.safe_load(path.read_text(encoding="utf-8"))
     name = nearest_version(env_id, entries)
     if name is None:
         name = "atari" if "atari" in entries and ExperimentManager.is_atari(env_id) else "default"

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pandas
 from rliable import library, metrics
 
-from sb3_trpo_ext.tools.panels import Line, Panel, threshold_line
-from sb3_trpo_ext.tools.plots import draw_learning_curve, run_colors
-from sb3_trpo_ext.zoo.runs import Curve
+from sb3_trpo_ext.callbacks import EVALUATION
+from sb3_trpo_ext.tools.plots import Line, Panel, draw_learning_curve, run_colors, threshold_line
+from sb3_trpo_ext.zoo.runs import Curve, Run
 
 N_BOOTSTRAP = 2000
-
-
-class SeedRun(NamedTuple):
-    """A finished run of one seed: its evaluations, and the steps per second of its training, NaN if not known."""
-
-    seed: int
-    evaluations: Curve
-    speed: float
 
 
 def interquartile_means(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -50,28 +41,27 @@ def interquartile_means(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return center[""], interval[""]
 
 
-def common_curves(runs: Sequence[SeedRun]) -> tuple[np.ndarray, np.ndarray]:
+def common_curves(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
     """
     The evaluations of several seeds at the same steps: those of the shortest run, between which the others are interpolated.
 
-    :param runs: at least one, with evaluations
+    :param curves: of each seed, at least one
     :return: the steps, shape ``(n_points,)``, and mean returns, shape ``(n_seeds, n_points)``
     """
-    steps = min((run.evaluations.steps for run in runs), key=lambda steps: steps[-1])
-    curves = [np.interp(steps, run.evaluations.steps, run.evaluations.returns.mean(axis=1)) for run in runs]
-    return steps, np.stack(curves)
+    steps = min((curve.steps for curve in curves), key=lambda steps: steps[-1])
+    return steps, np.stack([np.interp(steps, curve.steps, curve.returns.mean(axis=1)) for curve in curves])
 
 
-def steps_to(threshold: float, run: SeedRun) -> float:
+def steps_to(threshold: float, curve: Curve) -> float:
     """
     When a run has first been evaluated at a return or better.
 
     :param threshold: the return
-    :param run: the run
+    :param curve: evaluations
     :return: environment steps; NaN if never
     """
-    reached = np.flatnonzero(run.evaluations.returns.mean(axis=1) >= threshold)
-    return float(run.evaluations.steps[reached[0]]) if len(reached) else float("nan")
+    reached = curve.steps[curve.returns.mean(axis=1) >= threshold]
+    return float(reached[0]) if len(reached) else float("nan")
 
 
 def area_under(curve: Curve) -> float:
@@ -85,12 +75,20 @@ def area_under(curve: Curve) -> float:
     return float(np.trapezoid(returns, steps) / (steps[-1] - steps[0])) if len(steps) > 1 else float(returns[0])
 
 
-def median(values: Sequence[float]) -> float:
-    """The median, NaN of nothing."""
-    return float(np.median(values)) if values else float("nan")
+def speed_of(updates: pandas.DataFrame) -> float:
+    """
+    Steps per second of a training, its evaluations left out.
+
+    :param updates: what each update has logged
+    :return: the speed; NaN where it is not known how long the evaluations took
+    """
+    if len(updates) == 0 or not {"time/time_elapsed", EVALUATION} <= set(updates):
+        return float("nan")
+    last = updates.iloc[-1]
+    return float(last["timesteps"] / (last["time/time_elapsed"] - updates[EVALUATION].sum()))
 
 
-def make_table(results: Mapping[str, Sequence[SeedRun]], threshold: float | None) -> pandas.DataFrame:
+def make_table(results: Mapping[str, Sequence[Run]], threshold: float | None) -> pandas.DataFrame:
     """
     The figures of a comparison, one row for each algorithm.
 
@@ -104,15 +102,16 @@ def make_table(results: Mapping[str, Sequence[SeedRun]], threshold: float | None
         rows.append(row)
         if not runs:
             continue
-        final = np.array([run.evaluations.returns[-1].mean() for run in runs])
-        iqm, interval = interquartile_means(final[:, None])
-        row |= {"final return": final.mean(), "std over seeds": final.std(ddof=1) if len(runs) > 1 else np.nan}
+        curves = [run.evaluations for run in runs]
+        final = pandas.Series([curve.returns[-1].mean() for curve in curves])
+        iqm, interval = interquartile_means(final.to_numpy()[:, None])
+        row |= {"final return": final.mean(), "std over seeds": final.std()}
         row |= {"IQM": iqm[0], "IQM low": interval[0, 0], "IQM high": interval[1, 0]}
-        row |= {"area under curve": np.mean([area_under(run.evaluations) for run in runs]), "worst seed": final.min()}
+        row |= {"area under curve": np.mean([area_under(curve) for curve in curves]), "worst seed": final.min()}
         if threshold is not None:
-            reached = [steps for run in runs if np.isfinite(steps := steps_to(threshold, run))]
-            row |= {f"steps to {threshold:g}": median(reached), f"seeds that reach {threshold:g}": len(reached)}
-        row["steps/s"] = median([run.speed for run in runs if np.isfinite(run.speed)])
+            reached = pandas.Series([steps_to(threshold, curve) for curve in curves]).dropna()
+            row |= {f"steps to {threshold:g}": reached.median(), f"seeds that reach {threshold:g}": len(reached)}
+        row["steps/s"] = pandas.Series([speed_of(run.updates) for run in runs]).dropna().median()
     return pandas.DataFrame(rows)
 
 
@@ -124,30 +123,27 @@ def as_markdown(table: pandas.DataFrame) -> str:
     :return: Markdown
     """
 
-    def cells(row: dict[str, Any]) -> dict[str, str]:
-        def number(name: str) -> str:
-            value = float(row.get(name, np.nan))
-            return "-" if not np.isfinite(value) else f"{value:,.0f}" if abs(value) >= 100 else f"{value:,.3g}"
+    def number(value: float) -> str:
+        return "-" if not np.isfinite(value) else f"{value:,.0f}" if abs(value) >= 100 else f"{value:,.3g}"
 
-        shown = {
-            "algorithm": row["algorithm"],
-            "seeds": number("seeds"),
-            "final return": f"{number('final return')} ± {number('std over seeds')}",
-            "IQM [95%]": f"{number('IQM')} [{number('IQM low')}, {number('IQM high')}]",
-            "area under the curve": number("area under curve"),
-            "worst seed": number("worst seed"),
-        }
-        for name in (name for name in row if name.startswith("steps to ")):
-            reached = f" ({number(name.replace('steps to', 'seeds that reach'))} of {row['seeds']} seeds)"
-            shown[name] = number(name) + (reached if row["seeds"] else "")
-        return {**shown, "steps/s": number("steps/s")}
-
-    rows = [cells(row) for row in table.to_dict("records")]
-    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)])
+    text = table.drop(columns="algorithm").map(number)
+    shown = {
+        "algorithm": table["algorithm"],
+        "seeds": text["seeds"],
+        "final return": text["final return"] + " ± " + text["std over seeds"],
+        "IQM [95%]": text["IQM"] + " [" + text["IQM low"] + ", " + text["IQM high"] + "]",
+        "area under the curve": text["area under curve"],
+        "worst seed": text["worst seed"],
+    }
+    for name in text.filter(like="steps to "):
+        reached = " (" + text[name.replace("steps to", "seeds that reach")] + " of " + text["seeds"] + " seeds)"
+        shown[name] = text[name] + reached.where(table["seeds"] > 0, "")
+    shown["steps/s"] = text["steps/s"]
+    rows = ["| " + " | ".join(row) + " |" for row in zip(*shown.values(), strict=True)]
+    return "\n".join(["| " + " | ".join(shown) + " |", "|---" * len(shown) + "|", *rows])
 
 
-def draw_curves(path: Path, title: str, results: Mapping[str, Sequence[SeedRun]], threshold: float | None) -> None:
+def draw_curves(path: Path, title: str, results: Mapping[str, Sequence[Run]], threshold: float | None) -> None:
     """
     Draw the learning curves: the interquartile mean over seeds with its 95% interval, and each seed as a thin line.
 
@@ -160,12 +156,12 @@ def draw_curves(path: Path, title: str, results: Mapping[str, Sequence[SeedRun]]
     for (algo, runs), color in zip(results.items(), run_colors(len(results)), strict=True):
         if not runs:
             continue
-        steps, curves = common_curves(runs)
+        steps, curves = common_curves([run.evaluations for run in runs])
         center, (low, high) = interquartile_means(curves)
         lines += [Line("faint", "", color, steps, curve) for curve in curves]
         lines.append(Line("band", "", color, steps, low, high))
         label = f"{algo} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
-        lines.append(Line("line", label, color, steps, center, in_legend=True))
+        lines.append(Line("line", label, color, steps, center))
     end = max((line.x[-1] for line in lines), default=1.0)
     if threshold is not None:
         lines.append(threshold_line(f"threshold {threshold:g}", threshold, end))

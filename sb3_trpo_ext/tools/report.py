@@ -10,6 +10,7 @@ import numpy as np
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3 import ALGOS, create_test_env, get_saved_hyperparams
 from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.utils import StoreDict, get_model_path
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import set_random_seed
@@ -17,11 +18,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_trpo_ext._files import replacing
-from sb3_trpo_ext.tools.panels import Panel, return_lines
-from sb3_trpo_ext.tools.plots import draw_learning_curve
-from sb3_trpo_ext.zoo.options import check_env
+from sb3_trpo_ext.tools.plots import Panel, draw_learning_curve, return_lines
 from sb3_trpo_ext.zoo.runs import evaluation_curve, latest_run, read_settings, training_curve
-from sb3_trpo_ext.zoo.settings import KEY, StoreDict
+from sb3_trpo_ext.zoo.settings import KEY
 
 
 class DistanceRecorder(VecEnvWrapper):
@@ -31,18 +30,11 @@ class DistanceRecorder(VecEnvWrapper):
     :param venv: the environments; those that do not report an ``x_position`` get no ``distance``
     """
 
-    def __init__(self, venv: VecEnv) -> None:
-        super().__init__(venv)
-        self._starts: list[float | None] = [None] * venv.num_envs
-
-    def _start(self, index: int) -> float | None:
-        # Wrappers have a list `reset_infos` of their own that stays empty: only that of the innermost VecEnv is filled
-        return self.unwrapped.reset_infos[index].get("x_position")
-
     def reset(self) -> VecEnvObs:
         """Reset the environments and remember where they start."""
         observations = self.venv.reset()
-        self._starts = [self._start(index) for index in range(self.num_envs)]
+        # Wrappers have a list `reset_infos` of their own that stays empty: only that of the innermost VecEnv is filled
+        self._starts = [info.get("x_position") for info in self.unwrapped.reset_infos]
         return observations
 
     def step_wait(self) -> VecEnvStepReturn:
@@ -57,7 +49,7 @@ class DistanceRecorder(VecEnvWrapper):
                 # The environment has been reset already: `info` is of the old episode, `reset_infos` of the new one
                 if position is not None:
                     info["distance"] = float(position - self._starts[index])
-                self._starts[index] = self._start(index)
+                self._starts[index] = self.unwrapped.reset_infos[index].get("x_position")
         return observations, rewards, dones, infos
 
 
@@ -130,25 +122,20 @@ def load_run(
     :param n_envs: number of environments
     :param env_kwargs: arguments of the environment that are other than in training
     :return: the agent and its environments, with the saved observation statistics, not updated any more and raw rewards
-    :raises ValueError: if there is no such run, or no agent in it
+    :raises AssertionError: if there is no such run
+    :raises ValueError: if there is no agent in it
     """
     name = EnvironmentName(env_id)
     if exp_id == 0:
         exp_id = latest_run(Path(folder) / algo, name, [f"{name}.zip"])
-    run_path = Path(folder) / algo / (f"{name}_{exp_id}" if exp_id > 0 else "")
-    model_path = run_path / f"{name}.zip"
-    if not model_path.is_file():
-        raise ValueError(f"there is no {model_path}: is it in another --folder, or of another --algo than {algo}?")
-    hyperparams, stats_path = get_saved_hyperparams(str(run_path / name), norm_reward=False, test_mode=True)
-    kwargs_in_training = hyperparams.pop("env_kwargs", None) or {}
-    args_path = run_path / name / "args.yml"
+    _, model_path, run_path = get_model_path(exp_id, folder, algo, name)
+    hyperparams, stats_path = get_saved_hyperparams(f"{run_path}/{name}", norm_reward=False, test_mode=True)
+    args_path = Path(run_path, name, "args.yml")
     options = read_settings(args_path)
     if args_path.is_file() and not options:
-        raise ValueError(
-            f"{args_path} is damaged, or holds what only Python can read: remove it, and give --env-kwargs if need be"
-        )
+        raise ValueError(f"{args_path} is damaged, or holds what only Python can read: remove it, and give --env-kwargs")
     # Those of the command line win
-    kwargs_in_training = options.get("env_kwargs") or kwargs_in_training
+    kwargs_in_training = options.get("env_kwargs") or hyperparams.get("env_kwargs") or {}
     env = create_test_env(
         env_id,
         n_envs,
@@ -159,7 +146,7 @@ def load_run(
         env_kwargs={**kwargs_in_training, **(env_kwargs or {})},
         vec_env_cls=ExperimentManager.default_vec_env_cls or DummyVecEnv,
     )
-    return Run(ALGOS[algo].load(model_path, device=device), model_path, env)
+    return Run(ALGOS[algo].load(model_path, device=device), Path(model_path), env)
 
 
 def summarize(run: Run, episodes: Episodes) -> dict[str, Any]:
@@ -211,7 +198,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     if args.n_eval_episodes < 1:
         raise ValueError(f"--n-eval-episodes must be at least 1, got {args.n_eval_episodes}")
-    check_env(args.env)
     run = load_run(args.env, args.folder, args.algo, args.exp_id, args.seed, args.device, env_kwargs=args.env_kwargs)
     set_random_seed(args.seed)
     episodes = run_episodes(run.model, run.env, args.n_eval_episodes, deterministic=not args.stochastic)

@@ -49,10 +49,7 @@ def prepare_film(env_id: str) -> None:
     if isinstance(entry_point, str):
         load_env_creator(entry_point)
     if "mujoco" in sys.modules:
-        raise ImportError(
-            "MuJoCo cannot draw: there is no display, and neither EGL nor OSMesa works; on Debian and Ubuntu "
-            f"`apt-get install {PACKAGES}` brings EGL"
-        )
+        raise ImportError(f"MuJoCo cannot draw without a display, EGL or OSMesa: `apt-get install {PACKAGES}` brings EGL")
 
 
 def check_window(no_render: bool | None) -> None:
@@ -63,9 +60,5 @@ def check_window(no_render: bool | None) -> None:
     :raises OSError: if there is no display
     """
     # Whoever chooses a driver for pygame knows what it shows
-    if no_render or has_display() or "SDL_VIDEODRIVER" in os.environ:
-        return
-    raise OSError(
-        "there is no display to open a window on: `sb3-trpo record-video` films the agent, and `--no-render` runs it without "
-        "a window"
-    )
+    if not (no_render or has_display() or "SDL_VIDEODRIVER" in os.environ):
+        raise OSError("there is no display to open a window on: `sb3-trpo record-video` films, `--no-render` opens none")

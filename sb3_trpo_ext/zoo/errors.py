@@ -7,7 +7,7 @@ UNNAMED = (AttributeError, EOFError, LookupError, TypeError)
 #: Which extra of this package brings a module.
 EXTRAS = {
     **dict.fromkeys(("huggingface_sb3", "optuna", "requests", "rl_zoo3", "sb3_contrib", "seaborn", "yaml"), "zoo"),
-    **dict.fromkeys(("matplotlib", "pandas", "plotly"), "plots"),
+    **dict.fromkeys(("matplotlib", "pandas"), "plots"),
 }
 
 

@@ -99,10 +99,7 @@ class Manager(ExperimentManager):
         """
         if self.training.in_envpool:
             if self.env_wrapper is not None:
-                raise ValueError(
-                    "`env_wrapper`: EnvPool's environments run in C++, where no wrapper can be put around one; take it out of "
-                    f"the settings of {self.env_name.gym_id}, use `vec_env_wrapper`, or train with `--vec-env dummy`"
-                )
+                raise ValueError("`env_wrapper`: EnvPool's environments take none, use `vec_env_wrapper` or `--vec-env dummy`")
             # Refuses what EnvPool does not have
             self._make_envpool(None, range(self.n_envs)).close()
             # For `args.yml`, which tells how the agent was trained
@@ -174,10 +171,8 @@ class Manager(ExperimentManager):
             return
         if model.num_timesteps >= self.n_timesteps:
             print(f"The run has already made its {self.n_timesteps:,} steps: ask for more with `-n`.")
-
-        def learn(total_timesteps: int, **kwargs: Any) -> BaseAlgorithm:
-            return model.learn(max(total_timesteps - model.num_timesteps, 0), reset_num_timesteps=False, **kwargs)
-
+        self.n_timesteps = max(self.n_timesteps - model.num_timesteps, 0)
+        learn = functools.partial(model.learn, reset_num_timesteps=False)
         # RL-Zoo always starts counting at zero; of a model it uses only these three
         super().learn(SimpleNamespace(learn=learn, env=model.env, policy=model.policy))  # type: ignore[arg-type]
 

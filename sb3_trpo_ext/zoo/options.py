@@ -22,7 +22,7 @@ from sb3_trpo_ext._checks import closest
 from sb3_trpo_ext.parallel.launch import broadcast, is_launched, join_process_group
 from sb3_trpo_ext.parallel.reductions import rank
 from sb3_trpo_ext.zoo.display import check_window, prepare_film
-from sb3_trpo_ext.zoo.settings import KEY, as_option, evaluated, hyperparams_path, quoted
+from sb3_trpo_ext.zoo.settings import KEY, as_option, check_pair, hyperparams_path, quoted
 
 #: Scripts of RL-Zoo that load an agent.
 LOADING = ("enjoy", "record-video", "record-training")
@@ -62,6 +62,8 @@ _LOADED = ("env", "algo", "folder", "env_kwargs", "exp_id", "load_best", "load_c
 _READ = {
     "train": ("env", "algo", "conf_file", "seed", "save_freq", "optimize", "track", "vec_env", "resume", *_PAIRS),
     **dict.fromkeys(LOADING, (*_LOADED, "no_render")),
+    "report": ("env", "env_kwargs"),
+    "compare": ("env",),
     **dict.fromkeys(("plot-train", "all-plots"), ("algos",)),
 }
 #: Which of the common options a command's own parser has as well.
@@ -132,7 +134,7 @@ def check_pairs(options: Options) -> None:
         if texts := getattr(options, option):
             texts = [quoted(text) for text in texts]
             for text in texts:
-                evaluated(_OPTIONS[option][0][0], text)
+                check_pair(_OPTIONS[option][0][0], text)
             setattr(options, option, texts)
 
 
@@ -149,19 +151,17 @@ def import_packages(modules: Iterable[str]) -> None:
             raise ImportError(f"--gym-packages {module}: {error}") from error
 
 
-def check_env(env_id: str | None) -> str:
+def check_env(env_id: str | None) -> None:
     """
     Refuse environments that do not exist.
 
     :param env_id: of the command line; ``None`` if there is none
-    :return: the same
     :raises ValueError: if it is missing, or not registered
     """
     if env_id is None:
         raise ValueError("--env is missing: give the id of an environment, such as --env Humanoid-v5")
     if env_id not in gym.registry:
         raise ValueError(f"--env: there is no environment {env_id!r}; {closest(env_id, gym.registry)}")
-    return env_id
 
 
 def choose_run(options: Options) -> None:
@@ -233,10 +233,9 @@ def prepared(options: Options, training: Training) -> Options:
         options = parse(options.name, [*saved_arguments(training.folder), *options.to_arguments()])
     import_packages(options.gym_packages or ())
     with_defaults(options)
-    if options.name not in ("train", *LOADING):
-        return options
-    check_env(options.env)
-    check_pairs(options)
+    if "env" in _READ.get(options.name, ()):
+        check_env(options.env)
+        check_pairs(options)
     if options.name == "train":
         if is_launched():
             join_processes(options)
@@ -244,10 +243,10 @@ def prepared(options: Options, training: Training) -> Options:
         if training.in_envpool:
             # RL-Zoo's parser knows only its own kinds
             options.vec_env = None
-        return options
-    if options.name == "enjoy":
+    elif options.name == "enjoy":
         check_window(options.no_render)
-    else:
+    elif options.name in LOADING:
         prepare_film(options.env)
-    choose_run(options)
+    if options.name in LOADING:
+        choose_run(options)
     return options

@@ -40,19 +40,16 @@ def saved_arguments(folder: Path) -> list[str]:
     """
     import yaml
 
-    found = sorted(folder.glob("*/args.yml"))
-    saved = read_settings(found[0]) if len(found) == 1 else {}
-    settings = read_settings(found[0].with_name("config.yml")) if saved else {}
-    if not settings:
+    args_file = next(folder.glob("*/args.yml"), folder / "args.yml")
+    saved, settings = read_settings(args_file), read_settings(args_file.with_name("config.yml"))
+    if not saved or not settings:
         raise ValueError(
-            f"`--resume`: there is no run of `sb3-trpo train` in {folder}: give a folder such as logs/trpo_ext/Ant-v5_1."
+            f"`--resume`: there is no run of `sb3-trpo train` in {folder}: give one such as logs/trpo_ext/Ant-v5_1"
         )
-    if last_checkpoint(folder, found[0].parent.name) is None:
-        raise ValueError(
-            f"`--resume`: there is no checkpoint in {folder}: `--save-freq` saves some, and an interrupted training saves one."
-        )
+    if last_checkpoint(folder, args_file.parent.name) is None:
+        raise ValueError(f"`--resume`: there is no checkpoint in {folder}: `--save-freq` saves some, an interruption one")
     # The settings as they were, `--hyperparams` included, whatever the package's file says now
-    conf_file = found[0].with_name("settings.yml")
+    conf_file = args_file.with_name("settings.yml")
     with replacing(conf_file) as path:
         path.write_text(yaml.safe_dump({saved["env"]: settings}, sort_keys=False), encoding="utf-8")
     arguments = ["--conf-file", str(conf_file)]

@@ -1,6 +1,5 @@
 """Readers of the files that a training leaves: episodes, evaluations and what each update has logged."""
 
-import glob
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -70,7 +69,6 @@ class Run(NamedTuple):
 
     folder: Path
     env_id: str | None
-    seed: int | None
     episodes: Curve
     evaluations: Curve
     updates: pandas.DataFrame
@@ -108,11 +106,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     class Loader(yaml.SafeLoader):
         """Knows the one Python type that RL-Zoo writes."""
 
-    def ordered_dict(loader: Loader, node: yaml.SequenceNode) -> dict[str, Any]:
-        arguments = loader.construct_sequence(node, deep=True)
-        return dict(arguments[0]) if arguments else {}
-
-    Loader.add_constructor("tag:yaml.org,2002:python/object/apply:collections.OrderedDict", ordered_dict)
+    tag = "tag:yaml.org,2002:python/object/apply:collections.OrderedDict"
+    Loader.add_constructor(tag, lambda loader, node: dict(*loader.construct_sequence(node, deep=True)))
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -131,19 +126,17 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder).absolute()
     if not folder.is_dir():
         raise RunError(f"there is no run in {folder}: that is not a folder")
-    env_id = _env_id(folder)
-    config = {path.parent: path for path in sorted(folder.glob("*/config.yml"))}
-    nested = next(iter(config), folder / (env_id or ""))
-    settings = read_settings(nested / "config.yml")
-    seed = read_settings(nested / "args.yml").get("seed")
+    # RL-Zoo's, in a folder that is named after the environment
+    settings = read_settings(next(folder.glob("*/config.yml"), folder / "config.yml"))
     with _reading(f"a monitor file in {folder}"):
+        env_id = _env_id(folder)
         episodes = training_curve(folder)
     with _reading(folder / "evaluations.npz"):
         evaluations = evaluation_curve(folder)
     updates = read_updates(folder)
     if len(episodes.steps) + len(evaluations.steps) + len(updates) == 0:
         raise RunError(f"there is no run in {folder}: no episode in monitor files, no evaluations.npz, no {FILE_NAME}")
-    return Run(folder, env_id, seed if isinstance(seed, int) else None, episodes, evaluations, updates, settings)
+    return Run(folder, env_id, episodes, evaluations, updates, settings)
 
 
 def read_updates(folder: Path) -> pandas.DataFrame:
@@ -182,10 +175,10 @@ def latest_run(folder: Path, env_name: str, models: Sequence[str]) -> int:
     :raises RunError: if there is no such run
     """
     runs = {}
-    for path in folder.glob(f"{glob.escape(env_name)}_*"):
+    for path in folder.glob("*"):
         if match := re.fullmatch(rf"{re.escape(env_name)}_(\d+)", path.name):
             runs[int(match[1])] = path
-    with_model = [number for number, path in runs.items() if any(True for name in models for _ in path.glob(name))]
+    with_model = [number for number, path in runs.items() if any(list(path.glob(name)) for name in models)]
     if with_model:
         return max(with_model)
     if not runs:
@@ -204,11 +197,8 @@ def reward_threshold(env_id: str | None) -> float | None:
 def _env_id(folder: Path) -> str | None:
     """The task of a run, from a monitor file or from the name of the folder; ``None`` if neither names it."""
     for file in get_monitor_files(str(folder)):
-        try:
-            with open(file, encoding="utf-8") as lines:
-                env_id = json.loads(lines.readline().lstrip("#")).get("env_id")
-        except (ValueError, AttributeError):
-            continue
+        with open(file, encoding="utf-8") as lines:
+            env_id = json.loads(lines.readline().lstrip("#")).get("env_id")
         if env_id not in (None, "None"):
             return str(env_id)
     match = re.fullmatch(r"(.+-v\d+)(_\d+)?(_[0-9a-f-]{36})?", folder.name)

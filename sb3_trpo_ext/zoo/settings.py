@@ -1,6 +1,5 @@
 """The settings file, the notation of hyperparameters on the command line, and the check of their names."""
 
-import argparse
 import inspect
 from collections.abc import Iterable
 from pathlib import Path
@@ -75,25 +74,22 @@ def quoted(text: str) -> str:
     return f"{name}:{value!r}" if value.startswith("lin_") else text
 
 
-def evaluated(option: str, text: str) -> tuple[str, Any]:
+def check_pair(option: str, text: str) -> None:
     """
-    Read ``name:value`` as RL-Zoo does.
+    Evaluate ``name:value`` as RL-Zoo does.
 
     :param option: the option, for the error message
     :param text: the name and a value of Python
-    :return: the name and the value
     :raises ValueError: if there is no value, or none that Python understands
     """
     from rl_zoo3 import utils
 
-    name, _, value = text.partition(":")
     try:
-        return name, eval(value, vars(utils).copy())
+        eval(text.partition(":")[2], vars(utils).copy())
     # `eval` may raise anything
     except Exception as error:
         raise ValueError(
-            f"{option} {text}: must be NAME:VALUE with a Python value; a string needs quotes of its own, "
-            f"as in \"NAME:'text'\" ({error})"
+            f"{option} {text}: must be NAME:VALUE with a Python value, a string with quotes as in \"NAME:'text'\" ({error})"
         ) from error
 
 
@@ -113,16 +109,6 @@ def as_option(flag: str, value: Any) -> list[str]:
         # RL-Zoo evaluates what comes after the colon
         value = [f"{name}:{item!r}" for name, item in value.items()]
     return [flag, *map(str, value if isinstance(value, list) else [value])]
-
-
-class StoreDict(argparse.Action):
-    """Stores an option of the form ``name:value ...`` as a dictionary."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
-    ) -> None:
-        """Evaluate the values."""
-        setattr(namespace, self.dest, dict(evaluated(option_string or self.dest, quoted(text)) for text in values))
 
 
 def check_names(names: Iterable[str], algorithm: type) -> None:

@@ -20,10 +20,9 @@ import yaml
 from rl_zoo3 import ALGOS
 
 from sb3_trpo_ext.tools import compare, comparison_settings, comparison_table
-from sb3_trpo_ext.tools.comparison_table import SeedRun
 from sb3_trpo_ext.zoo.command import main
 from sb3_trpo_ext.zoo.manager import register
-from sb3_trpo_ext.zoo.runs import Curve
+from sb3_trpo_ext.zoo.runs import Curve, Run
 from sb3_trpo_ext.zoo.settings import load_hyperparams
 
 register()
@@ -72,7 +71,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 
         start = compare.start
 
-        def note(job: compare.Job, lock: int | None) -> Any:
+        def note(job: compare.Job, lock: tuple[int, ...]) -> Any:
             started.append(job.name)
             return start(job, lock)
 
@@ -144,10 +143,13 @@ def test_equal_kl_divides_by_the_number_of_action_dimensions(env_id: str, n_dims
 # === Statistics ===
 
 
-def runs_of(*finals: float) -> list[SeedRun]:
-    """One run for each final return, which they reach on a straight line from zero."""
+def runs_of(*finals: float) -> list[Run]:
+    """One run for each final return, which they reach on a straight line from zero, with 10 steps per second."""
     steps = np.array([0, 50, 100])
-    return [SeedRun(seed, Curve(steps, np.outer(steps, [final / 100] * 2)), 10.0) for seed, final in enumerate(finals)]
+    nothing = Curve(np.zeros(0), np.zeros(0))
+    updates = pandas.DataFrame({"timesteps": [100], "time/time_elapsed": [14.0], "time/evaluation": [4.0]})
+    curves = [Curve(steps, np.outer(steps, [final / 100] * 2)) for final in finals]
+    return [Run(Path("."), None, nothing, curve, updates, {}) for curve in curves]
 
 
 def test_figures_of_a_table() -> None:
@@ -188,7 +190,7 @@ def test_intervals_are_the_same_every_time_and_leave_numpy_alone() -> None:
 
 
 def test_curves_of_different_length_meet_at_the_shortest() -> None:
-    short, long = runs_of(10.0)[0], SeedRun(1, Curve(np.array([0, 30, 120]), np.array([[0.0], [30.0], [120.0]])), 1.0)
+    short, long = runs_of(10.0)[0].evaluations, Curve(np.array([0, 30, 120]), np.array([[0.0], [30.0], [120.0]]))
     steps, curves = comparison_table.common_curves([short, long])
     np.testing.assert_array_equal(steps, [0, 50, 100])
     np.testing.assert_allclose(curves, [[0, 5, 10], [0, 50, 100]])
@@ -196,10 +198,10 @@ def test_curves_of_different_length_meet_at_the_shortest() -> None:
 
 def test_speed_leaves_evaluations_out_and_is_not_guessed() -> None:
     table = pandas.DataFrame({"timesteps": [50, 100], "time/time_elapsed": [3.0, 10.0], "time/evaluation": [2.0, 4.0]})
-    assert compare.speed_of(table) == 25.0
-    assert np.isnan(compare.speed_of(table.drop(columns="time/evaluation")))
-    assert np.isnan(compare.speed_of(table[:0]))
-    unknown = [run._replace(speed=float("nan")) for run in runs_of(1.0, 2.0)]
+    assert comparison_table.speed_of(table) == 25.0
+    assert np.isnan(comparison_table.speed_of(table.drop(columns="time/evaluation")))
+    assert np.isnan(comparison_table.speed_of(table[:0]))
+    unknown = [run._replace(updates=run.updates[:0]) for run in runs_of(1.0, 2.0)]
     rows = comparison_table.make_table({"a": unknown, "b": [*unknown[:1], *runs_of(1.0)]}, None)
     assert rows["steps/s"].iloc[1] == 10.0
     lines = comparison_table.as_markdown(rows).splitlines()
@@ -249,7 +251,7 @@ def test_finished_seeds_are_not_run_again(
     assert run_compare(capsys, *arguments(tmp_path))[0] == 0
     assert started == []
     # More seeds and more algorithms add to what is there
-    assert run_compare(capsys, *arguments(tmp_path, "--seeds", 3, "--algos", "trpo_ext", "a2c"))[0] == 0
+    assert run_compare(capsys, *arguments(tmp_path, "--seeds", 3, "--algos", "trpo_ext", "a2c", "a2c"))[0] == 0
     assert started == ["a2c seed 0", "a2c seed 1", "trpo_ext seed 2", "a2c seed 2"]
 
 
@@ -268,6 +270,14 @@ def test_crashed_training_is_reported_and_tried_again(
     fake()
     assert run_compare(capsys, *arguments(tmp_path))[0] == 0
     assert set(started) == {"ppo seed 0"}
+
+
+def test_without_a_finished_training_there_is_no_table(
+    tmp_path: Path, fake: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(ppo_0="crash")
+    assert run_compare(capsys, *arguments(tmp_path, "--seeds", 1, "--algos", "ppo"))[0] == 1
+    assert not (tmp_path / "CartPole-v1" / "comparison.md").exists()
 
 
 def test_other_settings_are_not_mixed(
@@ -330,7 +340,7 @@ def test_interruption_ends_all_trainings_and_can_be_continued(
     processes: list[subprocess.Popen[bytes]] = []
     start = compare.start
 
-    def remember(job: compare.Job, lock: int | None) -> subprocess.Popen[bytes]:
+    def remember(job: compare.Job, lock: tuple[int, ...]) -> subprocess.Popen[bytes]:
         processes.append(start(job, lock))
         return processes[-1]
 
@@ -364,7 +374,7 @@ def test_interruption_while_a_training_starts_ends_it(
     processes: list[subprocess.Popen[bytes]] = []
     start = compare.start
 
-    def start_and_interrupt(job: compare.Job, lock: int | None) -> subprocess.Popen[bytes]:
+    def start_and_interrupt(job: compare.Job, lock: tuple[int, ...]) -> subprocess.Popen[bytes]:
         processes.append(start(job, lock))
         os.kill(os.getpid(), signal.SIGTERM)
         # Where a handler in Python runs
@@ -389,7 +399,6 @@ def test_two_comparisons_do_not_share_a_folder(tmp_path: Path, capsys: pytest.Ca
     ("others", "problem"),
     [
         (["--algos", "trpo_ex"], "--algos: there is no algorithm 'trpo_ex'; did you mean trpo_ext or trpo"),
-        (["--algos", "ppo", "ppo"], "--algos must name each algorithm once, got ppo ppo"),
         (["--env", "CartPole-v7"], "--env: there is no environment 'CartPole-v7'; did you mean CartPole-v"),
         (["--seeds", 0], "--seeds must be at least 1, got 0"),
         (["--jobs", 0], "--jobs must be at least 1, got 0"),

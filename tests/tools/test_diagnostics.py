@@ -1,6 +1,5 @@
 """The page of diagnostics: what is read from a run, what is drawn of it, and what is said where there is nothing to draw."""
 
-import importlib.util
 import subprocess
 import sys
 from collections import OrderedDict
@@ -12,7 +11,7 @@ import pandas
 import pytest
 import yaml
 
-from sb3_trpo_ext.tools import panels
+from sb3_trpo_ext.tools import diagnostics, plots
 from sb3_trpo_ext.zoo import runs
 from sb3_trpo_ext.zoo.command import main
 from sb3_trpo_ext.zoo.runs import Curve
@@ -67,14 +66,14 @@ def plot(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]
     return status, output.out + output.err
 
 
-def panel_of(made: list[panels.Panel], title: str) -> panels.Panel:
+def panel_of(made: list[plots.Panel], title: str) -> plots.Panel:
     """The panel whose title begins so."""
     return next(panel for panel in made if panel.title.startswith(title))
 
 
 def test_run_is_read_in_full(tmp_path: Path) -> None:
     run = runs.read_run(write_run(tmp_path / "trpo_ext" / "CartPole-v1_1"))
-    assert (run.label, run.env_id, run.seed) == ("trpo_ext/CartPole-v1_1", "CartPole-v1", 7)
+    assert (run.label, run.env_id) == ("trpo_ext/CartPole-v1_1", "CartPole-v1")
     assert run.settings == {"n_envs": 2, "n_steps": 50, "target_kl": 0.01}
     np.testing.assert_array_equal(run.episodes.steps, np.repeat(100 * np.arange(1, 6), 2))
     np.testing.assert_array_equal(run.evaluations.steps, [100, 300, 500])
@@ -91,7 +90,7 @@ def test_settings_run_no_code_of_a_stranger(tmp_path: Path) -> None:
 
 def test_every_quantity_has_its_panel(tmp_path: Path) -> None:
     run = runs.read_run(write_run(tmp_path / "CartPole-v1_1"))
-    made = panels.make_panels([run], ["#000000"])
+    made = diagnostics.make_panels([run], ["#000000"])
     expected: dict[str, list[float]] = {
         "explained variance": [0.9] * 5,
         "entropy": [0.6] * 5,
@@ -126,8 +125,7 @@ def test_every_quantity_has_its_panel(tmp_path: Path) -> None:
     np.testing.assert_allclose(evaluations.y, [20, 60, 100])
     assert (solved.label, solved.y[0]) == ("CartPole-v1: solved at 475", 475)
 
-    bars = panels.phases([run])
-    assert bars.seconds == {"rollout": [2.0], "policy": [0.25], "critic": [0.5]}
+    assert diagnostics.phases([run]).to_dict("list") == {"rollout": [2.0], "policy": [0.25], "critic": [0.5]}
 
 
 def test_evaluations_have_a_phase_of_their_own(tmp_path: Path) -> None:
@@ -135,9 +133,9 @@ def test_evaluations_have_a_phase_of_their_own(tmp_path: Path) -> None:
     table = pandas.read_csv(folder / "progress.csv")
     table["time/evaluation"] = [0.0, 5.0, 0.0, 0.0, 0.0]
     table.to_csv(folder / "progress.csv", index=False)
-    bars = panels.phases([runs.read_run(folder)])
-    assert bars.seconds == {"rollout": [2.0], "evaluation": [1.0], "policy": [0.25], "critic": [0.5]}
-    assert set(bars.seconds) <= set(panels.PHASE_COLORS)
+    seconds = diagnostics.phases([runs.read_run(folder)])
+    assert seconds.to_dict("list") == {"rollout": [2.0], "evaluation": [1.0], "policy": [0.25], "critic": [0.5]}
+    assert set(seconds) <= set(diagnostics.PHASE_COLORS)
 
 
 TEXTS = ["accepted", "no_improvement", "zero_target_kl", "accepted", "kl_too_large"]
@@ -162,28 +160,27 @@ def test_rejected_updates_are_those_that_failed(columns: dict[str, list[Any]], r
     folder = write_run(tmp_path / "CartPole-v1_1")
     table = pandas.read_csv(folder / "progress.csv").drop(columns="train/status")
     table.assign(**{f"train/{name}": values for name, values in columns.items()}).to_csv(folder / "progress.csv", index=False)
-    assert list(panels.rejected_steps(runs.read_run(folder))) == rejected
+    assert list(diagnostics.rejected_steps(runs.read_run(folder))) == rejected
 
 
 def test_single_outliers_do_not_hide_all_other_values() -> None:
     values = np.sin(np.arange(200.0))
     values[[50, 120]] = 1000, np.nan
-    line = panels.Line("line", "actual", "black", np.arange(200.0), values)
-    limits = panels.Panel("improvement of the objective", [line], "outliers").limits
+    line = plots.Line("line", "actual", "black", np.arange(200.0), values)
+    limits = plots.Panel("improvement of the objective", [line], "outliers").limits
     assert limits is not None
     assert -1.3 < limits[0] < -0.9
     assert 0.9 < limits[1] < 1.3
     calm = line._replace(y=np.sin(np.arange(200.0)))
-    assert panels.Panel("improvement of the objective", [calm], "outliers").limits is None
-    assert panels.Panel("step size", [line]).limits is None
+    assert plots.Panel("improvement of the objective", [calm], "outliers").limits is None
+    assert plots.Panel("step size", [line]).limits is None
 
 
 def test_band_holds_the_middle_four_fifths(tmp_path: Path) -> None:
     run = runs.read_run(write_run(tmp_path / "CartPole-v1_1", n_updates=600))
     episodes = Curve(np.arange(1.0, 1001), np.tile(np.arange(100.0), 10))
-    band = next(
-        line for line in panels.returns_panel([run._replace(episodes=episodes)], ["#000000"]).lines if line.upper is not None
-    )
+    lines = diagnostics.returns_panel([run._replace(episodes=episodes)], ["#000000"]).lines
+    band = next(line for line in lines if line.upper is not None)
     assert band.upper is not None
     assert (band.y[-1], band.upper[-1]) == pytest.approx((9.9, 89.1))
 
@@ -192,7 +189,7 @@ def test_run_of_ppo_shows_what_it_has(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "CartPole-v1_1")
     table = {"time/total_timesteps": [64, 128], "train/approx_kl": [0.01, 0.02], "train/entropy_loss": [-0.6, -0.5]}
     pandas.DataFrame(table).to_csv(folder / "progress.csv", index=False)
-    made = panels.make_panels([runs.read_run(folder)], ["#000000"])
+    made = diagnostics.make_panels([runs.read_run(folder)], ["#000000"])
     assert [panel.title for panel in made] == ["return of an episode", "KL divergence of an update", "entropy of the policy"]
     np.testing.assert_array_equal(made[2].lines[0].y, [0.6, 0.5])
     # The bound is of the settings
@@ -213,70 +210,26 @@ def test_half_a_line_is_left_out(tmp_path: Path) -> None:
     assert len(runs.read_run(folder).updates) == 5
 
 
-def test_picture_and_page_of_one_run_lie_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_picture_of_one_run_lies_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "trpo_ext" / "CartPole-v1_1")
     status, output = plot(capsys, folder)
     assert status == 0
     assert str(folder / "diagnostics.png") in output
     assert (folder / "diagnostics.png").read_bytes().startswith(b"\x89PNG")
-    has_plotly = importlib.util.find_spec("plotly") is not None
-    assert (folder / "diagnostics.html").is_file() == has_plotly
 
 
 def test_several_runs_lie_over_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [write_run(tmp_path / algo / "CartPole-v1_1", n_updates=n) for algo, n in (("trpo", 3), ("trpo_ext", 200))]
-    assert plot(capsys, *folders, "-o", tmp_path / "both.png", "--no-html")[0] == 0
+    assert plot(capsys, *folders, "-o", tmp_path / "both.png")[0] == 0
     assert (tmp_path / "both.png").is_file()
-    assert not (tmp_path / "both.html").exists()
 
 
 def test_published_run_can_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = RESULTS / "trpo_ext" / "Humanoid-v5_29"
-    assert plot(capsys, folder, "-o", tmp_path / "page.png", "--no-html")[0] == 0
+    assert plot(capsys, folder, "-o", tmp_path / "page.png")[0] == 0
     run = runs.read_run(folder)
-    assert (run.env_id, run.seed, run.evaluations.steps[-1]) == ("Humanoid-v5", 0, 9_999_360)
-    assert [panel.title for panel in panels.make_panels([run], ["#000000"])] == ["return of an episode"]
-
-
-def test_page_holds_every_run_and_every_panel(tmp_path: Path) -> None:
-    pytest.importorskip("plotly")
-    from sb3_trpo_ext.tools.diagnostics_html import make_figure, write_page
-
-    made = [runs.read_run(write_run(tmp_path / algo / "CartPole-v1_1")) for algo in ("trpo", "trpo_ext")]
-    figure = make_figure(made)
-    titles = {annotation.text for annotation in figure.layout.annotations}
-    colors = ["#000000", "#ffffff"]
-    assert titles == {panel.title for panel in panels.make_panels(made, colors)} | {panels.phases(made).title}
-    assert [trace.name for trace in figure.data if trace.showlegend is not False] == [
-        "trpo/CartPole-v1_1",
-        "trpo_ext/CartPole-v1_1",
-        # What the panels of the picture have a legend for
-        *("evaluation", "CartPole-v1: solved at 475", "target_kl", "rejected", "actual", "predicted"),
-        *("rollout", "policy", "critic"),
-    ]
-    single = make_figure(made[:1])
-    named = {trace.name: trace for trace in single.data if trace.showlegend}
-    assert {"episode", "10-90%", "mean of 1 episodes", "evaluation", "target_kl", "predicted"} <= set(named)
-    assert named["predicted"].line.dash == "dash"
-    assert named["evaluation"].mode == "markers"
-    write_page(tmp_path / "page.html", made)
-    text = (tmp_path / "page.html").read_text()
-    assert text.count("CartPole-v1_1") >= 2
-    # Nothing is loaded from elsewhere
-    assert "<script src=" not in text
-
-
-def test_without_plotly_the_picture_is_drawn(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = write_run(tmp_path / "CartPole-v1_1")
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "plotly" else find_spec(name, *rest))
-    status, output = plot(capsys, folder)
-    assert status == 0
-    assert "pip install 'sb3-trpo-ext[plots]'" in output
-    assert (folder / "diagnostics.png").is_file()
-    assert not (folder / "diagnostics.html").exists()
+    assert (run.env_id, run.evaluations.steps[-1]) == ("Humanoid-v5", 9_999_360)
+    assert [panel.title for panel in diagnostics.make_panels([run], ["#000000"])] == ["return of an episode"]
 
 
 @pytest.mark.parametrize("name", ["progress.csv", "evaluations.npz", "0.monitor.csv"])
@@ -286,7 +239,7 @@ def test_damaged_file_ends_in_one_line(name: str, kind: str, tmp_path: Path, cap
     whole = (folder / name).read_bytes()
     damaged = {"empty": b"", "half": whole[: len(whole) // 2], "garbage": b"\x00\xff\xfe\n1,2,3\n4,5,6,7,8\n"}[kind]
     (folder / name).write_bytes(damaged)
-    status, output = plot(capsys, folder, "--no-html")
+    status, output = plot(capsys, folder)
     if kind == "half" and name.endswith(".csv"):
         # What is whole of a table of rows can be drawn
         assert status == 0

@@ -12,7 +12,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_trpo_ext.tools import panels, plots, report
+from sb3_trpo_ext.tools import plots, report
 from sb3_trpo_ext.zoo import runs
 from sb3_trpo_ext.zoo.command import main
 
@@ -96,19 +96,15 @@ def test_curves_without_files_are_empty(tmp_path: Path) -> None:
     assert len(runs.evaluation_curve(tmp_path).steps) == 0
 
 
-def test_moving_average() -> None:
-    np.testing.assert_allclose(panels.moving_average(np.array([1.0, 3.0, 5.0, 10.0]), 2), [1, 2, 4, 7.5])
-
-
 @pytest.mark.parametrize("n_episodes", [0, 1, 250])
 def test_picture_of_a_long_and_a_missing_history(n_episodes: int, tmp_path: Path) -> None:
     path = tmp_path / "curve.png"
     steps = np.arange(1, n_episodes + 1)
     training = runs.Curve(10 * steps, np.sqrt(steps))
     evaluations = runs.Curve(100 * steps, np.sqrt(steps)[:, None] + [0.0, 1.0, 2.0])
-    lines = panels.return_lines(training, evaluations, "black", is_single=True)
+    lines = plots.return_lines(training, evaluations, "black", is_single=True)
     assert len(lines) == (5 if n_episodes else 0)
-    plots.draw_learning_curve(path, panels.Panel("a run", lines), 2500, [1.0, 2.0])
+    plots.draw_learning_curve(path, plots.Panel("a run", lines), 2500, [1.0, 2.0])
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -207,7 +203,7 @@ def test_all_plots_gathers_our_runs(logs: Path, tmp_path: Path, capsys: pytest.C
     [
         (["--env", "Ant-v5"], "there is no run of Ant-v5 in "),
         (["--env", "Ant-v55"], "--env: there is no environment 'Ant-v55'; did you mean Ant-v5"),
-        (["--env", "Swimmer-v5", "--exp-id", "7"], "Swimmer-v5_7/Swimmer-v5.zip: is it in another --folder"),
+        (["--env", "Swimmer-v5", "--exp-id", "7"], "Swimmer-v5_7 folder was not found"),
         (["--env", "Swimmer-v5", "--n-eval-episodes", "0"], "must be at least 1, got 0"),
     ],
 )

@@ -192,7 +192,7 @@ def test_no_extra_is_needed_to_ask_for_help(tmp_path: Path) -> None:
 def test_record_of_a_training_is_drawn_without_rl_zoo(tmp_path: Path) -> None:
     (tmp_path / "progress.csv").write_text("time/total_timesteps,train/kl_divergence_loss\n32,0.01\n64,0.02\n")
     blocked = [module for module, extra in EXTRAS.items() if extra == "zoo"]
-    output, errors = without_packages(blocked, ["plot", ".", "--no-html"], cwd=tmp_path)
+    output, errors = without_packages(blocked, ["plot", "."], cwd=tmp_path)
     assert output[-1] == "status 0", errors
     assert list(tmp_path.glob("*.png"))
     output, errors = without_packages([*EXTRAS], ["plot", "."], cwd=tmp_path)

@@ -69,7 +69,7 @@ def test_environment_of_the_user_in_all_commands(
         ["train", *mine, "-n", "64", "--eval-freq", "-1", "--env-kwargs", "length:1.0", *small],
         ["report", *mine, "--n-eval-episodes", "1", "--env-kwargs", "length:0.1"],
         ["enjoy", *mine, "--no-render", "-n", "30"],
-        ["plot", "logs/trpo_ext/Other-v0_1", "--gym-packages", "more_envs", "--no-html"],
+        ["plot", "logs/trpo_ext/Other-v0_1", "--gym-packages", "more_envs"],
     )
     for command in commands:
         # As each command would find it, in a process of its own
