@@ -123,8 +123,7 @@ class Surrogate(Problem):
                     gradients.append(jacobian.vjp(th.autograd.grad(objective, leaves, materialize_grads=True)))
             objectives.append(objective.detach())
             statistics.append(new)
-            if len(self._chunks) == 1:
-                self._jacobian = jacobian
+            self._jacobian = jacobian if len(self._chunks) == 1 else None
         old: Any
         if self.family.is_batched:
             old = tuple(th.cat(columns).detach() for columns in zip(*statistics, strict=True))
