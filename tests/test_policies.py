@@ -290,6 +290,7 @@ CHANGES: dict[str, Callable[[ActorCriticPolicy], object]] = {
     "two_layers_in_a_row": lambda policy: policy.mlp_extractor.policy_net.append(nn.Linear(3, 3)),
     "activation_first": lambda policy: policy.mlp_extractor.policy_net.insert(0, nn.Tanh()),
     "deep_action_net": lambda policy: setattr(policy, "action_net", nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))),
+    "layer_without_bias": lambda policy: setattr(policy, "action_net", nn.Linear(3, 2, bias=False)),
     "tied_weights": tie,
     "same_layer_twice": lambda policy: policy.mlp_extractor.policy_net.__setitem__(2, first_layer(policy)),
     "frozen_weight": lambda policy: first_layer(policy).weight.requires_grad_(False),
@@ -399,10 +400,3 @@ def test_squashed_policy_survives_saving(name: str, tmp_path: Path) -> None:
 def test_policy_has_its_name_as_alias(policy_class: type[ActorCriticPolicy]) -> None:
     alias = "MlpPolicy" if policy_class is MlpPolicy else policy_class.__name__
     assert TRPO.policy_aliases[alias] is policy_class
-
-
-def test_policy_on_two_devices_is_refused() -> None:
-    policy = make_policy()
-    policy.value_net.to("meta")
-    with pytest.raises(ValueError, match=r"must be on one device, got \['cpu', 'meta'\]"):
-        split_policy(policy)

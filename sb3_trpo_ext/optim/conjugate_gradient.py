@@ -118,5 +118,4 @@ def conjugate_gradient(
     status = th.where(th.isfinite(x.abs().amax()), status, int(CGStatus.NON_FINITE))
     residual_norm = th.where(bz == 0, bz, (rz / bz).clamp(min=0).sqrt())
     curvature, norm, steps, code = th.stack([th.dot(x, b - r), residual_norm, n_steps.to(b), status.to(b)]).tolist()
-    direction = p if preconditioner is None else None
-    return CGResult(x, curvature, norm, int(steps), CGStatus(int(code)), r, direction)
+    return CGResult(x, curvature, norm, int(steps), CGStatus(int(code)), r, p if preconditioner is None else None)

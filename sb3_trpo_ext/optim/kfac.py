@@ -8,7 +8,7 @@ import torch as th
 
 from sb3_trpo_ext.optim.devices import sent_to
 from sb3_trpo_ext.optim.mlp import MlpJacobian
-from sb3_trpo_ext.optim.operators import GaussNewtonFisher, LinearOperator, Statistics
+from sb3_trpo_ext.optim.operators import GaussNewtonFisher, LinearOperator, OutputFisher
 from sb3_trpo_ext.optim.vectors import flatten, unflatten
 from sb3_trpo_ext.parallel.reductions import Shares
 
@@ -45,11 +45,7 @@ class MlpFisher(GaussNewtonFisher):
     jacobian: MlpJacobian
 
     def __init__(
-        self,
-        jacobian: MlpJacobian,
-        output_fisher: Callable[[Statistics], Statistics],
-        sample_score: Callable[[], th.Tensor | None],
-        shares: Shares,
+        self, jacobian: MlpJacobian, output_fisher: OutputFisher, sample_score: Callable[[], th.Tensor | None], shares: Shares
     ):
         super().__init__(jacobian, output_fisher)
         self._sample_score = sample_score
@@ -60,7 +56,7 @@ class MlpFisher(GaussNewtonFisher):
         """Counted in floating-point operations, and rounded up."""
         jacobian = self.jacobian
         build, product = 0.0, 0.0
-        eigh_operations = _EIGH_OPERATIONS * (1 if jacobian.device.type == "cpu" else _ACCELERATOR_SPEED)
+        eigh_operations = _EIGH_OPERATIONS * (1 if jacobian.output.device.type == "cpu" else _ACCELERATOR_SPEED)
         for index, (n_out, n_in) in enumerate(jacobian.layer_shapes()):
             build += 2 * jacobian.n_samples * (n_in**2 + n_out**2) + eigh_operations * (n_in**3 + n_out**3)
             # Two matrix products at the first layer; four at every other, where a tangent and a cotangent go through
@@ -103,26 +99,23 @@ class KroneckerPreconditioner(LinearOperator):
     :param shares: what each process counts in the means over samples
     """
 
-    def __init__(
-        self,
-        jacobian: MlpJacobian,
-        output_fisher: Callable[[Statistics], Statistics],
-        score: th.Tensor,
-        damping: float,
-        shares: Shares,
-    ):
+    def __init__(self, jacobian: MlpJacobian, output_fisher: OutputFisher, score: th.Tensor, damping: float, shares: Shares):
         self._jacobian = jacobian
-        factors: list[th.Tensor] = []
-        for inputs, cotangent in zip(jacobian.layer_inputs(), jacobian.layer_cotangents(score), strict=True):
-            factors += [part.t() @ part / jacobian.n_samples for part in (inputs, cotangent)]
-        factors[-1] = _mean_output_fisher(jacobian, output_fisher, score)
+        # The last layer's cotangent is the score itself, for which there is something better
+        sources = [*jacobian.layer_inputs(), *jacobian.layer_cotangents(score)[:-1]]
+        factors = [source.t() @ source / jacobian.n_samples for source in sources]
+        zeros = [th.zeros_like(score)] if jacobian.has_log_std else []
+        basis = th.eye(score.shape[1], dtype=score.dtype, device=score.device)
+        columns = [output_fisher((row.expand_as(score), *zeros))[0].mean(dim=0) for row in basis]
+        factors.append(th.stack(columns, dim=1))
         if jacobian.has_log_std:
-            factors.append(output_fisher((th.zeros_like(score), th.ones_like(score)))[1].mean(dim=0))
+            factors.append(output_fisher((*zeros, th.ones_like(score)))[1].mean(dim=0))
         means = list(shares.means(factors))
         self._log_std_scale: th.Tensor | None = 1 / (means.pop() + damping) if jacobian.has_log_std else None
         eigen = _eigen(means)
+        n_layers = len(eigen) // 2
         self._blocks: list[_Block] = []
-        for (input_values, input_basis), (output_values, output_basis) in zip(eigen[::2], eigen[1::2], strict=True):
+        for (input_values, input_basis), (output_values, output_basis) in zip(eigen[:n_layers], eigen[n_layers:], strict=True):
             # Rounding makes the smallest eigenvalues of a singular factor slightly negative
             eigenvalues = output_values.clamp(min=0)[:, None] * input_values.clamp(min=0)
             self._blocks.append(_Block(output_basis, input_basis, 1 / (eigenvalues + damping)))
@@ -148,12 +141,3 @@ def _eigen(matrices: Sequence[th.Tensor]) -> list[tuple[th.Tensor, th.Tensor]]:
     found = [part for matrix in on_host for part in th.linalg.eigh(matrix)]
     parts = unflatten(sent_to(device, flatten(found)), found)
     return list(zip(parts[::2], parts[1::2], strict=True))
-
-
-def _mean_output_fisher(
-    jacobian: MlpJacobian, output_fisher: Callable[[Statistics], Statistics], like: th.Tensor
-) -> th.Tensor:
-    """Mean over the samples of the output-space Fisher matrix, one column after the other; ``like`` is an output."""
-    zeros = [th.zeros_like(like)] if jacobian.has_log_std else []
-    basis = th.eye(like.shape[1], dtype=like.dtype, device=like.device)
-    return th.stack([output_fisher((row.expand_as(like), *zeros))[0].mean(dim=0) for row in basis], dim=1)

@@ -66,9 +66,8 @@ def line_search(
     best: LineSearchResult | None = None
     measured: list[tuple[float, float]] = []
     n_trials, status = 0, UpdateStatus.NO_IMPROVEMENT
-    while n_trials < max_trials:
+    for n_trials in range(1, max_trials + 1):
         objective, kl = evaluate(step)
-        n_trials += 1
         trial = _judged(objective, kl, objective_before, max_kl)
         if trial is UpdateStatus.ACCEPTED:
             lower = step

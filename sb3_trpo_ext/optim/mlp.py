@@ -43,7 +43,7 @@ class _Layer(NamedTuple):
     weight: th.Tensor
     #: Where weight and bias are among the parameters.
     weight_index: int
-    bias_index: int | None
+    bias_index: int
     #: Shape ``(n_samples, n_in)``.
     inputs: th.Tensor
     #: Derivative of the activation, shape ``(n_samples, n_out)``; ``None`` for the identity, and at the output.
@@ -61,7 +61,7 @@ class MlpJacobian(Jacobian):
     All that does not depend on the vector is computed once: a product is nothing but matrix multiplications.
 
     :param inputs: shape ``(n_samples, n_inputs)``, without a graph
-    :param layers: the linear layers, from input to output
+    :param layers: the linear layers, which have a bias, from input to output
     :param activations: one per layer but the last, each of a type in :data:`ELEMENTWISE_ACTIVATIONS`
     :param params: the parameters in the order of the flat vectors: those of the layers, and ``log_std``
     :param log_std: shape ``(n_outputs,)``, if there is one
@@ -77,28 +77,24 @@ class MlpJacobian(Jacobian):
         params: Sequence[th.Tensor],
         log_std: th.Tensor | None = None,
     ):
-        if len(activations) != len(layers) - 1:
-            raise ValueError(f"{len(layers)} layers need {len(layers) - 1} activations between them, got {len(activations)}")
         for activation in activations:
             if type(activation) not in ELEMENTWISE_ACTIVATIONS:
                 raise ValueError(f"{type(activation).__name__} is not among the activations whose slope is known")
         self.n_samples = inputs.shape[0]
         self._sizes = [param.numel() for param in params]
+        used = [*(param for layer in layers for param in (layer.weight, layer.bias)), *([] if log_std is None else [log_std])]
+        if sorted(map(id, used)) != sorted(map(id, params)):
+            raise ValueError("`params` must be the weights and biases of the layers and `log_std`, each once")
         position = {id(param): index for index, param in enumerate(params)}
-        used: list[th.Tensor] = [param for layer in layers for param in layer.parameters()]
-        used += [] if log_std is None else [log_std]
-        if len(used) != len(params) or any(id(tensor) not in position for tensor in used):
-            raise ValueError("`params` must be the parameters of the layers and `log_std`, each once")
         self._log_std_index = None if log_std is None else position[id(log_std)]
         self._layers: list[_Layer] = []
         hidden = inputs.detach()
         with th.no_grad():
             for layer, activation in zip(layers, [*activations, nn.Identity()], strict=True):
                 value, slope = _value_and_slope(activation, layer(hidden))
-                bias_index = None if layer.bias is None else position[id(layer.bias)]
                 # A copy: a product in the middle of a line search must still be the one at the old parameters
                 weight = layer.weight.detach().clone()
-                self._layers.append(_Layer(weight, position[id(layer.weight)], bias_index, hidden, slope))
+                self._layers.append(_Layer(weight, position[id(layer.weight)], position[id(layer.bias)], hidden, slope))
                 hidden = value
         #: The output of the network, shape ``(n_samples, n_outputs)``.
         self.output: th.Tensor = hidden
@@ -132,10 +128,7 @@ class MlpJacobian(Jacobian):
         tangent: th.Tensor | None = None
         for layer in self._layers:
             direction = parts[layer.weight_index].view_as(layer.weight)
-            if layer.bias_index is None:
-                moved = layer.inputs @ direction.t()
-            else:
-                moved = th.addmm(parts[layer.bias_index], layer.inputs, direction.t())
+            moved = th.addmm(parts[layer.bias_index], layer.inputs, direction.t())
             tangent = moved if tangent is None else moved.addmm_(tangent, layer.weight.t())
             if layer.slope is not None:
                 tangent.mul_(layer.slope)
@@ -156,8 +149,7 @@ class MlpJacobian(Jacobian):
             th.sum(cotangents[1], dim=0, out=parts[self._log_std_index])
         for layer, cotangent in zip(self._layers, self.layer_cotangents(cotangents[0]), strict=True):
             th.mm(cotangent.t(), layer.inputs, out=parts[layer.weight_index].view_as(layer.weight))
-            if layer.bias_index is not None:
-                th.sum(cotangent, dim=0, out=parts[layer.bias_index])
+            th.sum(cotangent, dim=0, out=parts[layer.bias_index])
         return result
 
     @th.no_grad()
@@ -175,36 +167,31 @@ class MlpJacobian(Jacobian):
         return cotangents[::-1]
 
     @property
-    def device(self) -> th.device:
-        """Where it is."""
-        return self.output.device
-
-    @property
     def has_log_std(self) -> bool:
         """Whether the log std is the second statistic."""
         return self._log_std_index is not None
 
     def layer_inputs(self) -> list[th.Tensor]:
-        """The inputs of each linear layer, shape ``(n_samples, n_in)``, with a column of ones where it has a bias."""
+        """The inputs of each linear layer, with a column of ones for the bias; shape ``(n_samples, n_in + 1)``."""
         ones = self.output.new_ones(self.n_samples, 1)
-        return [layer.inputs if layer.bias_index is None else th.cat([layer.inputs, ones], dim=1) for layer in self._layers]
+        return [th.cat([layer.inputs, ones], dim=1) for layer in self._layers]
 
     def layer_shapes(self) -> list[tuple[int, int]]:
-        """Shapes ``(n_out, n_in)`` of the matrices that :meth:`to_layers` returns."""
-        return [(len(layer.weight), layer.weight.shape[1] + (layer.bias_index is not None)) for layer in self._layers]
+        """Shapes ``(n_out, n_in + 1)`` of the matrices that :meth:`to_layers` returns."""
+        return [(layer.weight.shape[0], layer.weight.shape[1] + 1) for layer in self._layers]
 
     def to_layers(self, vector: th.Tensor) -> tuple[list[th.Tensor], th.Tensor | None]:
         """
         Cut a vector into one matrix per layer, with the bias as its last column, and the part of the log std.
 
         :param vector: shape ``(n_params,)``
-        :return: matrices of shape ``(n_out, n_in)`` or ``(n_out, n_in + 1)``; log std, if there is one
+        :return: matrices of shape ``(n_out, n_in + 1)``; log std, if there is one
         """
         parts = th.split(vector, self._sizes)
-        matrices = []
-        for layer in self._layers:
-            matrix = parts[layer.weight_index].view_as(layer.weight)
-            matrices.append(matrix if layer.bias_index is None else th.cat([matrix, parts[layer.bias_index][:, None]], dim=1))
+        matrices = [
+            th.cat([parts[layer.weight_index].view_as(layer.weight), parts[layer.bias_index][:, None]], dim=1)
+            for layer in self._layers
+        ]
         return matrices, None if self._log_std_index is None else parts[self._log_std_index]
 
     def from_layers(self, matrices: Sequence[th.Tensor], log_std: th.Tensor | None) -> th.Tensor:
@@ -212,9 +199,8 @@ class MlpJacobian(Jacobian):
         result = matrices[0].new_empty(sum(self._sizes))
         parts = th.split(result, self._sizes)
         for layer, matrix in zip(self._layers, matrices, strict=True):
-            parts[layer.weight_index].view_as(layer.weight).copy_(matrix[:, : layer.weight.shape[1]])
-            if layer.bias_index is not None:
-                parts[layer.bias_index].copy_(matrix[:, -1])
+            parts[layer.weight_index].view_as(layer.weight).copy_(matrix[:, :-1])
+            parts[layer.bias_index].copy_(matrix[:, -1])
         if self._log_std_index is not None:
             assert log_std is not None
             parts[self._log_std_index].copy_(log_std)

@@ -16,6 +16,8 @@ from sb3_trpo_ext.parallel.reductions import Shares
 
 #: The statistics of a policy's distribution on a batch (mean and log std, logits, ...): tensors whose first axis is the batch.
 Statistics = tuple[th.Tensor, ...]
+#: Maps tangents of the statistics to cotangents, sample by sample: the Fisher matrix in output space.
+OutputFisher = Callable[[Statistics], Statistics]
 
 
 class LinearOperator(ABC):
@@ -79,13 +81,7 @@ class AutogradJacobian(Jacobian):
         # One that depends on no parameter, such as a log std that is frozen, has no graph
         self._has_graph = [statistic.requires_grad for statistic in statistics]
         self._statistics = self._with_graph(statistics)
-        self._pullback = th.autograd.grad(
-            self._statistics,
-            self._params,
-            grad_outputs=self._with_graph(self._dummies),
-            create_graph=True,
-            materialize_grads=True,
-        )
+        self._pullback = _pulled_back(self._with_graph(self._dummies), self._statistics, self._params, create_graph=True)
 
     def _with_graph(self, tensors: Sequence[th.Tensor]) -> list[th.Tensor]:
         """Of one tensor per statistic, those whose statistic has a graph."""
@@ -96,25 +92,18 @@ class AutogradJacobian(Jacobian):
         tangents = unflatten(vector, self._params)
         # A parameter outside every statistic has a pullback without graph, and so does a network that ignores its input
         paired = [(p, t) for p, t in zip(self._pullback, tangents, strict=True) if p.requires_grad]
-        return th.autograd.grad(
-            [pullback for pullback, _ in paired],
-            self._dummies,
-            grad_outputs=[tangent for _, tangent in paired],
-            retain_graph=True,
-            materialize_grads=True,
-        )
+        return _pulled_back([tangent for _, tangent in paired], [pullback for pullback, _ in paired], self._dummies)
 
     def vjp(self, cotangents: Statistics) -> th.Tensor:
         """J^T u by one reverse pass."""
-        return flatten(
-            th.autograd.grad(
-                self._statistics,
-                self._params,
-                grad_outputs=self._with_graph(cotangents),
-                retain_graph=True,
-                materialize_grads=True,
-            )
-        )
+        return flatten(_pulled_back(self._with_graph(cotangents), self._statistics, self._params))
+
+
+def _pulled_back(
+    cotangents: Sequence[th.Tensor], outputs: Sequence[th.Tensor], inputs: Sequence[th.Tensor], create_graph: bool = False
+) -> Statistics:
+    """``cotangents . d outputs / d inputs``, one tensor per input, by a reverse pass that keeps the graph."""
+    return th.autograd.grad(outputs, inputs, cotangents, retain_graph=True, create_graph=create_graph, materialize_grads=True)
 
 
 class GaussNewtonFisher(LinearOperator):
@@ -130,7 +119,7 @@ class GaussNewtonFisher(LinearOperator):
     :param output_fisher: maps the tangents ``J v`` to ``M J v``, sample by sample
     """
 
-    def __init__(self, jacobian: Jacobian, output_fisher: Callable[[Statistics], Statistics]):
+    def __init__(self, jacobian: Jacobian, output_fisher: OutputFisher):
         self.jacobian = jacobian
         self._output_fisher = output_fisher
 
@@ -156,9 +145,7 @@ class HessianFisher(LinearOperator):
 
     def __matmul__(self, vector: th.Tensor) -> th.Tensor:
         """F v as the gradient of ``grad(KL) . v``."""
-        return flatten(
-            th.autograd.grad(self._gradient, self._params, grad_outputs=vector, retain_graph=True, materialize_grads=True)
-        )
+        return flatten(_pulled_back([vector], [self._gradient], self._params))
 
 
 class ChunkedOperator(LinearOperator):

@@ -20,15 +20,15 @@ class MlpRegression:
 
     :param layers: the linear layers with bias, from input to the one output
     :param activations: one per layer but the last, each of a type in :data:`REGRESSION_ACTIVATIONS`
-    :raises ValueError: for an activation of another type, a layer without bias or more than one output
+    :raises ValueError: for an activation of another type, or more than one output
     """
 
     def __init__(self, layers: Sequence[nn.Linear], activations: Sequence[nn.Module]):
-        for activation in activations:
-            if type(activation) not in REGRESSION_ACTIVATIONS:
-                raise ValueError(f"{type(activation).__name__} is not among the activations whose derivative is known")
-        if any(layer.bias is None for layer in layers) or layers[-1].out_features != 1:
-            raise ValueError("all layers must have a bias, and the last one a single output")
+        self._kinds = [type(activation) for activation in activations]
+        if unknown := set(self._kinds).difference(REGRESSION_ACTIVATIONS):
+            raise ValueError(f"the derivatives of these activations are not known: {unknown}")
+        if layers[-1].out_features != 1:
+            raise ValueError(f"the last layer must have a single output, got {layers[-1].out_features}")
         for param in (param for layer in layers for param in layer.parameters()):
             if param.grad is None:
                 param.grad = th.zeros_like(param)
@@ -36,7 +36,6 @@ class MlpRegression:
         # replace `param.data`, and a view would keep the old weight
         self._params = [(layer.weight, layer.bias) for layer in layers]
         self._gradients = [(layer.weight.grad, layer.bias.grad) for layer in layers]
-        self._kinds = [type(activation) for activation in activations]
         self._minus_one = layers[-1].bias.new_full((), -1.0)
         #: Outputs and cotangents of each layer but the last, by the number of samples.
         self._buffers: dict[int, tuple[list[th.Tensor], list[th.Tensor]]] = {}

@@ -19,6 +19,8 @@ from sb3_trpo_ext.parallel.reductions import Shares, average_
 
 #: Products without preconditioner after which to decide whether to build one.
 _PROBE = 2
+#: The coefficient of the KL stays below this and above its inverse, from where it can come back.
+_MAX_BETA = 1e10
 
 
 class Problem(ABC):
@@ -265,17 +267,13 @@ class AdaptiveKLPenalty(PolicyUpdate):
                 transaction.commit()
         # With finite gradients, only a step that goes too far leads to a NaN
         if not is_finite or kl > 1.5 * target_kl:
-            self._multiply_beta(2.0)
+            self.beta = min(2 * self.beta, _MAX_BETA)
         elif kl < target_kl / 1.5:
-            self._multiply_beta(0.5)
+            self.beta = max(self.beta / 2, 1 / _MAX_BETA)
         if not is_finite:
             return result._replace(status=UpdateStatus.NON_FINITE)
         predicted = float(th.dot(gradient, moved))
         return result._replace(objective_after=objective, predicted_improvement=predicted, kl=kl, step_size=1.0)
-
-    def _multiply_beta(self, factor: float) -> None:
-        """Adapt beta, within bounds from which it can come back."""
-        self.beta = min(max(self.beta * factor, 1e-10), 1e10)
 
     def _run_epochs(self, problem: Problem) -> None:
         """Maximize the penalized objective over shuffled minibatches."""
@@ -286,8 +284,7 @@ class AdaptiveKLPenalty(PolicyUpdate):
             order = sent_to(problem.params[0].device, th.randperm(problem.n_samples))
             for indices, weight in zip(order.split(sizes), weights, strict=True):
                 objective, kl = problem.evaluate(indices)
-                loss = self.beta * kl - objective
-                gradient = gradient_by_backward(loss, problem.params)
+                gradient = gradient_by_backward(self.beta * kl - objective, problem.params)
                 average_(gradient, weight)
                 for param, part in zip(problem.params, unflatten(gradient, problem.params), strict=True):
                     param.grad = part

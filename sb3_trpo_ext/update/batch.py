@@ -1,5 +1,6 @@
 """One rollout as one batch."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +45,8 @@ def rollout_batch(
         # Normalized again: the mean of what is left is a baseline at no cost, and the objective keeps its unit
         advantages = _normalized(advantages.clamp(-clip_advantage, clip_advantage))
     return Batch(
-        observations=_as_float32(data.observations),
+        # Once, instead of at each of the many forward passes of an update
+        observations=_mapped(lambda tensor: tensor.float() if tensor.dtype == th.float64 else tensor, data.observations),
         actions=data.actions.long().flatten() if is_discrete else data.actions,
         old_log_prob=data.old_log_prob,
         advantages=advantages,
@@ -60,10 +62,8 @@ def _in_order(buffer: RolloutBuffer) -> Batch:
         # A callback that has called `get` has left flat arrays
         return sent_to(buffer.device, th.as_tensor(array if buffer.generator_ready else buffer.swap_and_flatten(array)))
 
-    observations: Any = buffer.observations
-    is_dict = isinstance(observations, dict)
     return Batch(
-        observations={key: tensor(part) for key, part in observations.items()} if is_dict else tensor(observations),
+        observations=_mapped(tensor, buffer.observations),
         # As in SB3, which needs it for MultiBinary
         actions=tensor(buffer.actions.astype(np.float32, copy=False)),
         old_log_prob=tensor(buffer.log_probs).flatten(),
@@ -75,9 +75,14 @@ def _in_order(buffer: RolloutBuffer) -> Batch:
 
 def take(observations: PyTorchObs, index: th.Tensor | slice) -> PyTorchObs:
     """Select samples of a batch of observations."""
+    return _mapped(lambda tensor: tensor[index], observations)
+
+
+def _mapped(function: Callable[[Any], th.Tensor], observations: Any) -> PyTorchObs:
+    """Apply a function to observations, to each part of them if they are a dict."""
     if isinstance(observations, dict):
-        return {key: value[index] for key, value in observations.items()}
-    return observations[index]
+        return {key: function(value) for key, value in observations.items()}
+    return function(observations)
 
 
 def numbers_per_sample(observations: PyTorchObs) -> int:
@@ -100,10 +105,3 @@ def _normalized(advantages: th.Tensor) -> th.Tensor:
     # direction. A product and not `th.where`, which would turn a NaN into zero
     is_more_than_rounding = std > 10 * th.finfo(advantages.dtype).eps * all_max(advantages.abs().max())
     return (advantages - mean) / (std + 1e-8) * is_more_than_rounding
-
-
-def _as_float32(observations: PyTorchObs) -> PyTorchObs:
-    """Convert float64 observations once, instead of at each of the many forward passes of an update."""
-    if isinstance(observations, dict):
-        return {key: _as_float32(value) for key, value in observations.items()}  # type: ignore[misc]
-    return observations.float() if observations.dtype == th.float64 else observations

@@ -36,68 +36,46 @@ def action_bounds(policy: ActorCriticPolicy) -> ActionBounds | None:
     return ActionBounds(*(sent_to(weights.device, bound) for bound in bounds))
 
 
-class ClippedActions(NamedTuple):
-    """Actions as the environment gets them; each of shape ``(n_batch, n_actions)``."""
-
-    values: th.Tensor
-    #: 1 at a lower bound, -1 at an upper one, 0 between them.
-    side: th.Tensor
-    is_between: th.Tensor
-
-    def part(self, part: th.Tensor | slice) -> "ClippedActions":
-        """Some of the samples."""
-        return ClippedActions(*(tensor[part] for tensor in self))
-
-
-def clip(actions: th.Tensor, bounds: ActionBounds) -> ClippedActions:
-    """
-    Clip actions, and remember where that was.
-
-    :param actions: as sampled from the policy, shape ``(n_batch, n_actions)``
-    :param bounds: of the action space
-    :return: the clipped actions
-    """
-    is_low, is_high = actions <= bounds.low, actions >= bounds.high
-    side = is_low.to(actions.dtype) - is_high.to(actions.dtype)
-    return ClippedActions(actions.clamp(bounds.low, bounds.high), side, side == 0)
-
-
 class _ClippedNormal(th.autograd.Function):
     """Log-likelihood of each component, with a gradient by hand: it takes a third of the time of automatic differentiation."""
 
     @staticmethod
-    def forward(ctx: Any, mean: th.Tensor, std: th.Tensor, actions: ClippedActions) -> th.Tensor:
+    def forward(ctx: Any, mean: th.Tensor, std: th.Tensor, actions: th.Tensor, bounds: ActionBounds) -> th.Tensor:
         """
         Log of the density between the bounds, and of the probability of all that is beyond at them.
 
         :param ctx: keeps what the gradient needs
         :param mean: of the Gaussian, shape ``(n_batch, n_actions)``
         :param std: the same shape
-        :param actions: the clipped actions
+        :param actions: the same shape
+        :param bounds: of the action space
         :return: the same shape
         """
-        distance = (actions.values - mean) / std
+        # 1 at a lower bound, -1 at an upper one
+        side = (actions <= bounds.low).to(actions.dtype) - (actions >= bounds.high).to(actions.dtype)
+        is_between = side == 0
+        distance = (actions.clamp(bounds.low, bounds.high) - mean) / std
         # The tail beyond an upper bound is the mirror image of one beyond a lower bound
-        tail = th.special.log_ndtr(actions.side * distance)
-        ctx.save_for_backward(distance, std, tail, actions.side, actions.is_between)
+        tail = th.special.log_ndtr(side * distance)
+        ctx.save_for_backward(distance, std, tail, side, is_between)
         density = distance.square().mul_(-0.5).sub_(std.log()).sub_(_HALF_LOG_2_PI)
-        return th.where(actions.is_between, density, tail)
+        return th.where(is_between, density, tail)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, cotangent: th.Tensor) -> tuple[th.Tensor, th.Tensor, None]:
+    def backward(ctx: Any, cotangent: th.Tensor) -> tuple[th.Tensor, th.Tensor, None, None]:
         """Gradient in mean and std."""
         distance, std, tail, side, is_between = ctx.saved_tensors
         # Density over probability, as the difference of their logarithms: either may underflow by itself
         hazard = distance.square().mul_(-0.5).sub_(tail).sub_(_HALF_LOG_2_PI).exp_()
         slope = th.where(is_between, distance, hazard.mul_(side).neg_())
         scaled = cotangent / std
-        return scaled * slope, scaled * (slope * distance - is_between.to(slope.dtype)), None
+        return scaled * slope, scaled * (slope * distance - is_between.to(slope.dtype)), None, None
 
 
-def clipped_log_prob(distribution: Distribution, actions: ClippedActions) -> th.Tensor:
+def clipped_log_prob(distribution: Distribution, actions: th.Tensor, bounds: ActionBounds) -> th.Tensor:
     """
-    Log-likelihood of actions that were clipped to bounds.
+    Log-likelihood of actions as the environment gets them, clipped to bounds.
 
     The environment cannot tell how far beyond a bound an action was, so each component there counts with the probability of
     all that is beyond: ``log P(a <= low)`` or ``log P(a >= high)`` instead of the density. Rewards depend on clipped actions
@@ -105,10 +83,11 @@ def clipped_log_prob(distribution: Distribution, actions: ClippedActions) -> th.
     Policy Gradient", https://arxiv.org/abs/1802.07564).
 
     :param distribution: one of SB3's Gaussians, without squashing
-    :param actions: what came out of it, clipped
+    :param actions: what came out of it, shape ``(n_batch, n_actions)``
+    :param bounds: of the action space
     :return: summed over action dimensions, shape ``(n_batch,)``
     """
     normal = distribution.distribution
     assert isinstance(normal, th.distributions.Normal)
-    log_prob: th.Tensor = _ClippedNormal.apply(normal.loc, normal.scale, actions)  # type: ignore[no-untyped-call]
+    log_prob: th.Tensor = _ClippedNormal.apply(normal.loc, normal.scale, actions, bounds)  # type: ignore[no-untyped-call]
     return log_prob.sum(dim=1)

@@ -1,8 +1,8 @@
 """The fit of the value function, by steps of the policy's optimizer that move nothing but the critic's parameters."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch as th
@@ -82,12 +82,12 @@ def fit_critic(
     :return: mean loss and status
     """
     if fit.n_epochs == 0:
-        return CriticResult(float("nan"), CriticStatus.NO_EPOCHS)
+        return CriticResult(math.nan, CriticStatus.NO_EPOCHS)
     held = {id(param) for group in policy.optimizer.param_groups for param in group["params"]}
     if held.isdisjoint(map(id, critic_params)):
-        return CriticResult(float("nan"), CriticStatus.NOTHING_TO_TRAIN)
+        return CriticResult(math.nan, CriticStatus.NOTHING_TO_TRAIN)
     if not all_true(bool(th.isfinite(batch.returns).all())):
-        return CriticResult(float("nan"), CriticStatus.NON_FINITE_RETURNS)
+        return CriticResult(math.nan, CriticStatus.NON_FINITE_RETURNS)
     buffers = [buffer for module in critic_modules for buffer in module.buffers(recurse=False)]
     for module in critic_modules:
         module.training = True
@@ -99,12 +99,7 @@ def fit_critic(
             for tensor, mean in zip(statistics, shares.means(statistics), strict=True):
                 tensor.copy_(mean)
             # Moments too: an infinite second moment leaves the parameters finite, and freezes them for good
-            moments = [
-                value
-                for state in policy.optimizer.state.values()
-                for name, value in state.items()
-                if th.is_tensor(value) and name != "step"
-            ]
+            moments = [value for state in policy.optimizer.state.values() for value in state.values() if th.is_tensor(value)]
             checked = [*critic_params, *buffers, *moments]
             are_finite = th.stack([th.isfinite(tensor).all().to(mean_loss) for tensor in checked]).amin()
             loss, is_finite = th.stack([mean_loss, are_finite]).tolist()
@@ -127,103 +122,85 @@ def _run_epochs(
     gradients = [param.grad for param in critic_params]
     sizes = shares.minibatch_sizes(batch.n_samples, fit.batch_size)
     weights = shares.minibatch_weights(batch.n_samples, fit.batch_size)
+    losses: list[th.Tensor] = []
     structure = critic_structure(policy, critic_params)
-    values: _ValueGradients
     if structure is None:
-        values = _AutogradValues(policy, critic_params, gradient, batch, fit, sizes)
+        minibatches = _gradients_by_autograd(policy, critic_params, gradient, batch, fit, sizes, losses)
     else:
-        values = _MlpValues(policy, structure, batch, fit, sizes)
-    losses = []
+        minibatches = _gradients_by_hand(policy, structure, batch, fit, sizes, losses)
+    for _, weight in zip(minibatches, itertools.cycle(weights), strict=False):
+        average_(gradient, weight)
+        if fit.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(critic_params, fit.max_grad_norm)
+        policy.optimizer.step()
+        # An optimizer, or a hook of one, may have replaced them
+        for param, part in zip(critic_params, gradients, strict=True):
+            param.grad = part
+    return th.stack(losses).mean()
+
+
+def _gradients_by_autograd(
+    policy: ActorCriticPolicy,
+    params: Sequence[nn.Parameter],
+    gradient: th.Tensor,
+    batch: Batch,
+    fit: CriticFit,
+    sizes: list[int],
+    losses: list[th.Tensor],
+) -> Iterator[None]:
+    """
+    Go through the minibatches of all epochs, by ``backward``, so that hooks of every kind see the gradients.
+
+    :param params: of the critic, which may be any
+    :param gradient: all gradients of ``params``, side by side in one vector: at each ``yield``, those of a minibatch
+    :param sizes: of the minibatches
+    :param losses: where the loss of each minibatch goes
+    """
     for _ in range(fit.n_epochs):
-        values.shuffle(sent_to(batch.returns.device, th.randperm(batch.n_samples)))
-        for index, weight in enumerate(weights):
-            values.backward_(index)
-            average_(gradient, weight)
-            if fit.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(critic_params, fit.max_grad_norm)
-            policy.optimizer.step()
-            for param, part in zip(critic_params, gradients, strict=True):
-                if param.grad is not part:
-                    # An optimizer, or a hook of one, has replaced it
-                    param.grad = part
-        losses.append(values.losses())
-    return th.cat(losses).mean()
+        for indices in _shuffled_order(batch).split(sizes):
+            values = policy.predict_values(take(batch.observations, indices)).flatten()
+            loss = _value_losses(values, batch.returns[indices], batch.old_values[indices], fit).mean()
+            gradient.zero_()
+            loss.backward(inputs=list(params))
+            losses.append(loss.detach())
+            yield
 
 
-class _ValueGradients(ABC):
-    """Gradients of the loss of the values, one minibatch after the other, in the critic's parameters."""
+def _gradients_by_hand(
+    policy: ActorCriticPolicy, structure: MlpStructure, batch: Batch, fit: CriticFit, sizes: list[int], losses: list[th.Tensor]
+) -> Iterator[None]:
+    """
+    The same for a multilayer perceptron on flat features, without a graph.
 
-    @abstractmethod
-    def shuffle(self, order: th.Tensor) -> None:
-        """Start an epoch with the samples in this order."""
-
-    @abstractmethod
-    def backward_(self, index: int) -> None:
-        """Overwrite the gradients of the critic's parameters with those of a minibatch."""
-
-    @abstractmethod
-    def losses(self) -> th.Tensor:
-        """The losses of the minibatches of an epoch, or their mean, as a vector on the device."""
-
-
-@dataclass
-class _AutogradValues(_ValueGradients):
-    """Of any critic, by ``backward``, so that hooks of every kind see the gradients."""
-
-    policy: ActorCriticPolicy
-    params: Sequence[nn.Parameter]
-    #: The gradients of all parameters, side by side in one vector.
-    gradient: th.Tensor
-    batch: Batch
-    fit: CriticFit
-    sizes: list[int]
-
-    def shuffle(self, order: th.Tensor) -> None:
-        self._minibatches = order.split(self.sizes)
-        self._losses: list[th.Tensor] = []
-
-    def backward_(self, index: int) -> None:
-        indices = self._minibatches[index]
-        values = self.policy.predict_values(take(self.batch.observations, indices)).flatten()
-        loss = _value_losses(values, self.batch.returns[indices], self.batch.old_values[indices], self.fit).mean()
-        self.gradient.zero_()
-        loss.backward(inputs=list(self.params))
-        self._losses.append(loss.detach())
-
-    def losses(self) -> th.Tensor:
-        return th.stack(self._losses)
-
-
-class _MlpValues(_ValueGradients):
-    """Of a multilayer perceptron on flat features, by hand."""
-
-    def __init__(self, policy: ActorCriticPolicy, structure: MlpStructure, batch: Batch, fit: CriticFit, sizes: list[int]):
-        self._fit = fit
-        self._regression = MlpRegression(structure.layers, structure.activations)
-        with th.no_grad():
-            # As `predict_values` does, but once for all epochs
-            features = super(ActorCriticPolicy, policy).extract_features(batch.observations, policy.vf_features_extractor)
-        # Shuffled once per epoch and cut into slices, which costs less than gathering each minibatch
-        self._sources = [features, batch.returns[:, None], batch.old_values[:, None]]
-        self._shuffled = inputs, targets, old_values = [th.empty_like(source) for source in self._sources]
-        self._values = th.empty_like(targets)
-        parts = zip(*(tensor.split(sizes) for tensor in (inputs, self._values, targets, old_values)), strict=True)
-        self._minibatches = list(parts)
-        # Of each sample in the mean over minibatches of their mean losses: those of a small minibatch count more
-        self._weights = th.cat([th.full_like(part[1], 1 / (len(part[1]) * len(sizes))) for part in self._minibatches])
-
-    def shuffle(self, order: th.Tensor) -> None:
-        for source, tensor in zip(self._sources, self._shuffled, strict=True):
+    :param structure: of the critic, whose parameters have the gradients of a minibatch at each ``yield``
+    :param sizes: of the minibatches
+    :param losses: where the mean loss of each epoch goes
+    """
+    regression = MlpRegression(structure.layers, structure.activations)
+    with th.no_grad():
+        # As `predict_values` does, but once for all epochs
+        features = super(ActorCriticPolicy, policy).extract_features(batch.observations, policy.vf_features_extractor)
+    # Shuffled once per epoch and cut into slices, which costs less than gathering each minibatch
+    sources = [features, batch.returns[:, None], batch.old_values[:, None]]
+    shuffled = inputs, targets, old_values = [th.empty_like(source) for source in sources]
+    values = th.empty_like(targets)
+    minibatches = list(zip(*(tensor.split(sizes) for tensor in (inputs, values, targets, old_values)), strict=True))
+    # Of each sample in the mean over minibatches of their mean losses: those of a small minibatch count more
+    weights = th.cat([th.full_like(part[1], 1 / (len(part[1]) * len(sizes))) for part in minibatches])
+    for _ in range(fit.n_epochs):
+        order = _shuffled_order(batch)
+        for source, tensor in zip(sources, shuffled, strict=True):
             th.index_select(source, 0, order, out=tensor)
+        for some_inputs, some_values, some_targets, some_old_values in minibatches:
+            regression.forward(some_inputs, out=some_values)
+            regression.backward(_slope(some_values, some_targets, some_old_values, fit))
+            yield
+        losses.append((_value_losses(values, targets, old_values, fit) * weights).sum())
 
-    def backward_(self, index: int) -> None:
-        inputs, values, targets, old_values = self._minibatches[index]
-        self._regression.forward(inputs, out=values)
-        self._regression.backward(_slope(values, targets, old_values, self._fit))
 
-    def losses(self) -> th.Tensor:
-        _, targets, old_values = self._shuffled
-        return (_value_losses(self._values, targets, old_values, self._fit) * self._weights).sum().reshape(1)
+def _shuffled_order(batch: Batch) -> th.Tensor:
+    """The indices of all samples in random order."""
+    return sent_to(batch.returns.device, th.randperm(batch.n_samples))
 
 
 def _value_losses(values: th.Tensor, targets: th.Tensor, old_values: th.Tensor, fit: CriticFit) -> th.Tensor:

@@ -191,10 +191,8 @@ class CategoricalFamily(Family[Statistics]):
         :param new: ``(logits,)``
         :return: shape ``(n_batch,)``
         """
-        total = old[0].new_zeros(old[0].shape[0])
-        for old_log_prob, new_log_prob in zip(self._log_probs(old), self._log_probs(new), strict=True):
-            total = total + _kl_terms(old_log_prob, new_log_prob).sum(dim=1)
-        return total
+        pairs = zip(self._log_probs(old), self._log_probs(new), strict=True)
+        return sum((_kl_terms(*pair).sum(dim=1) for pair in pairs), start=old[0].new_zeros(len(old[0])))
 
     def entropy(self, statistics: Statistics, noise: th.Tensor | None = None) -> th.Tensor:
         """``-sum p log p``."""
@@ -235,10 +233,8 @@ class BernoulliFamily(Family[Statistics]):
     def kl(self, old: Statistics, new: Statistics) -> th.Tensor:
         """The categorical form for both outcomes; their log-probabilities are ``-softplus(-z)`` and ``-softplus(z)``."""
         (z_old,), (z_new,) = old, new
-        kl = th.zeros_like(z_old)
-        for sign in (1, -1):
-            kl = kl + _kl_terms(F.logsigmoid(sign * z_old), F.logsigmoid(sign * z_new))
-        return kl.sum(dim=1)
+        on, off = (_kl_terms(F.logsigmoid(sign * z_old), F.logsigmoid(sign * z_new)) for sign in (1, -1))
+        return (on + off).sum(dim=1)
 
     def entropy(self, statistics: Statistics, noise: th.Tensor | None = None) -> th.Tensor:
         """``sum_i softplus(z) - p z``."""
@@ -312,11 +308,9 @@ class TorchFamily(Family[Distribution]):
         try:
             kl = th.distributions.kl_divergence(old.distribution, new.distribution)  # type: ignore[arg-type]
         except NotImplementedError as error:
-            raise ValueError(
-                f"There is no KL divergence for {type(old).__name__}, which holds a {type(old.distribution).__name__}: "
-                "give it one with `torch.distributions.kl.register_kl` or a family with `sb3_trpo_ext.register_family`."
-            ) from error
-        return kl.flatten(start_dim=1).sum(dim=1) if kl.dim() > 1 else kl
+            name = f"{type(old).__name__} ({type(old.distribution).__name__})"
+            raise ValueError(f"{name} has no KL divergence: use PyTorch's `register_kl`, or `register_family`.") from error
+        return kl.reshape(len(kl), -1).sum(dim=1)
 
     def entropy(self, statistics: Distribution, noise: th.Tensor | None = None) -> th.Tensor | None:
         """The distribution's own."""
@@ -324,9 +318,7 @@ class TorchFamily(Family[Distribution]):
             entropy = statistics.entropy()
         except NotImplementedError:
             return None
-        if entropy is None or entropy.dim() <= 1:
-            return entropy
-        return entropy.flatten(start_dim=1).sum(dim=1)
+        return None if entropy is None else entropy.reshape(len(entropy), -1).sum(dim=1)
 
 
 _FAMILIES: dict[type[Distribution], Callable[[Any], Family[Any]]] = {}

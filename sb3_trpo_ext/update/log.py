@@ -10,15 +10,9 @@ from sb3_trpo_ext.update.critic import CriticResult
 
 def warn_if_rejected(result: UpdateResult, critic: CriticResult) -> None:
     """Warn of an update that failed for a reason outside the algorithm."""
-    if result.status.advice:
-        warnings.warn(
-            f"The policy update was rejected: {result.status!s}. The policy is unchanged; {result.status.advice}.",
-            stacklevel=4,
-        )
-    if critic.status.advice:
-        warnings.warn(
-            f"The value function was not fitted: {critic.status!s}. It is unchanged; {critic.status.advice}.", stacklevel=4
-        )
+    for what, status in (("policy update was rejected", result.status), ("value function was not fitted", critic.status)):
+        if status.advice:
+            warnings.warn(f"The {what}: {status!s}. The parameters are unchanged; {status.advice}.", stacklevel=4)
 
 
 def record_update(logger: Logger, result: UpdateResult, critic: CriticResult) -> None:

@@ -17,8 +17,8 @@ def follow_(optimizer: th.optim.Optimizer, before: Mapping[str, th.Tensor], now:
     :param before: the parameters of a network at the last call, by name
     :param now: its parameters, by name, in the order in which a new optimizer would hold them
     """
-    gone = {id(param) for param in before.values()} - {id(param) for param in now.values()}
     known = {id(param) for param in before.values()}
+    gone = known.difference(map(id, now.values()))
     group_of = {id(param): index for index, group in enumerate(optimizer.param_groups) for param in group["params"]}
     joining: dict[int, int] = {}
     for name, param in now.items():

@@ -1,7 +1,7 @@
 """What an update has to know of a policy's structure."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch as th
@@ -42,12 +42,10 @@ class PolicyParts(NamedTuple):
 def _recorded_modules(policy: nn.Module) -> Iterator[set[nn.Module]]:
     """Collect the modules that are called inside the block."""
     called: set[nn.Module] = set()
-    hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in policy.modules()]
-    try:
+    with ExitStack() as hooks:
+        for module in policy.modules():
+            hooks.enter_context(module.register_forward_pre_hook(lambda module, _: called.add(module)))
         yield called
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def split_policy(policy: ActorCriticPolicy) -> PolicyParts:
@@ -58,14 +56,7 @@ def split_policy(policy: ActorCriticPolicy) -> PolicyParts:
 
     :param policy: any policy with ``get_distribution`` and ``predict_values``
     :return: its parts
-    :raises ValueError: if its tensors are on several devices
     """
-    devices = {str(tensor.device) for tensors in (policy.parameters(), policy.buffers()) for tensor in tensors}
-    if len(devices) > 1:
-        raise ValueError(
-            f"All parameters and buffers of {type(policy).__name__} must be on one device, got {sorted(devices)}: leave it to "
-            "the `device` argument to move them."
-        )
     was_training = policy.training
     # In training mode a BatchNorm layer would learn from, and fail on, this one observation
     policy.set_training_mode(False)
@@ -75,13 +66,9 @@ def split_policy(policy: ActorCriticPolicy) -> PolicyParts:
         with _recorded_modules(policy) as actor_modules:
             distribution = policy.get_distribution(observation)
             # Whatever the statistics of the family are, the log-probability of an action depends on all of them
-            log_prob = distribution.log_prob(distribution.mode())
+            for_actor = _reached_from(distribution.log_prob(distribution.mode()))
         with _recorded_modules(policy) as critic_modules:
-            values = policy.predict_values(observation)
-        family = family_of(distribution)
-        statistics = family.statistics(distribution) if family.is_batched else ()
-        for_actor = _reached_from(*statistics, log_prob)
-        for_critic = _reached_from(values) - for_actor
+            for_critic = _reached_from(policy.predict_values(observation)) - for_actor
     policy.set_training_mode(was_training)
     drop_graph_(distribution)
     params = [param for param in policy.parameters() if param.requires_grad]
@@ -96,8 +83,7 @@ def split_policy(policy: ActorCriticPolicy) -> PolicyParts:
 def unfrozen_parts(policy: ActorCriticPolicy) -> PolicyParts:
     """The parts that a policy would have if nothing were frozen."""
     frozen = [param for param in policy.parameters() if not param.requires_grad]
-    for param in frozen:
-        param.requires_grad_(True)
+    policy.requires_grad_(True)
     try:
         return split_policy(policy)
     finally:
@@ -122,15 +108,15 @@ def drop_graph_(distribution: Any) -> None:
                 drop_graph_(part)
 
 
-def _reached_from(*outputs: th.Tensor) -> set[int]:
+def _reached_from(output: th.Tensor) -> set[int]:
     """
-    Identities of the leaves that tensors depend on, read off their graph.
+    Identities of the leaves that a tensor depends on, read off its graph.
 
     A gradient would tell as well, but hooks on the parameters would see it.
     """
     found: set[int] = set()
     seen: set[Any] = {None}
-    nodes: list[Any] = [output.sum().grad_fn for output in outputs]
+    nodes: list[Any] = [output.sum().grad_fn]
     while nodes:
         node = nodes.pop()
         if node not in seen:
@@ -141,11 +127,11 @@ def _reached_from(*outputs: th.Tensor) -> set[int]:
 
 
 class MlpStructure(NamedTuple):
-    """An actor that is nothing but a multilayer perceptron on flat features."""
+    """An actor or a critic that is nothing but a multilayer perceptron on flat features."""
 
     layers: list[nn.Linear]
     activations: list[nn.Module]
-    log_std: nn.Parameter | None
+    log_std: nn.Parameter | None = None
 
     def is_all_of(self, params: Sequence[th.Tensor]) -> bool:
         """Whether these are its parameters, in any order; a parameter that two layers share would be there twice."""
@@ -179,9 +165,8 @@ def actor_structure(policy: ActorCriticPolicy) -> MlpStructure | None:
         or type(family_of(policy.action_dist)) not in _PLAIN_FAMILIES
     ):
         return None
-    extractors = policy.pi_features_extractor, policy.mlp_extractor
-    log_std = getattr(policy, "log_std", None)
-    return _plain_network(extractors, "policy_net", policy.action_net, ELEMENTWISE_ACTIVATIONS, log_std)
+    structure = _plain_network(policy, policy.pi_features_extractor, "policy_net", policy.action_net, ELEMENTWISE_ACTIVATIONS)
+    return None if structure is None else structure._replace(log_std=getattr(policy, "log_std", None))
 
 
 def mlp_structure(policy: ActorCriticPolicy, actor_params: Sequence[th.Tensor]) -> MlpStructure | None:
@@ -199,12 +184,8 @@ def critic_structure(policy: ActorCriticPolicy, critic_params: Sequence[th.Tenso
     """Recognize a critic that :class:`~sb3_trpo_ext.optim.regression.MlpRegression` can train; ``None`` for any other."""
     if not has_stock_methods(policy, "predict_values") or any(has_gradient_hooks(param) for param in critic_params):
         return None
-    extractors = policy.vf_features_extractor, policy.mlp_extractor
-    structure = _plain_network(extractors, "value_net", policy.value_net, REGRESSION_ACTIVATIONS, None)
-    if structure is None or not structure.is_all_of(critic_params):
-        return None
-    has_biases = all(layer.bias is not None for layer in structure.layers)
-    return structure if has_biases and structure.layers[-1].out_features == 1 else None
+    structure = _plain_network(policy, policy.vf_features_extractor, "value_net", policy.value_net, REGRESSION_ACTIVATIONS)
+    return structure if structure is not None and structure.is_all_of(critic_params) else None
 
 
 def has_stock_methods(policy: ActorCriticPolicy, *names: str) -> bool:
@@ -215,18 +196,16 @@ def has_stock_methods(policy: ActorCriticPolicy, *names: str) -> bool:
 
 
 def _plain_network(
-    extractors: tuple[nn.Module, nn.Module],
-    name: str,
-    head: nn.Module,
-    activation_types: tuple[type[nn.Module], ...],
-    log_std: nn.Parameter | None,
+    policy: ActorCriticPolicy, features: nn.Module, name: str, head: nn.Module, activation_types: tuple[type[nn.Module], ...]
 ) -> MlpStructure | None:
     """
-    Take a network apart into linear layers with an activation between each two of them.
+    Take a network apart into linear layers, which have a bias, with an activation between each two of them.
 
-    :param extractors: of the features and of the latents, whose attribute ``name`` is all of the network but the last layer
+    :param policy: whose extractor of latents has, as its attribute ``name``, all of the network but the last layer
+    :param features: the extractor of the features
+    :param head: the last layer
     """
-    features, latents = extractors
+    latents = policy.mlp_extractor
     if type(features) is not FlattenExtractor or type(latents) is not MlpExtractor or _has_hooks(features, latents):
         return None
     body = getattr(latents, name)
@@ -236,13 +215,13 @@ def _plain_network(
         return None
     module: Any
     for module in [*body.children(), head]:
-        if _is_plain(module, (nn.Linear,)) and len(activations) == len(layers):
+        if _is_plain(module, (nn.Linear,)) and module.bias is not None and len(activations) == len(layers):
             layers.append(module)
         elif _is_plain(module, activation_types) and len(activations) == len(layers) - 1:
             activations.append(module)
         else:
             return None
-    return MlpStructure(layers, activations, log_std)
+    return MlpStructure(layers, activations)
 
 
 def _has_hooks(*modules: nn.Module) -> bool:

@@ -25,9 +25,9 @@ from sb3_trpo_ext.optim import (
 from sb3_trpo_ext.optim.vectors import gradient_by_backward
 from sb3_trpo_ext.parallel.reductions import Shares
 from sb3_trpo_ext.update.batch import Batch, numbers_per_sample, take
-from sb3_trpo_ext.update.clipping import ActionBounds, clip, clipped_log_prob
+from sb3_trpo_ext.update.clipping import ActionBounds, clipped_log_prob
 from sb3_trpo_ext.update.distributions import Family, family_of, standard_normal
-from sb3_trpo_ext.update.structure import has_gradient_hooks, mlp_structure
+from sb3_trpo_ext.update.structure import MlpStructure, has_gradient_hooks, mlp_structure
 
 
 class Limits(NamedTuple):
@@ -83,59 +83,55 @@ class Surrogate(Problem):
         self.shares = shares
         self.ent_coef = ent_coef
         self.fisher_stride = fisher_stride
-        self._clipped = None if bounds is None else clip(batch.actions, bounds)
+        self._bounds = bounds
         self._structure = mlp_structure(policy, self.params)
         #: Whether there are hooks that see or change the gradient: then autograd computes it, on the parameters themselves.
         self._has_gradient_hooks = any(has_gradient_hooks(param) for param in self.params)
         self._generator = th.Generator().manual_seed(noise_seed)
-        if self._structure is None:
-            with th.no_grad():
-                self.family: Family[Any] = family_of(policy.get_distribution(take(batch.observations, slice(1))))
-        else:
-            self.family = family_of(policy.action_dist)
+        with th.no_grad():
+            self.family: Family[Any] = family_of(policy.get_distribution(take(batch.observations, slice(1))))
         limits = _CPU_LIMITS if policy.device.type == "cpu" else _ACCELERATOR_LIMITS
         #: Of how many samples the graph is kept for the Fisher-vector products.
         self._n_kept = max(limits.n_numbers // numbers_per_sample(batch.observations), 1)
         n_at_once = min(limits.n_samples, self._n_kept)
         if not self.family.is_batched:
             n_at_once = self._n_kept = batch.n_samples
-        self._chunks = [slice(i, min(i + n_at_once, batch.n_samples)) for i in range(0, batch.n_samples, n_at_once)]
+        self._chunks = _cut(batch.n_samples, n_at_once)
+        self._noise: th.Tensor | None = None
+        if self.family.needs_noise:
+            self._noise = th.cat([standard_normal(batch.actions[chunk], self._generator) for chunk, _ in self._chunks])
         #: Of the actions at the old parameters. The rollout's are those of the actions before they were clipped.
         self._old_log_prob = batch.old_log_prob if bounds is None else th.empty_like(batch.old_log_prob)
         #: Of an MLP actor on the whole batch, if that is a single chunk.
         self._jacobian: MlpJacobian | None = None
-        self._old, self._noise, self._objective_and_gradient = self._first_pass()
+        self._old, self._objective_and_gradient = self._first_pass()
 
-    def _first_pass(self) -> tuple[Any, th.Tensor | None, tuple[th.Tensor, th.Tensor]]:
-        """Go through the batch once, forwards and backwards."""
-        statistics, noises, objectives, gradients = [], [], [], []
-        for chunk in self._chunks:
+    def _first_pass(self) -> tuple[Any, tuple[th.Tensor, th.Tensor]]:
+        """Go through the batch once, forwards and backwards: statistics, and the objective with its gradient."""
+        statistics, objectives, gradients = [], [], []
+        for chunk, share in self._chunks:
             with th.enable_grad():
                 jacobian, leaves, distribution = self._outputs(take(self.batch.observations, chunk))
                 new = self.family.statistics(distribution)
-                noise = standard_normal(new[0], self._generator) if self.family.needs_noise else None
                 log_prob = self._log_prob(distribution, chunk)
-                if self._clipped is not None:
+                if self._bounds is not None:
                     self._old_log_prob[chunk] = log_prob.detach()
-                objective = self._objective(log_prob, chunk, new, noise) * self._share(chunk)
+                objective = self._objective(log_prob, chunk, new) * share
                 if jacobian is None:
                     gradients.append(gradient_by_backward(objective, leaves))
                 else:
                     gradients.append(jacobian.vjp(th.autograd.grad(objective, leaves, materialize_grads=True)))
             objectives.append(objective.detach())
-            noises.append(noise)
             statistics.append(new)
-            if len(self._chunks) == 1:
-                self._jacobian = jacobian
+            self._jacobian = jacobian if len(self._chunks) == 1 else None
         old: Any
-        if not self.family.is_batched:
+        if self.family.is_batched:
+            old = tuple(th.cat(columns).detach() for columns in zip(*statistics, strict=True))
+        else:
             with th.no_grad():
                 old = self.family.statistics(self.policy.get_distribution(self.batch.observations))
-        else:
-            old = tuple(th.cat(columns).detach() for columns in zip(*statistics, strict=True))
-        noise = th.cat(noises) if self.family.needs_noise else None  # type: ignore[arg-type]
         # In place, and one after the other: a gradient is as large as the policy
-        return old, noise, (sum(objectives, start=th.zeros_like(objectives[0])), functools.reduce(th.Tensor.add_, gradients))
+        return old, (sum(objectives, start=th.zeros_like(objectives[0])), functools.reduce(th.Tensor.add_, gradients))
 
     def _outputs(self, observations: PyTorchObs) -> tuple[MlpJacobian | None, Sequence[th.Tensor], Distribution]:
         """
@@ -147,35 +143,28 @@ class Surrogate(Problem):
         :param observations: a chunk
         :return: Jacobian, if the actor is an MLP; leaves; distribution
         """
-        jacobian = None if self._has_gradient_hooks else self._mlp_jacobian(observations)
-        if jacobian is None:
+        structure = None if self._has_gradient_hooks else self._structure
+        if structure is None:
             return None, self.params, self.policy.get_distribution(observations)
+        jacobian = self._mlp_jacobian(structure, observations)
         leaves = [jacobian.output.detach().requires_grad_()]
-        assert self._structure is not None
-        if self._structure.log_std is not None:
-            leaves.append(self._structure.log_std.detach().expand_as(leaves[0]).clone().requires_grad_())
+        if structure.log_std is not None:
+            leaves.append(structure.log_std.detach().expand_as(leaves[0]).clone().requires_grad_())
         return jacobian, leaves, self.policy.action_dist.proba_distribution(*leaves)
 
-    def _mlp_jacobian(self, observations: PyTorchObs) -> MlpJacobian | None:
-        """The hand-written Jacobian at the current parameters on some observations; ``None`` if the actor is no MLP."""
-        if self._structure is None:
-            return None
+    def _mlp_jacobian(self, structure: MlpStructure, observations: PyTorchObs) -> MlpJacobian:
+        """The hand-written Jacobian at the current parameters on some observations."""
         # As `get_distribution` does: `ActorCriticPolicy.extract_features` would run the critic's extractor too
         with th.no_grad():
             features = super(ActorCriticPolicy, self.policy).extract_features(observations, self.policy.pi_features_extractor)
-        layers, activations, log_std = self._structure
         # Contiguous samples are worth a copy to the products to come
-        return MlpJacobian(features.contiguous(), layers, activations, self.params, log_std)
-
-    def _share(self, chunk: slice) -> float:
-        """What part of the batch a chunk is, from 0 to 1."""
-        return float((chunk.stop - chunk.start) / self.batch.n_samples)
+        return MlpJacobian(features.contiguous(), structure.layers, structure.activations, self.params, structure.log_std)
 
     def evaluate(self, indices: th.Tensor | None = None) -> tuple[th.Tensor, th.Tensor]:
         """Objective and mean KL(old || new) at the policy's current parameters, the whole batch in chunks."""
         if indices is not None:
             return self._evaluate_part(indices)
-        parts = [th.stack(self._evaluate_part(chunk)) * self._share(chunk) for chunk in self._chunks]
+        parts = [th.stack(self._evaluate_part(chunk)) * share for chunk, share in self._chunks]
         objective, kl = sum(parts[1:], start=parts[0])
         return objective, kl
 
@@ -183,30 +172,28 @@ class Surrogate(Problem):
         """Objective and mean KL(old || new) of some samples, given by indices or a slice."""
         distribution = self.policy.get_distribution(take(self.batch.observations, part))
         new = self.family.statistics(distribution)
-        noise = None if self._noise is None else self._noise[part]
-        objective = self._objective(self._log_prob(distribution, part), part, new, noise)
+        objective = self._objective(self._log_prob(distribution, part), part, new)
         return objective, self.family.kl(self._old_at(part), new).mean()
 
     def _old_at(self, part: th.Tensor | slice) -> Any:
-        """Statistics of the old distribution at some samples; at all of them if the statistics cannot be cut."""
-        if not self.family.is_batched:
-            # The constructor of TRPO refuses the combination of a penalty with such a distribution
-            assert isinstance(part, slice)
-            return self._old
-        return tuple(statistic[part] for statistic in self._old)
+        """
+        Statistics of the old distribution at some samples; at all of them if the statistics cannot be cut.
+
+        (The constructor of TRPO refuses the combination of a penalty, which needs minibatches, with such a distribution.)
+        """
+        return tuple(statistic[part] for statistic in self._old) if self.family.is_batched else self._old
 
     def objective_and_gradient(self) -> tuple[th.Tensor, th.Tensor]:
         """From the first pass through the batch, in which the old statistics were computed too."""
         return self._objective_and_gradient
 
-    def _objective(self, log_prob: th.Tensor, part: th.Tensor | slice, new: Any, noise: th.Tensor | None) -> th.Tensor:
+    def _objective(self, log_prob: th.Tensor, part: th.Tensor | slice, new: Any) -> th.Tensor:
         """
         ``mean(ratio * advantage) + ent_coef * mean(entropy)`` of some samples.
 
         :param log_prob: of the rollout's actions, by the new distribution
         :param part: indices or slice of the samples
         :param new: statistics of the new distribution
-        :param noise: for an entropy without closed form
         :return: scalar
         :raises ValueError: if ``ent_coef`` is not zero and the distribution has no entropy
         """
@@ -214,19 +201,22 @@ class Surrogate(Problem):
         objective = (th.exp(log_ratio) * self.batch.advantages[part]).mean()
         if self.ent_coef == 0:
             return objective
-        entropy = self.family.entropy(new, noise)
+        entropy = self._entropy(new, part)
         if entropy is None:
-            raise ValueError(
-                f"`ent_coef` is {self.ent_coef}, but {type(self.policy.action_dist).__name__} has no entropy: set "
-                "`ent_coef=0` or register a family that estimates it with `sb3_trpo_ext.register_family`."
-            )
+            name = type(self.policy.action_dist).__name__
+            raise ValueError(f"`ent_coef` is {self.ent_coef}, but {name} has no entropy: pass 0, or use `register_family`.")
         return objective + self.ent_coef * entropy.mean()
+
+    def _entropy(self, new: Any, part: th.Tensor | slice) -> th.Tensor | None:
+        """Entropy of some samples, with the noise for one without closed form; ``None`` if it is not known."""
+        return self.family.entropy(new, None if self._noise is None else self._noise[part])
 
     def _log_prob(self, distribution: Distribution, part: th.Tensor | slice) -> th.Tensor:
         """Log-probabilities of the rollout's actions at some samples, or of the clipped actions; shape ``(n_samples,)``."""
-        if self._clipped is None:
-            return distribution.log_prob(self.batch.actions[part])
-        return clipped_log_prob(distribution, self._clipped.part(part))
+        actions = self.batch.actions[part]
+        return (
+            distribution.log_prob(actions) if self._bounds is None else clipped_log_prob(distribution, actions, self._bounds)
+        )
 
     def fisher(self) -> LinearOperator:
         """
@@ -236,32 +226,24 @@ class Surrogate(Problem):
         matrix has zeros too: that parameter must stay where it is.
         """
         if self._structure is not None:
-            fisher: LinearOperator = self._mlp_fisher()
+            fisher: LinearOperator = self._mlp_fisher(self._structure)
         else:
-            n_samples = -(-self.n_samples // self.fisher_stride)
-            starts = range(0, n_samples, self._n_kept)
-            ends = [min(start + self._n_kept, n_samples) for start in starts]
-            if len(starts) == 1:
-                fisher = self._autograd_fisher(0, n_samples)
-            else:
-                fisher = ChunkedOperator(
-                    [functools.partial(self._autograd_fisher, *ends_of) for ends_of in zip(starts, ends, strict=True)],
-                    [(end - start) / n_samples for start, end in zip(starts, ends, strict=True)],
-                )
+            parts = _cut(self.n_samples, self._n_kept, self.fisher_stride)
+            operators = [functools.partial(self._autograd_fisher, part) for part, _ in parts]
+            fisher = operators[0]() if len(parts) == 1 else ChunkedOperator(operators, [share for _, share in parts])
         if not self._has_gradient_hooks:
             return fisher
         gradient = self._objective_and_gradient[1]
         hooked = th.cat([th.full((param.numel(),), has_gradient_hooks(param)) for param in self.params])
         return Projected(fisher, (gradient != 0) | hooked.logical_not().to(gradient.device))
 
-    def _mlp_fisher(self) -> MlpFisher:
+    def _mlp_fisher(self, structure: MlpStructure) -> MlpFisher:
         """The Fisher matrix of an MLP actor, by products on cached activations."""
         thin = slice(None, None, self.fisher_stride)
         if self._jacobian is not None:
-            jacobian: MlpJacobian | None = self._jacobian.thinned(self.fisher_stride)
+            jacobian = self._jacobian.thinned(self.fisher_stride)
         else:
-            jacobian = self._mlp_jacobian(take(self.batch.observations, thin))
-        assert jacobian is not None
+            jacobian = self._mlp_jacobian(structure, take(self.batch.observations, thin))
         old = self._old_at(thin)
         return MlpFisher(
             jacobian,
@@ -270,9 +252,8 @@ class Surrogate(Problem):
             self.shares,
         )
 
-    def _autograd_fisher(self, start: int, end: int) -> LinearOperator:
-        """By automatic differentiation, on samples ``start`` to ``end`` of those that the Fisher matrix is taken on."""
-        part = slice(start * self.fisher_stride, end * self.fisher_stride, self.fisher_stride)
+    def _autograd_fisher(self, part: slice) -> LinearOperator:
+        """By automatic differentiation, on some samples."""
         observations = take(self.batch.observations, part)
         outputs, params = _Outputs(self.policy, self.family), list[th.Tensor](self.params)
         with th.enable_grad():
@@ -285,9 +266,8 @@ class Surrogate(Problem):
             else:
                 statistics = outputs(observations)
             if self.family.has_fisher:
-                old = self._old_at(part)
                 jacobian = AutogradJacobian(statistics, params)
-                return GaussNewtonFisher(jacobian, functools.partial(self.family.fisher, old))
+                return GaussNewtonFisher(jacobian, functools.partial(self.family.fisher, self._old_at(part)))
             with th.no_grad():
                 old = outputs(observations)
             return HessianFisher(self.family.kl(old, statistics).mean(), params)
@@ -298,9 +278,9 @@ class Surrogate(Problem):
         # With 1,024 samples it took 7% of an update on 2,048; the numbers hardly differ between samples
         every = slice(None, None, max(self.batch.n_samples // 256, 1))
         new = self.family.statistics(self.policy.get_distribution(take(self.batch.observations, every)))
-        entropy, std = self.family.entropy(new, None if self._noise is None else self._noise[every]), self.family.std(new)
         unknown = self.batch.advantages.new_full((), math.nan)
-        means = th.stack([unknown if values is None else values.mean() for values in (entropy, std)]).tolist()
+        entropy_and_std = self._entropy(new, every), self.family.std(new)
+        means = th.stack([unknown if values is None else values.mean() for values in entropy_and_std]).tolist()
         mean_entropy, mean_std = self.shares.mean(th.tensor(means, dtype=th.float64)).tolist()
         return mean_entropy, mean_std
 
@@ -316,3 +296,10 @@ class _Outputs(nn.Module):
     def forward(self, observations: PyTorchObs) -> Any:
         """The statistics, with their graph."""
         return self._family.statistics(self.policy.get_distribution(observations))
+
+
+def _cut(n_samples: int, size: int, stride: int = 1) -> list[tuple[slice, float]]:
+    """Cut every k-th sample of a batch into slices of at most ``size`` samples; each slice comes with its share of them."""
+    samples = range(0, n_samples, stride)
+    parts = [slice(start, start + size * stride, stride) for start in samples[::size]]
+    return [(part, len(range(n_samples)[part]) / len(samples)) for part in parts]

@@ -1,7 +1,7 @@
 """A policy as it is now: users and callbacks freeze, unfreeze and replace parts of it, or all of it."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch as th
@@ -23,14 +23,12 @@ class PolicyWatch:
 
     def parts(self, policy: ActorCriticPolicy, optimizers: Iterable[th.optim.Optimizer] = ()) -> PolicyParts:
         """Actor and critic as they are now. After a change optimizers follow, and what will not be trained is warned of."""
-        now, before = contents(policy), self._contents
-        is_same = len(now) == len(before) and all(new is old for new, old in zip(now, before, strict=True))
-        if self._parts is None or not is_same:
+        now = contents(policy)
+        if self._parts is None or list(map(id, now)) != list(map(id, self._contents)):
             self._parts, self._contents = split_policy(policy), now
-            named_before, self._named = self._named, dict(policy.named_parameters())
-            if before:
-                for optimizer in optimizers:
-                    follow_(optimizer, named_before, self._named)
+            before, self._named = self._named, dict(policy.named_parameters())
+            for optimizer in optimizers:
+                follow_(optimizer, before, self._named)
             for message in _untrained(policy, self._parts):
                 if message not in self._warned:
                     self._warned.add(message)
@@ -48,18 +46,6 @@ def contents(policy: nn.Module) -> list[Any]:
     return found
 
 
-def frozen_statistics(policy: nn.Module, actor_modules: Sequence[nn.Module]) -> list[str]:
-    """Modules of the actor with running statistics, which never learn: the actor always runs in evaluation mode."""
-    names = {id(module): name for name, module in policy.named_modules()}
-    return [
-        f"{type(module).__name__} {names[id(module)]}"
-        for module in actor_modules
-        # The names that BatchNorm and InstanceNorm have for theirs, and many normalizing layers after them; and the vectors of
-        # a spectral norm's power iteration
-        if any(name.startswith("running_") or name.endswith("_u") for name, _ in module.named_buffers(recurse=False))
-    ]
-
-
 def _untrained(policy: ActorCriticPolicy, parts: PolicyParts) -> list[str]:
     """What in the policy will not be trained, though one might think so."""
     name = type(policy).__name__
@@ -68,10 +54,17 @@ def _untrained(policy: ActorCriticPolicy, parts: PolicyParts) -> list[str]:
         for what, params in (("action distribution", parts.actor_params), ("value function", parts.critic_params))
         if not params
     ]
-    if statistics := frozen_statistics(policy, parts.actor_modules):
+    statistics = [
+        f"{type(module).__name__} {path}"
+        for path, module in policy.named_modules()
+        # The names that BatchNorm and InstanceNorm have for theirs, and many normalizing layers after them; and the vectors of
+        # a spectral norm's power iteration
+        if module in parts.actor_modules
+        and any(key.startswith("running_") or key.endswith("_u") for key, _ in module.named_buffers(recurse=False))
+    ]
+    if statistics:
         messages.append(
-            f"The actor of {name} has running statistics that never learn: {', '.join(statistics)}. A trust region is one "
-            "around the policy that acted, so the actor always runs in evaluation mode. Use LayerNorm or GroupNorm, or "
-            "normalize the observations with VecNormalize."
+            f"The actor of {name} has running statistics that never learn: {', '.join(statistics)}. An actor always runs in "
+            "evaluation mode: use LayerNorm or GroupNorm, or normalize the observations with VecNormalize."
         )
     return messages

@@ -32,9 +32,9 @@ DAMPING = 0.1
 class Preconditioned:
     """A small actor with its Fisher matrix and preconditioner; parameters are in any order."""
 
-    def __init__(self, hidden: Sequence[int], family: Family | None = None, bias: bool = True):
+    def __init__(self, hidden: Sequence[int], family: Family | None = None):
         self.family = GaussianFamily() if family is None else family
-        self.layers = [nn.Linear(i, o, bias=bias) for i, o in itertools.pairwise([N_INPUTS, *hidden, N_OUTPUTS])]
+        self.layers = [nn.Linear(i, o) for i, o in itertools.pairwise([N_INPUTS, *hidden, N_OUTPUTS])]
         self.log_std = nn.Parameter(th.randn(N_OUTPUTS)) if isinstance(self.family, GaussianFamily) else None
         self.params = [param for layer in self.layers for param in layer.parameters()][::-1]
         self.params += [] if self.log_std is None else [self.log_std]
@@ -63,33 +63,29 @@ class Preconditioned:
         return th.stack([self.preconditioner @ basis for basis in th.eye(self.n_params)], dim=1)
 
 
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("hidden", [(), (4,), (4, 3)], ids=str)
-def test_layers_and_vectors_are_two_forms_of_the_same(hidden: Sequence[int], bias: bool) -> None:
-    actor = Preconditioned(hidden, bias=bias)
+def test_layers_and_vectors_are_two_forms_of_the_same(hidden: Sequence[int]) -> None:
+    actor = Preconditioned(hidden)
     vector = th.randn(actor.n_params)
     matrices, log_std = actor.jacobian.to_layers(vector)
     assert th.equal(actor.jacobian.from_layers(matrices, log_std), vector)
     for layer, matrix in zip(actor.layers, actor.jacobian.to_layers(flatten(actor.params))[0], strict=True):
         assert th.equal(matrix[:, : layer.in_features], layer.weight)
-        if bias:
-            assert th.equal(matrix[:, -1], layer.bias)
+        assert th.equal(matrix[:, -1], layer.bias)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_it_is_the_inverse_of_the_damped_fisher_matrix_of_a_linear_gaussian(bias: bool) -> None:
+def test_it_is_the_inverse_of_the_damped_fisher_matrix_of_a_linear_gaussian() -> None:
     """One layer whose output Fisher matrix is the same in all states: nothing is left to approximate."""
-    actor = Preconditioned((), bias=bias)
+    actor = Preconditioned(())
     inverse = th.linalg.inv(as_matrix(Damped(actor.fisher, DAMPING), actor.n_params))
     assert relative_error(actor.matrix(), inverse) < 1e-10
 
 
 @pytest.mark.parametrize("family", [GaussianFamily(), CategoricalFamily([N_OUTPUTS])], ids=["gaussian", "categorical"])
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("hidden", [(), (4,), (4, 3)], ids=str)
-def test_each_block_is_the_inverse_of_a_damped_kronecker_product(hidden: Sequence[int], bias: bool, family: Family) -> None:
+def test_each_block_is_the_inverse_of_a_damped_kronecker_product(hidden: Sequence[int], family: Family) -> None:
     """Martens & Grosse (2015), section 3, with factors by automatic differentiation and the inverse of the dense matrix."""
-    actor = Preconditioned(hidden, family, bias)
+    actor = Preconditioned(hidden, family)
     pre_activations, value = [], actor.inputs
     for layer in actor.layers:
         pre_activations.append(layer(value))
@@ -98,8 +94,7 @@ def test_each_block_is_the_inverse_of_a_damped_kronecker_product(hidden: Sequenc
     row = tuple(statistic[:1] for statistic in actor.statistics)
     blocks = []
     for index, layer in enumerate(actor.layers):
-        inputs = actor.activations[index]
-        inputs = th.cat([inputs, th.ones(N_SAMPLES, 1)], dim=1) if bias else inputs
+        inputs = th.cat([actor.activations[index], th.ones(N_SAMPLES, 1)], dim=1)
         output_factor = cotangents[index].T @ cotangents[index] / N_SAMPLES
         if index == len(actor.layers) - 1:
             if isinstance(family, GaussianFamily):
@@ -109,7 +104,7 @@ def test_each_block_is_the_inverse_of_a_damped_kronecker_product(hidden: Sequenc
                 output_factor = (th.diag_embed(p) - p[:, :, None] * p[:, None, :]).mean(dim=0)
         damped = th.kron(output_factor, inputs.T @ inputs / N_SAMPLES)
         blocks.append(th.linalg.inv(damped + DAMPING * th.eye(len(damped))))
-        assert blocks[-1].shape[0] == layer.out_features * (layer.in_features + bias)
+        assert blocks[-1].shape[0] == layer.out_features * (layer.in_features + 1)
 
     vector = th.randn(actor.n_params)
     matrices, log_std = actor.jacobian.to_layers(vector)
