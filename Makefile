@@ -27,11 +27,11 @@ help: ## Show this list
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".[dev]"
 	touch $@
 
 $(DOCS_STAMP): $(STAMP)
-	$(BIN)/python -m pip install -c constraints.txt -e ".[docs]"
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".[docs]"
 	touch $@
 
 train: $(STAMP) ## Train and evaluate an agent: ENV=Humanoid-v5 STEPS=400000 SEED=0 LOGS=logs
@@ -50,14 +50,14 @@ test-slow: $(STAMP) ## Run the tests that take longer
 
 test-core: ## Check what works with the core dependencies alone
 	$(PYTHON) -m venv --clear $(CORE)
-	$(CORE)/bin/python -m pip install -c constraints.txt .
+	$(CORE)/bin/python -m pip install --no-compile -c constraints.txt .
 	$(CORE)/bin/python .ci/core.py
 
 # Needs Python 3.11, for which all of these versions have wheels.
 test-oldest: ## Run the tests with the oldest versions that pyproject.toml admits
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python .ci/oldest.py > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install -c $(OLDEST)/constraints.txt -e ".[atari,mujoco,zoo]" hatchling pytest pytest-xdist
+	$(OLDEST)/bin/python -m pip install --no-compile -c $(OLDEST)/constraints.txt -e ".[atari,mujoco,zoo]" hatchling pytest pytest-xdist
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(STAMP) ## Check style and formatting
