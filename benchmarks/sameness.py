@@ -4,8 +4,8 @@ Hash what six short trainings compute, to show that a change of structure change
 Each training makes 20 updates with a fixed seed on one thread. The hashes depend on the machine and on PyTorch's build, so
 compare two trees on one machine:
 
-    PYTHONPATH=/path/to/old/tree python benchmarks/sameness.py > old.json
-    PYTHONPATH=/path/to/new/tree python benchmarks/sameness.py > new.json
+    PYTHONPATH=/path/to/old/tree python -m benchmarks.sameness > old.json
+    PYTHONPATH=/path/to/new/tree python -m benchmarks.sameness > new.json
     diff old.json new.json
 
 For every training there is a hash of the parameters and one of each logged value that is not a time. The norms of the
@@ -29,6 +29,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import nn
 
+from benchmarks import contrib
 from sb3_trpo_ext import TRPO
 
 N_UPDATES = 20
@@ -110,7 +111,9 @@ def digest(*parts: bytes) -> str:
 
 
 def train(policy: str, env: VecEnv, n_steps: int = 128, **kwargs: Any) -> dict[str, Any]:
-    model = TRPO(policy, env, n_steps=n_steps, seed=0, device="cpu", **kwargs)
+    # Explicit, so that a change of the defaults changes nothing here
+    kwargs["policy_kwargs"] = {"log_std_init": 0.0, **kwargs.get("policy_kwargs", {})}
+    model = TRPO(policy, env, seed=0, device="cpu", **{**contrib.DEFAULTS, "n_steps": n_steps, **kwargs})
     values = Values()
     model.set_logger(Logger(None, [values]))
     model.learn(N_UPDATES * n_steps * env.num_envs, log_interval=1)

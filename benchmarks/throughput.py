@@ -34,6 +34,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
+from benchmarks import contrib
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.contrib import joint_kl_factor
 from sb3_trpo_ext.envs import EnvPoolVecEnv
@@ -106,8 +107,8 @@ def make_models(case: Case, n_critic_updates: int, batch_size: int, seed: int = 
     shared: dict[str, Any] = {"n_steps": case.n_steps, "n_critic_updates": n_critic_updates, "batch_size": batch_size}
     shared |= {"seed": seed, "device": "cpu", "policy_kwargs": {"net_arch": case.net_arch}}
     env = case.make_ours(case.env, case.n_envs, seed)
-    factor = joint_kl_factor(env.action_space)
-    ours = TRPO("MlpPolicy", env, target_kl=0.01 * factor, cg_damping=0.1 * factor, **shared, **dict(case.options))
+    units = {name: contrib.DEFAULTS[name] * joint_kl_factor(env.action_space) for name in ("target_kl", "cg_damping")}
+    ours = TRPO("MlpPolicy", env, **{**contrib.DEFAULTS, **units, **shared, **dict(case.options)})
     theirs = sb3_contrib.TRPO("MlpPolicy", case.make_theirs(case.env, case.n_envs, seed), **shared)
     theirs.policy.load_state_dict(ours.policy.state_dict())
     return {"ours": ours, "theirs": theirs}

@@ -25,6 +25,8 @@ from sb3_trpo_ext._checks import (
 from sb3_trpo_ext.update.critic import VALUE_LOSSES
 
 ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+#: What stands for an argument that is left to the class.
+AUTO = "auto"
 #: The two forms of the trust region, with the options that `trust_region_kwargs` may hold.
 TRUST_REGION_OPTIONS: dict[str, tuple[str, ...]] = {
     "constraint": ("fill", "damped_scale", "precondition"),
@@ -144,7 +146,11 @@ def check_env(env: Any) -> None:
 def check_settings(model: Any) -> None:
     """Check arguments that an update takes as they are, and make Python's integers of NumPy's."""
     for name in ("n_steps", "batch_size", "cg_max_steps", "line_search_max_iter", "sub_sampling_factor"):
-        setattr(model, name, check_integer(name, getattr(model, name), 1))
+        if not (name == "n_steps" and model.n_steps is None):
+            setattr(model, name, check_integer(name, getattr(model, name), 1))
+    for name in ("norm_obs", "norm_reward"):
+        if getattr(model, name) != AUTO:
+            check_bool(name, getattr(model, name))
     model.n_critic_updates = check_integer("n_critic_updates", model.n_critic_updates, 0)
     for name in ("gamma", "gae_lambda"):
         check_number(name, getattr(model, name), "between 0 and 1", lambda x: 0 <= x <= 1)
@@ -168,8 +174,10 @@ def check_arguments(model: Any) -> None:
     model.seed = check_seed(model.seed)
     model._stats_window_size = check_integer("stats_window_size", model._stats_window_size, 1)
     model.sde_sample_freq = check_integer("sde_sample_freq", model.sde_sample_freq, -1)
-    check_number("target_kl", scheduled("target_kl", model.target_kl, 1.0), "positive", lambda x: x > 0)
-    scheduled("cg_damping", model.cg_damping, 1.0, minimum=0.0)
+    if model.target_kl != AUTO:
+        check_number("target_kl", scheduled("target_kl", model.target_kl, 1.0), "positive", lambda x: x > 0)
+    if model.cg_damping != AUTO:
+        scheduled("cg_damping", model.cg_damping, 1.0, minimum=0.0)
     scheduled("ent_coef", model.ent_coef, 1.0)
     if model.clip_range_vf is not None:
         clip_range_vf = scheduled("clip_range_vf", model.clip_range_vf, 1.0)

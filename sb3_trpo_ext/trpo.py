@@ -7,9 +7,10 @@ import time
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
@@ -17,7 +18,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_trpo_ext import arguments
+from sb3_trpo_ext import arguments, defaults
 from sb3_trpo_ext._checks import ArgumentError, check_seed
 from sb3_trpo_ext._files import replacing
 from sb3_trpo_ext.contrib import is_contrib_model, joint_kl_arguments, saved_attributes
@@ -26,12 +27,14 @@ from sb3_trpo_ext.parallel import launch
 from sb3_trpo_ext.parallel.reductions import Shares, is_parallel, rank, world_size
 from sb3_trpo_ext.policies import POLICY_ALIASES
 from sb3_trpo_ext.rollout.collect import collect_rollouts
+from sb3_trpo_ext.rollout.normalization import ScaledRewards, normalized_extractors, renormalize_
 from sb3_trpo_ext.rollout.snapshot import Snapshot
 from sb3_trpo_ext.update.batch import Batch, rollout_batch
 from sb3_trpo_ext.update.clipping import action_bounds
 from sb3_trpo_ext.update.critic import CriticFit, fit_critic
 from sb3_trpo_ext.update.distributions import family_of
 from sb3_trpo_ext.update.log import record_update, warn_if_rejected
+from sb3_trpo_ext.update.normalization import RewardScale
 from sb3_trpo_ext.update.optimizers import expanded_state
 from sb3_trpo_ext.update.settings import no_argument_checks, twice_differentiable_attention
 from sb3_trpo_ext.update.structure import PolicyParts, drop_graph_, unfrozen_parts
@@ -106,12 +109,12 @@ class TRPO(OnPolicyAlgorithm):
         self,
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 1e-3,
-        n_steps: int = 2048,
-        batch_size: int = 128,
+        learning_rate: float | Schedule = 3e-4,
+        n_steps: int | None = None,
+        batch_size: int = 64,
         gamma: float = 0.99,
         cg_max_steps: int = 15,
-        cg_damping: float | Schedule = 0.1,
+        cg_damping: float | Schedule | str = "auto",
         line_search_shrinking_factor: float = 0.8,
         line_search_max_iter: int = 10,
         n_critic_updates: int = 10,
@@ -121,7 +124,7 @@ class TRPO(OnPolicyAlgorithm):
         rollout_buffer_class: type[RolloutBuffer] | None = None,
         rollout_buffer_kwargs: dict[str, Any] | None = None,
         normalize_advantage: bool = True,
-        target_kl: float | Schedule = 0.01,
+        target_kl: float | Schedule | str = "auto",
         sub_sampling_factor: int = 1,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -140,12 +143,14 @@ class TRPO(OnPolicyAlgorithm):
         max_grad_norm: float | None = None,
         clipped_likelihood: bool = True,
         clip_advantage: float | None = None,
+        norm_obs: bool | str = "auto",
+        norm_reward: bool | str = "auto",
     ):
         super().__init__(
             policy,
             env,
             learning_rate=learning_rate,
-            n_steps=n_steps,
+            n_steps=n_steps,  # type: ignore[arg-type]
             gamma=gamma,
             gae_lambda=gae_lambda,
             ent_coef=0.0,  # may be a schedule, which the base class does not know: set below
@@ -180,9 +185,15 @@ class TRPO(OnPolicyAlgorithm):
         self.clip_range_vf = clip_range_vf
         self.clipped_likelihood = clipped_likelihood
         self.clip_advantage = clip_advantage
+        self.norm_obs = norm_obs
+        self.norm_reward = norm_reward
+        #: What `n_steps` came to where it was left to the class.
+        self._auto_n_steps: int | None = None
         self.kl_penalty: AdaptiveKLPenalty | None = None
         #: The policy that acted in the last rollout.
         self._acted: Snapshot | None = None
+        #: Whether the statistics of observations have those of the last rollout already.
+        self._are_observed = False
         #: Number of updates that moved the policy, out of `_n_updates`.
         self._n_accepted = 0
         #: Where the last line searches ended, as a share of the full step: where the next one starts.
@@ -207,9 +218,19 @@ class TRPO(OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         """Check the arguments, and create buffer, policy and optimizer."""
-        arguments.check_arguments(self)
+        arguments.check_settings(self)
         launch.join_process_group()
+        if self.n_steps is None or self.n_steps == self._auto_n_steps:
+            self.n_steps = self._auto_n_steps = defaults.n_steps(self.n_envs * world_size(), self.batch_size)
+        arguments.check_arguments(self)
+        self.norm_obs = defaults.normalizes_observations(self.norm_obs, self.policy_class, self.policy_kwargs, self.env)
+        self.norm_reward = defaults.normalizes_rewards(self.norm_reward, self.env)
+        given, self.policy_kwargs = self.policy_kwargs, defaults.policy_kwargs(self.policy_kwargs, self.norm_obs)
         super()._setup_model()
+        self.policy_kwargs = given
+        if self.policy_class in POLICY_ALIASES.values() and "log_std_init" not in given:
+            defaults.spread_over_bounds_(self.policy)
+        self.reward_scale = RewardScale(self.gamma)
         if issubclass(self.policy.optimizer_class, th.optim.LBFGS):
             raise ArgumentError(
                 "`policy_kwargs['optimizer_class']` is LBFGS, which makes a step from a function and not from a gradient: use "
@@ -273,8 +294,35 @@ class TRPO(OnPolicyAlgorithm):
         :raises RuntimeError: if a process of the environment has died
         """
         self._check_ready()
-        is_full, self._acted = collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)
+        scale = None if self.reward_scale.is_fresh else self.reward_scale.scale
+        scaled = ScaledRewards(env, scale) if self.norm_reward else None
+        is_full, self._acted = collect_rollouts(self, scaled or env, callback, rollout_buffer, n_rollout_steps)
+        if is_full:
+            self._follow_statistics(rollout_buffer, scaled)
         return is_full and not (isinstance(callback, launch.RankCallback) and callback.is_over)
+
+    def _follow_statistics(self, buffer: RolloutBuffer, scaled: ScaledRewards | None) -> None:
+        """
+        Add a rollout to the statistics of rewards, and the first one to those of observations.
+
+        All others are added when the update is over: the policy must not change between the rollout and its update.
+
+        :param buffer: full
+        :param scaled: the rewards as they came
+        """
+        extractors = normalized_extractors(self.policy)
+        is_stock = type(buffer) in (RolloutBuffer, DictRolloutBuffer) and not buffer.generator_ready
+        is_fresh = any(extractor.is_fresh for extractor in extractors) or (scaled is not None and self.reward_scale.is_fresh)
+        is_first = is_stock and is_fresh
+        if scaled is not None:
+            self.reward_scale.update(np.array(scaled.rewards), np.array(scaled.dones))
+        if is_first:
+            for extractor in extractors:
+                extractor.update(buffer.observations)
+            has_raw_rewards = scaled is not None and scaled.scale is None
+            renormalize_(self, buffer, self.reward_scale.scale if has_raw_rewards else None)
+            self._acted = Snapshot(self.policy)
+        self._are_observed = is_first
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
@@ -298,8 +346,10 @@ class TRPO(OnPolicyAlgorithm):
         arguments.scheduled("learning_rate", self.lr_schedule, self._current_progress_remaining, 0.0)
         ent_coef, target_kl, cg_damping = (
             self._scheduled("ent_coef"),
-            self._scheduled("target_kl", 0.0),
-            self._scheduled("cg_damping", 0.0),
+            self._target_kl(),
+            0.2 * defaults.n_action_dims(self.action_space)
+            if self.cg_damping == arguments.AUTO
+            else self._scheduled("cg_damping", 0.0),
         )
         clip_range_vf = None if self.clip_range_vf is None else self._scheduled("clip_range_vf", 0.0)
         fit = CriticFit(self.n_critic_updates, self.batch_size, self.vf_loss, clip_range_vf, self.max_grad_norm or None)
@@ -330,6 +380,10 @@ class TRPO(OnPolicyAlgorithm):
         critic = fit_critic(self.policy, parts.critic_params, parts.critic_modules, batch, fit, shares)
         critic_done = time.perf_counter()
         drop_graph_(self.policy.action_dist)
+        if not self._are_observed:
+            for extractor in normalized_extractors(self.policy):
+                extractor.update(self.rollout_buffer.observations)
+        self._are_observed = False
         self._n_updates += 1
         self._n_accepted += result.is_accepted
         warn_if_rejected(result, critic)
@@ -353,6 +407,13 @@ class TRPO(OnPolicyAlgorithm):
     def _scheduled(self, name: str, minimum: float = -math.inf) -> float:
         """Current value of an argument that may be a schedule."""
         return arguments.scheduled(name, getattr(self, name), self._current_progress_remaining, minimum)
+
+    def _target_kl(self) -> float:
+        """Current radius of the trust region."""
+        if self.target_kl != arguments.AUTO:
+            return self._scheduled("target_kl", 0.0)
+        n_samples = self.n_steps * self.n_envs * world_size()
+        return defaults.target_kl(self.action_space, n_samples, self._total_timesteps, self._current_progress_remaining)
 
     def _no_update(self, status: UpdateStatus) -> UpdateResult:
         """The result of an update that was not made."""
@@ -421,12 +482,12 @@ class TRPO(OnPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         """Attributes that are not pickled."""
-        return [*super()._excluded_save_params(), "_acted", "_watch", "kl_penalty"]
+        return [*super()._excluded_save_params(), "_acted", "_watch", "kl_penalty", "reward_scale"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         """What is saved as state dicts: policy, its optimizer, and the penalty's beta and optimizer."""
         state_dicts, tensors = super()._get_torch_save_params()
-        return state_dicts + ([] if self.kl_penalty is None else ["kl_penalty"]), tensors
+        return state_dicts + ["reward_scale"] + ([] if self.kl_penalty is None else ["kl_penalty"]), tensors
 
     def save(
         self,
@@ -484,6 +545,9 @@ class TRPO(OnPolicyAlgorithm):
         device = launch.rank_device(device)
         saved = saved_attributes(path)
         arguments.check_attributes(cls, kwargs, saved)
+        if "norm_obs" not in saved:
+            # An earlier version, or sb3-contrib: the agent never normalized anything
+            kwargs = {"norm_obs": False, "norm_reward": False, **kwargs}
         if is_contrib_model(saved):
             kwargs.update(joint_kl_arguments(path, custom_objects, given=kwargs))
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
@@ -522,6 +586,7 @@ class TRPO(OnPolicyAlgorithm):
             params.pop("kl_penalty", None)
         else:
             params.setdefault("kl_penalty", self.kl_penalty.state_dict())
+        params.setdefault("reward_scale", self.reward_scale.state_dict())
         arguments.check_optimizer_states(params)
         super().set_parameters(params, exact_match, device)
 

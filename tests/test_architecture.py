@@ -44,6 +44,7 @@ LAYERS = (
     ("update",),
     ("rollout",),
     ("policies", "arguments", "contrib"),
+    ("defaults",),
     ("trpo",),
     ("callbacks",),
     ("",),  # the package itself: what users import

@@ -339,7 +339,7 @@ def test_interrupted_fit_of_the_critic_is_undone(monkeypatch: pytest.MonkeyPatch
 
 #: Name of an argument, and values that are not acceptable.
 BAD_VALUES: dict[str, list[Any]] = {
-    "n_steps": [0, -1, 2.5, 128.0, "128", True, None],
+    "n_steps": [0, -1, 2.5, 128.0, "128", True],
     "batch_size": [0, -64, 64.0, "64", NAN],
     "cg_max_steps": [0, 1.5],
     "line_search_max_iter": [0, INF],

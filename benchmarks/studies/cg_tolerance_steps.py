@@ -23,6 +23,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 
+from benchmarks import contrib
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.optim import KLConstraint
 from sb3_trpo_ext.optim.vectors import assign_, flatten
@@ -58,7 +59,8 @@ def make_model(case: Case, seed: int, **options: Any) -> TRPO:
     :return: the model
     """
     env = make_vec_env(case.env, case.n_envs, seed=seed)
-    return TRPO("MlpPolicy", env, n_steps=case.n_steps, seed=seed, device="cpu", **{**case.options, **options})
+    settings = {**contrib.DEFAULTS, "n_steps": case.n_steps, **case.options, **options}
+    return TRPO("MlpPolicy", env, seed=seed, device="cpu", **settings)
 
 
 def surrogate_of(model: TRPO) -> Surrogate:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from sb3_trpo_ext.optim.mlp import ELEMENTWISE_ACTIVATIONS
+from sb3_trpo_ext.update.normalization import NormalizedExtractor, RunningNormalization
 from sb3_trpo_ext.update.structure import (
     PLAIN_DISTRIBUTIONS,
     MlpStructure,
@@ -41,7 +42,7 @@ _METHODS = (
 )
 #: Modules known to be functions of each observation alone.
 _PURE_MODULES: tuple[type[nn.Module], ...] = (
-    *(FlattenExtractor, NatureCNN, CombinedExtractor, MlpExtractor),
+    *(FlattenExtractor, NatureCNN, CombinedExtractor, MlpExtractor, NormalizedExtractor, RunningNormalization),
     *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Flatten, nn.Linear, nn.Conv1d, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d),
     *(nn.LayerNorm, nn.GroupNorm, nn.Sigmoid, nn.Softplus, nn.SELU, nn.Mish, *ELEMENTWISE_ACTIVATIONS),
 )
@@ -147,10 +148,9 @@ class MlpActor(Actor):
     def __init__(self, policy: ActorCriticPolicy, structure: MlpStructure):
         super().__init__(policy)
         # Without a graph, so that there is no need for `no_grad` in each step
-        self._layers = [
-            (layer.weight.detach(), None if layer.bias is None else layer.bias.detach()) for layer in structure.layers
-        ]
+        self._layers = [(layer.weight.detach(), layer.bias.detach()) for layer in structure.layers]
         self._activations = [activation.forward for activation in structure.activations]
+        self._features = policy.pi_features_extractor
         self._log_std = structure.log_std
         self._draw = _sampler(policy, structure)
         self._outputs: list[th.Tensor] = []
@@ -161,7 +161,7 @@ class MlpActor(Actor):
     def _sample(self, observations: PyTorchObs) -> th.Tensor:
         """Sample actions; raises a ``ValueError`` if the network returns a NaN."""
         space, normalize_images = self._policy.observation_space, self._policy.normalize_images
-        hidden = preprocess_obs(observations, space, normalize_images=normalize_images).flatten(1)  # type: ignore[union-attr]
+        hidden = self._features(preprocess_obs(observations, space, normalize_images=normalize_images))
         with one_thread() if len(hidden) <= self._max_envs_for_one_thread else nullcontext():
             output = self._output(hidden)
         # What the checks of `torch.distributions` are there for. A sum that is finite has no NaN in it

@@ -23,6 +23,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from sb3_trpo_ext.optim.mlp import ELEMENTWISE_ACTIVATIONS
 from sb3_trpo_ext.optim.regression import REGRESSION_ACTIVATIONS
 from sb3_trpo_ext.update.distributions import BernoulliFamily, CategoricalFamily, GaussianFamily, family_of
+from sb3_trpo_ext.update.normalization import NormalizedExtractor
 
 
 class PolicyParts(NamedTuple):
@@ -206,7 +207,12 @@ def _plain_network(
     :param head: the last layer
     """
     latents = policy.mlp_extractor
-    if type(features) is not FlattenExtractor or type(latents) is not MlpExtractor or _has_hooks(features, latents):
+    extractor = features.extractor if type(features) is NormalizedExtractor else features
+    if (
+        type(extractor) is not FlattenExtractor
+        or type(latents) is not MlpExtractor
+        or _has_hooks(*features.modules(), latents)
+    ):
         return None
     body = getattr(latents, name)
     layers: list[nn.Linear] = []

@@ -29,6 +29,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_trpo_ext import TRPO, TrainingRecorder
+from sb3_trpo_ext.arguments import AUTO
 from sb3_trpo_ext.callbacks import TimedEvalCallback
 from sb3_trpo_ext.envs import EnvPoolVecEnv
 from sb3_trpo_ext.parallel.launch import attempt, is_launched, is_one_machine
@@ -86,8 +87,9 @@ class Manager(ExperimentManager):
         check_names(hyperparams, ALGOS[self.algo])
         # Other algorithms have texts of their own here, such as SAC's ent_coef="auto"
         for name in SCHEDULED if issubclass(ALGOS[self.algo], TRPO) else ():
-            if isinstance(hyperparams.get(name), str):
-                hyperparams[name] = linear_schedule(name, hyperparams[name])
+            value = hyperparams.get(name)
+            if isinstance(value, str) and value != AUTO:
+                hyperparams[name] = linear_schedule(name, value)
         return hyperparams, saved_hyperparams
 
     def create_log_folder(self) -> None:

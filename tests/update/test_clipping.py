@@ -175,7 +175,8 @@ def test_parts_of_the_batch_make_the_same_surrogate(monkeypatch: pytest.MonkeyPa
 def step_of(clipped_likelihood: bool, bound: float) -> th.Tensor:
     """How the actor moves in one update on actions within [-bound, bound]."""
     env = random_vec_env(1, VECTOR, spaces.Box(-bound, bound, (2,)))
-    model = collect(make_model(env, clipped_likelihood=clipped_likelihood))
+    policy_kwargs = {"net_arch": [8], "log_std_init": 0.0}
+    model = collect(make_model(env, clipped_likelihood=clipped_likelihood, policy_kwargs=policy_kwargs))
     before = copies(model._parts.actor_params)
     train(model)
     return th.cat([(new.detach() - old).flatten() for new, old in zip(model._parts.actor_params, before, strict=True)])

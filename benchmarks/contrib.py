@@ -1,0 +1,15 @@
+"""sb3-contrib's defaults, for comparisons of both classes and for measurements that are older than our own."""
+
+from typing import Any
+
+#: For one action dimension: `target_kl` and `cg_damping` are multiplied by their number. The standard deviation starts as SB3's
+#: with `policy_kwargs=dict(log_std_init=0)`.
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "n_steps": 2048,
+    "batch_size": 128,
+    "cg_damping": 0.1,
+    "target_kl": 0.01,
+    "norm_obs": False,
+    "norm_reward": False,
+}

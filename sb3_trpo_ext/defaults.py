@@ -1,0 +1,131 @@
+"""What TRPO's arguments come to where they are left to it: for any environment, and for any length of training."""
+
+import math
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import DiagGaussianDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wrapper
+from torch import nn
+
+from sb3_trpo_ext.policies import POLICY_ALIASES
+from sb3_trpo_ext.update.normalization import NormalizedExtractor, normalized_parts
+
+#: Samples of one rollout.
+N_SAMPLES = 2048
+#: Steps of a rollout, however many environments there are: estimates of the advantage look ahead about as far.
+MIN_STEPS = 16
+#: Standard deviation of an untrained Gaussian policy, relative to half of the distance between the bounds.
+START_STD = 0.6
+#: KL of a whole training per action dimension, in nats.
+KL_BUDGET = 1.0
+#: KL of one update per action dimension, at most: a training of a few updates does not spend its budget.
+MAX_KL = 0.1
+#: Length of a training that is not known, as where `train` is called outside of `learn`.
+USUAL_TIMESTEPS = 1_000_000
+
+
+def n_steps(n_envs: int, batch_size: int) -> int:
+    """
+    Steps of a rollout per environment: about 2048 samples in all, and no minibatch that is smaller than the others.
+
+    :param n_envs: number of environments, of all processes
+    :param batch_size: of the minibatches
+    :return: the number of steps
+    """
+    least = max(-(-N_SAMPLES // n_envs), MIN_STEPS)
+    multiple = batch_size // math.gcd(batch_size, n_envs)
+    return -(-least // multiple) * multiple if multiple <= N_SAMPLES else least
+
+
+def n_action_dims(space: spaces.Space[Any]) -> int:
+    """Over how many dimensions of an action the KL is summed."""
+    return 1 if isinstance(space, spaces.Discrete) else math.prod(space.shape or ())
+
+
+def target_kl(action_space: spaces.Space[Any], n_samples: int, total_timesteps: int, progress_remaining: float) -> float:
+    """
+    Radius of the trust region for which the KL of a whole training adds up to :data:`KL_BUDGET` per action dimension.
+
+    It falls linearly to zero. An update gets the value in the middle of its rollout: the sum over all updates is then the
+    budget, however few there are.
+
+    :param action_space: of the environment
+    :param n_samples: of the rollout, of all processes
+    :param total_timesteps: length of the training; 0 if it is not known
+    :param progress_remaining: after the rollout, from 1 to 0
+    :return: the radius
+    """
+    share = n_samples / (total_timesteps or USUAL_TIMESTEPS)
+    return n_action_dims(action_space) * min(2 * KL_BUDGET * share * (progress_remaining + share / 2), MAX_KL)
+
+
+def normalizes_observations(norm_obs: bool | str, policy: type, policy_kwargs: dict[str, Any], env: VecEnv | None) -> bool:
+    """
+    Whether a policy normalizes its observations.
+
+    By itself not if something else may: an environment in ``VecNormalize``, a policy or a features extractor of a user's own.
+
+    :param norm_obs: what the user asked for
+    :param policy: class of the policy
+    :param policy_kwargs: its arguments
+    :param env: the training environment
+    :return: the decision
+    """
+    if norm_obs != "auto":
+        return bool(norm_obs)
+    is_own = policy not in POLICY_ALIASES.values() or "features_extractor_class" in policy_kwargs
+    if env is None or is_own or not normalized_parts(env.observation_space):
+        return False
+    wrapper = unwrap_vec_wrapper(env, VecNormalize)
+    return not (isinstance(wrapper, VecNormalize) and wrapper.norm_obs)
+
+
+def normalizes_rewards(norm_reward: bool | str, env: VecEnv | None) -> bool:
+    """
+    Whether rewards are scaled.
+
+    :param norm_reward: what the user asked for
+    :param env: the training environment
+    :return: the decision
+    """
+    if norm_reward != "auto":
+        return bool(norm_reward)
+    wrapper = None if env is None else unwrap_vec_wrapper(env, VecNormalize)
+    return not (isinstance(wrapper, VecNormalize) and wrapper.norm_reward)
+
+
+def policy_kwargs(given: dict[str, Any], norm_obs: bool) -> dict[str, Any]:
+    """
+    Arguments of a policy that may normalize its observations.
+
+    :param given: arguments as the user gave them
+    :param norm_obs: whether it does
+    :return: ``given``, or a copy with :class:`~sb3_trpo_ext.update.normalization.NormalizedExtractor` around the extractor
+    """
+    if not norm_obs:
+        return given
+    names = ("features_extractor_class", "features_extractor_kwargs")
+    within = {name: given[name] for name in names if name in given}
+    return {**given, names[0]: NormalizedExtractor, names[1]: within}
+
+
+@th.no_grad()
+def spread_over_bounds_(policy: ActorCriticPolicy) -> None:
+    """
+    Let an untrained Gaussian policy act over the range of its action space.
+
+    The mean starts in the middle of the bounds, and the standard deviation at :data:`START_STD` of half their distance.
+    Other distributions keep SB3's start.
+
+    :param policy: whose ``action_net`` and ``log_std`` change
+    """
+    space = policy.action_space
+    if type(policy.action_dist) is not DiagGaussianDistribution or not isinstance(space, spaces.Box):
+        return
+    assert isinstance(policy.action_net, nn.Linear), "as SB3's distribution makes it"
+    low, high = space.low.flatten(), space.high.flatten()
+    policy.action_net.bias.copy_(th.as_tensor((low + high) / 2))
+    policy.log_std.copy_(th.as_tensor(START_STD * (high - low) / 2).log())

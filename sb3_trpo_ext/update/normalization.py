@@ -1,0 +1,192 @@
+"""Normalization that belongs to the agent: of observations within the policy, and of rewards by the scale of their returns."""
+
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor
+from torch import nn
+
+from sb3_trpo_ext.parallel.moments import Moments, all_joined, joined, moments_of
+from sb3_trpo_ext.parallel.reductions import all_true
+
+#: Normalized observations and rewards are clipped to plus or minus this, as in SB3's ``VecNormalize``.
+CLIP = 10.0
+#: Added to variances, as in ``VecNormalize``.
+EPSILON = 1e-8
+
+
+class RunningNormalization(nn.Module):
+    """
+    ``(x - mean) / std`` by statistics that are buffers of a policy: saved and loaded with it, and moved to its device.
+
+    They change in :meth:`update` alone. Before the first one, nothing is normalized.
+
+    :param shape: of one ``x``
+    """
+
+    mean: th.Tensor
+    var: th.Tensor
+    n_samples: th.Tensor
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.register_buffer("mean", th.zeros(shape))
+        self.register_buffer("var", th.ones(shape))
+        self.register_buffer("n_samples", th.zeros((), dtype=th.int64))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """
+        Normalize and clip.
+
+        :param x: shape ``(n_batch, *shape)``
+        :return: the same shape
+        """
+        return ((x - self.mean) / (self.var + EPSILON).sqrt()).clamp(-CLIP, CLIP)
+
+    def update(self, samples: th.Tensor) -> None:
+        """
+        Add samples to the statistics, if all of them are finite; under ``torchrun``, those of all processes.
+
+        :param samples: shape ``(n_samples, *shape)``, on the CPU, where there is double precision
+        """
+        if not all_true(bool(th.isfinite(samples).all())):
+            return
+        total = all_joined(moments_of(samples))
+        if self.n_samples > 0:
+            n, mean, var = (buffer.cpu().double() for buffer in (self.n_samples, self.mean, self.var))
+            total = joined(Moments(n, mean, var * n), total)
+        self.mean.copy_(total.mean)
+        self.var.copy_(total.variance)
+        self.n_samples.copy_(total.n)
+
+
+class NormalizedExtractor(BaseFeaturesExtractor):
+    """
+    Normalizes observations, and passes them on to another features extractor.
+
+    Every Box of fewer than three dimensions is normalized, also within a Dict; images and one-hot vectors are not.
+
+    :param observation_space: of the environment
+    :param features_extractor_class: what gets the normalized observations; SB3's default if ``None``
+    :param features_extractor_kwargs: arguments of that class
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+    ):
+        is_dict = isinstance(observation_space, spaces.Dict)
+        extractor_class = features_extractor_class or (CombinedExtractor if is_dict else FlattenExtractor)
+        extractor = extractor_class(observation_space, **(features_extractor_kwargs or {}))
+        super().__init__(observation_space, extractor.features_dim)
+        self.extractor = extractor
+        parts = normalized_parts(observation_space)
+        self.normalizations = nn.ModuleDict(
+            {key or "observation": RunningNormalization(shape) for key, shape in parts.items()}
+        )
+
+    def forward(self, observations: Any) -> th.Tensor:
+        """
+        Features of normalized observations.
+
+        :param observations: preprocessed, a batch or a dict of batches
+        :return: shape ``(n_batch, features_dim)``
+        """
+        if not isinstance(observations, dict):
+            features: th.Tensor = self.extractor(self.normalizations["observation"](observations))
+            return features
+        normalized = {key: normalization(observations[key]) for key, normalization in self.normalizations.items()}
+        features = self.extractor({**observations, **normalized})
+        return features
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether there have been no observations yet."""
+        return not any(normalization.n_samples for normalization in self.normalizations.values())
+
+    def update(self, observations: Any) -> None:
+        """
+        Add the observations of a rollout.
+
+        :param observations: of a buffer: shape ``(n_steps, n_envs, *shape)``, or a dict of those
+        """
+        for key, normalization in self.normalizations.items():
+            part = observations[key] if isinstance(observations, dict) else observations
+            assert isinstance(normalization, RunningNormalization)
+            normalization.update(th.as_tensor(part.reshape(-1, *normalization.mean.shape)))
+
+
+def normalized_parts(space: spaces.Space[Any]) -> dict[str, tuple[int, ...]]:
+    """
+    What :class:`NormalizedExtractor` normalizes.
+
+    :param space: of the observations
+    :return: shapes by the keys of a Dict; by an empty key for any other space
+    """
+    parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
+    return {key: part.shape for key, part in parts.items() if isinstance(part, spaces.Box) and len(part.shape) < 3}
+
+
+class RewardScale:
+    """
+    Divides rewards by the standard deviation of the discounted return so far, as SB3's ``VecNormalize`` does.
+
+    Under ``torchrun``, of the returns of all processes.
+
+    :param gamma: discount factor
+    """
+
+    def __init__(self, gamma: float):
+        self.gamma = gamma
+        self._moments: Moments | None = None
+        #: Discounted sum of each environment's rewards in the present episode.
+        self._returns: np.ndarray | None = None
+
+    @property
+    def scale(self) -> float:
+        """What rewards are divided by: 1 before the first rollout, and as long as all returns have been equal."""
+        if self._moments is None or not self._moments.variance > 0:
+            return 1.0
+        return float((self._moments.variance + EPSILON).sqrt())
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether there have been no rewards yet."""
+        return self._moments is None
+
+    def update(self, rewards: np.ndarray, dones: np.ndarray) -> None:
+        """
+        Add the rewards of a rollout, if all of them are finite.
+
+        :param rewards: as the environment gave them, shape ``(n_steps, n_envs)``
+        :param dones: whether an episode ended with that step, the same shape
+        """
+        if self._returns is None or self._returns.shape != rewards.shape[1:]:
+            self._returns = np.zeros(rewards.shape[1:])
+        history = np.empty(rewards.shape)
+        for returns, reward, is_end in zip(history, rewards, dones, strict=True):
+            returns[:] = self._returns * self.gamma + reward
+            self._returns = np.where(is_end, 0, returns)
+        if not all_true(bool(np.isfinite(history).all())):
+            self._returns = None
+            return
+        new = all_joined(moments_of(th.as_tensor(history.flatten())))
+        self._moments = new if self._moments is None else joined(self._moments, new)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is saved with a model."""
+        return {} if self._moments is None else self._moments._asdict()
+
+    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
+        """
+        Go on from what was saved; episodes that were running then are taken to start anew.
+
+        :param state: of :meth:`state_dict`
+        :param strict: not used
+        """
+        self._moments = Moments(**{name: value.cpu() for name, value in state.items()}) if state else None
+        self._returns = None

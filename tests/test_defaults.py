@@ -1,0 +1,284 @@
+"""What the arguments that are left to TRPO come to, and the normalization that it brings."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from agents import RandomEnv, UpdateLog, assert_identical, collect, make_model, random_vec_env
+from gymnasium import spaces
+from helpers import VECTOR
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_trpo_ext import TRPO, defaults
+from sb3_trpo_ext.update.normalization import NormalizedExtractor, RunningNormalization
+from sb3_trpo_ext.update.structure import actor_structure, critic_structure
+
+SMALL: dict[str, Any] = {"policy_kwargs": {"net_arch": [8]}, "seed": 0, "device": "cpu", "n_critic_updates": 2}
+DICT = spaces.Dict({"choice": spaces.Discrete(3), "vector": VECTOR})
+IMAGE = spaces.Box(0, 255, (36, 36, 1), np.uint8)
+
+
+def statistics_of(model: TRPO) -> RunningNormalization:
+    """What a policy knows of observations that are vectors."""
+    extractor = model.policy.features_extractor
+    assert isinstance(extractor, NormalizedExtractor)
+    (normalization,) = extractor.normalizations.values()
+    assert isinstance(normalization, RunningNormalization)
+    return normalization
+
+
+class FarEnv(RandomEnv):
+    """Observations and rewards of a scale that a network has trouble with."""
+
+    def observe(self) -> Any:
+        return (1000 + 100 * super().observe()).astype(np.float32)
+
+    def reward(self, action: Any) -> float:
+        return 1000 * super().reward(action)
+
+
+# --- The length of a rollout ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_envs", [1, 2, 3, 8, 10, 16, 32, 100, 1000])
+@pytest.mark.parametrize("batch_size", [64, 100])
+def test_a_rollout_has_about_2048_samples_and_whole_minibatches(n_envs: int, batch_size: int) -> None:
+    n_steps = defaults.n_steps(n_envs, batch_size)
+    assert n_steps >= defaults.MIN_STEPS
+    assert n_steps * n_envs % batch_size == 0
+    n_samples = max(2048, defaults.MIN_STEPS * n_envs)
+    assert n_samples <= n_steps * n_envs < n_samples + n_envs * batch_size
+
+
+def test_the_length_of_a_rollout_follows_the_number_of_environments(tmp_path: Any) -> None:
+    model = TRPO("MlpPolicy", random_vec_env(4), **SMALL)
+    assert model.n_steps == 512
+    model.save(tmp_path / "model")
+    assert TRPO.load(tmp_path / "model", env=random_vec_env(8)).n_steps == 256
+    assert TRPO.load(tmp_path / "model", env=random_vec_env(8), n_steps=100).n_steps == 100
+    assert make_model(random_vec_env(4), n_steps=32).n_steps == 32
+
+
+# --- The KL of a training -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("space", "n_dims"),
+    [(spaces.Box(-1, 1, (3,)), 3), (spaces.Discrete(4), 1), (spaces.MultiDiscrete([3, 3]), 2), (spaces.MultiBinary(5), 5)],
+)
+@pytest.mark.parametrize(("n_samples", "total"), [(2048, 200_000), (2000, 100_000), (64, 6400)])
+def test_the_kl_of_all_updates_is_the_budget(space: spaces.Space, n_dims: int, n_samples: int, total: int) -> None:
+    n_updates = -(-total // n_samples)
+    progress = [max(1 - n * n_samples / total, 0) for n in range(1, n_updates + 1)]
+    values = [defaults.target_kl(space, n_samples, total, left) for left in progress]
+    assert sum(values) == pytest.approx(n_dims * defaults.KL_BUDGET, rel=2e-2)
+    assert values == sorted(values, reverse=True)
+    assert values[-1] > 0
+
+
+def test_a_training_of_a_single_update_does_not_spend_the_budget() -> None:
+    assert defaults.target_kl(spaces.Discrete(2), 2048, 100, 0.0) == defaults.MAX_KL
+
+
+def test_an_update_outside_of_learn_has_a_usual_region() -> None:
+    model = TRPO("MlpPolicy", RandomEnv(), **SMALL, n_steps=64)
+    collect(model, 6400)
+    assert 0 < model._target_kl() < defaults.MAX_KL * 2
+
+
+def test_the_budget_is_that_of_each_call_of_learn() -> None:
+    model = TRPO("MlpPolicy", RandomEnv(), **SMALL, n_steps=64)
+    logs = [UpdateLog(), UpdateLog(), UpdateLog()]
+    model.learn(6400, logs[0])
+    model.learn(6400, logs[1])
+    model.learn(6400, logs[2], reset_num_timesteps=False)
+    first, second, third = (log.values("train/target_kl") for log in logs)
+    assert first == second
+    # The second half of a training of twice the length: half as much per step, and half of that is left
+    assert third == pytest.approx([value / 4 for value in first])
+
+
+# --- The start of a policy -------------------------------------------------------------------------------------------------
+
+
+def test_a_gaussian_starts_spread_over_the_bounds() -> None:
+    space = spaces.Box(np.array([-2, 0, -1], np.float32), np.array([2, 10, 1], np.float32))
+    policy: Any = TRPO("MlpPolicy", RandomEnv(VECTOR, space), **SMALL).policy
+    np.testing.assert_allclose(policy.log_std.exp().detach(), [2 * 0.6, 5 * 0.6, 0.6], rtol=1e-6)
+    np.testing.assert_allclose(policy.action_net.bias.detach(), [0, 5, 0], atol=1e-6)
+
+
+def test_a_start_that_is_asked_for_is_kept() -> None:
+    env = RandomEnv(VECTOR, spaces.Box(-2, 2, (1,)))
+    kwargs = {**SMALL, "policy_kwargs": {"net_arch": [8], "log_std_init": -1.0}}
+    assert TRPO("MlpPolicy", env, **kwargs).policy.log_std.tolist() == [-1.0]
+    assert TRPO("MlpPolicy", env, **SMALL, use_sde=True).policy.log_std.unique().tolist() == [0.0]
+
+
+# --- Normalization ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("policy", "env", "expected"),
+    [
+        ("MlpPolicy", DummyVecEnv([RandomEnv]), (True, True)),
+        ("MultiInputPolicy", DummyVecEnv([lambda: RandomEnv(DICT)]), (True, True)),
+        ("CnnPolicy", DummyVecEnv([lambda: RandomEnv(IMAGE)]), (False, True)),
+        ("MlpPolicy", DummyVecEnv([lambda: RandomEnv(spaces.Discrete(3))]), (False, True)),
+        ("MlpPolicy", VecNormalize(DummyVecEnv([RandomEnv])), (False, False)),
+        ("MlpPolicy", VecNormalize(DummyVecEnv([RandomEnv]), norm_obs=False), (True, False)),
+        ("MlpPolicy", VecNormalize(DummyVecEnv([RandomEnv]), norm_reward=False), (False, True)),
+    ],
+)
+def test_what_is_normalized_by_itself(policy: str, env: Any, expected: tuple[bool, bool]) -> None:
+    model = TRPO(policy, env, **SMALL, n_steps=32)
+    assert (model.norm_obs, model.norm_reward) == expected
+    assert isinstance(model.policy.features_extractor, NormalizedExtractor) == expected[0]
+    model.learn(64)
+
+
+def test_a_features_extractor_of_ones_own_gets_what_it_asks_for() -> None:
+    from stable_baselines3.common.torch_layers import FlattenExtractor
+
+    kwargs = {**SMALL, "policy_kwargs": {"features_extractor_class": FlattenExtractor}}
+    assert not TRPO("MlpPolicy", RandomEnv(), **kwargs).norm_obs
+    model = TRPO("MlpPolicy", RandomEnv(), **kwargs, norm_obs=True)
+    assert isinstance(model.policy.features_extractor, NormalizedExtractor)
+
+
+def test_the_agent_learns_from_what_vecnormalize_would_give_it() -> None:
+    env = random_vec_env(2)
+    model = TRPO("MlpPolicy", env, **SMALL, n_steps=32)
+    model.learn(256)
+    observations = model.rollout_buffer.observations
+    normalization = statistics_of(model)
+    assert int(normalization.n_samples) == 256
+    wrapped = VecNormalize(random_vec_env(2))
+    statistics = RunningMeanStd(shape=VECTOR.shape)
+    statistics.mean, statistics.var = normalization.mean.double().numpy(), normalization.var.double().numpy()
+    wrapped.obs_rms = statistics  # type: ignore[assignment]
+    flat = observations.reshape(-1, *VECTOR.shape)
+    features: Any = model.policy.extract_features(th.as_tensor(flat))
+    expected: Any = wrapped.normalize_obs(flat)
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("policy", "space"), [("MlpPolicy", VECTOR), ("MultiInputPolicy", DICT)])
+@pytest.mark.parametrize("use_sde", [False, True])
+def test_the_ratio_is_one_when_each_update_begins(policy: str, space: spaces.Space, use_sde: bool) -> None:
+    class Checked(TRPO):
+        n_checked = 0
+
+        def train(self) -> None:
+            batch = self._full_batch()
+            with th.no_grad():
+                values, log_probs, _ = self.policy.evaluate_actions(batch.observations, batch.actions)
+            np.testing.assert_allclose(log_probs, batch.old_log_prob, atol=1e-4)
+            np.testing.assert_allclose(values.flatten(), batch.old_values, atol=1e-4)
+            self.n_checked += 1
+            super().train()
+
+    env = FarEnv if policy == "MlpPolicy" else lambda: RandomEnv(space)
+    model = Checked(policy, DummyVecEnv([env] * 2), **SMALL, n_steps=32, use_sde=use_sde)
+    model.learn(64 * 4)
+    assert model.n_checked == 4
+
+
+def test_rewards_are_those_of_the_environment_over_a_scale_that_a_rollout_keeps() -> None:
+    raw: list[np.ndarray] = []
+
+    class Recorded(DummyVecEnv):
+        def step_wait(self) -> Any:
+            observations, rewards, dones, infos = super().step_wait()
+            raw.append(rewards.copy())
+            return observations, rewards, dones, infos
+
+    class Checked(TRPO):
+        def train(self) -> None:
+            ratio = np.array(raw) / self.rollout_buffer.rewards
+            # Episodes that were cut off have a value added, and far rewards are clipped
+            scales.append(float(np.median(ratio)))
+            raw.clear()
+            super().train()
+
+    scales: list[float] = []
+    model = Checked("MlpPolicy", Recorded([FarEnv] * 2), **SMALL, n_steps=64)
+    model.learn(128 * 3)
+    assert all(100 < scale < 100_000 for scale in scales)
+    assert scales[0] == pytest.approx(scales[1], rel=1e-5), "the first rollout is given the scale that it has led to"
+    assert scales[2] != pytest.approx(scales[1], rel=1e-5)
+    assert np.abs(model.rollout_buffer.values).max() < 100
+
+
+def test_an_agent_predicts_the_same_after_saving(tmp_path: Any) -> None:
+    model = TRPO("MlpPolicy", DummyVecEnv([FarEnv]), **SMALL, n_steps=64).learn(256)
+    model.save(tmp_path / "model")
+    loaded = TRPO.load(tmp_path / "model", device="cpu")
+    observations = np.array([FarEnv().observe() for _ in range(50)])
+    for each in (model, loaded):
+        # Statistics belong to training alone
+        each.predict(observations)
+    assert_identical(
+        th.as_tensor(model.predict(observations, deterministic=True)[0]),
+        th.as_tensor(loaded.predict(observations, deterministic=True)[0]),
+    )
+    assert loaded.reward_scale.scale == model.reward_scale.scale
+    assert loaded.norm_obs is True
+    # A policy alone, as SB3 saves it
+    model.policy.save(str(tmp_path / "policy"))
+    policy = type(model.policy).load(str(tmp_path / "policy"), device="cpu")
+    np.testing.assert_array_equal(
+        policy.predict(observations, deterministic=True)[0], model.predict(observations, deterministic=True)[0]
+    )
+
+
+def test_going_on_after_loading_keeps_the_statistics(tmp_path: Any) -> None:
+    model = TRPO("MlpPolicy", DummyVecEnv([FarEnv]), **SMALL, n_steps=64).learn(256)
+    model.save(tmp_path / "model")
+    loaded = TRPO.load(tmp_path / "model", env=DummyVecEnv([FarEnv]), device="cpu")
+    loaded.learn(64, reset_num_timesteps=False)
+    assert int(statistics_of(loaded).n_samples) == 320
+    before: Any = copy.deepcopy(loaded.get_parameters())
+    model.set_parameters(before)
+    assert model.reward_scale.scale == loaded.reward_scale.scale
+    assert_identical(model.policy.state_dict(), before["policy"])
+
+
+def test_models_of_earlier_versions_stay_without_normalization(tmp_path: Any) -> None:
+    model = make_model(DummyVecEnv([FarEnv]), norm_obs=False, norm_reward=False)
+    # What a file of an earlier version does not have
+    model.save(tmp_path / "model", exclude=["norm_obs", "norm_reward", "_auto_n_steps", "_are_observed"])
+    loaded = TRPO.load(tmp_path / "model", env=DummyVecEnv([FarEnv]), device="cpu")
+    assert (loaded.norm_obs, loaded.norm_reward) == (False, False)
+    loaded.learn(32)
+    assert loaded.reward_scale.scale == 1.0
+
+
+def test_normalized_mlps_are_still_computed_by_hand() -> None:
+    model = TRPO("MlpPolicy", RandomEnv(), **SMALL)
+    assert actor_structure(model.policy) is not None
+    assert critic_structure(model.policy, model._parts.critic_params) is not None
+
+
+@pytest.mark.parametrize("name", ["norm_obs", "norm_reward"])
+def test_a_bad_switch_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` must be True or False"):
+        make_model(**{name: "yes"})
+
+
+@pytest.mark.parametrize("name", ["target_kl", "cg_damping"])
+def test_a_word_that_is_not_auto_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` must be a finite number"):
+        make_model(**{name: "automatic"})
+
+
+def test_eight_environments_learn_what_one_does() -> None:
+    model = TRPO("MlpPolicy", make_vec_env("CartPole-v1", n_envs=8, seed=0), **{**SMALL, "policy_kwargs": {}})
+    log = UpdateLog()
+    model.learn(20_000, log)
+    assert len(log.updates) == 10
+    assert sum(log.values("train/kl_divergence_loss")) == pytest.approx(sum(log.values("train/target_kl")), rel=0.1)
