@@ -2,8 +2,8 @@
 
 from typing import Any
 
-#: For one action dimension: `target_kl` and `cg_damping` are multiplied by their number. The standard deviation starts as SB3's
-#: with `policy_kwargs=dict(log_std_init=0)`.
+#: For one action dimension: `target_kl` and `cg_damping` are multiplied by their number. The standard deviation starts as it
+#: does there with `policy_kwargs=dict(log_std_init=0)`.
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-3,
     "n_steps": 2048,
