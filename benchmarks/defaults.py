@@ -1,7 +1,7 @@
 """Returns with default settings: ours, Stable-Baselines3's PPO and sb3-contrib's TRPO on tasks that no setting was tuned for.
 
     python -m benchmarks.defaults run --agents ppo-1 ppo-16-normalized ours-16 --tasks judging --seeds 0 1 2
-    python -m benchmarks.defaults show
+    python -m benchmarks.tables
 
 An agent is an algorithm and its number of environments, each with all of its arguments at their defaults; "normalized" has the
 environments in SB3's VecNormalize, with its defaults. ``run`` trains each agent on each task with each seed, and adds a row to
@@ -18,15 +18,27 @@ import multiprocessing
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas
+import sb3_contrib
+import torch as th
 from gymnasium import spaces
+from rliable import library, metrics
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_normalization
 
+from benchmarks.markdown import table
 from benchmarks.tasks import CHOOSING, JUDGING, TASKS, Task
+from sb3_trpo_ext import TRPO
+from sb3_trpo_ext.envs import EnvPoolVecEnv
 
 RESULTS = Path(__file__).parents[1] / "results" / "defaults.csv"
 COLUMNS = ("task", "agent", "seed", "steps", "return", "return_std", "episodes", "seconds", "curve")
@@ -38,25 +50,40 @@ N_BINS = 20
 class Agent(NamedTuple):
     """What is trained: an algorithm, and the environments that it gets."""
 
-    #: "ours", "trpo" for sb3-contrib's, "ppo", or "random" for actions that are drawn uniformly.
-    algorithm: str
+    #: ``None`` for actions that are drawn uniformly.
+    algorithm: type[OnPolicyAlgorithm] | None
     n_envs: int = 1
     is_normalized: bool = False
     #: Arguments of the algorithm, where they are not the defaults.
-    settings: Mapping[str, Any] = MappingProxyType({})
+    settings: dict[str, Any] = {}  # noqa: RUF012 it is not changed
+    #: Whether it trains in EnvPool, where that has the task: the same physics, and faster.
+    is_in_envpool: bool = False
+
+
+class Job(NamedTuple):
+    """One training."""
+
+    task: str
+    n_steps: int
+    name: str
+    agent: Agent
+    seed: int
 
 
 RIVALS = {
-    f"{algorithm}-{n_envs}{'-normalized' * is_normalized}": Agent(algorithm, n_envs, is_normalized)
-    for algorithm in ("ppo", "trpo")
+    f"{name}-{n_envs}{'-normalized' * is_normalized}": Agent(algorithm, n_envs, is_normalized)
+    for name, algorithm in (("ppo", PPO), ("trpo", sb3_contrib.TRPO))
     for n_envs in (1, 16)
     for is_normalized in (False, True)
 }
 AGENTS: dict[str, Agent] = {
-    "random": Agent("random"),
+    "random": Agent(None),
     **RIVALS,
-    **{f"ours-{n_envs}": Agent("ours", n_envs) for n_envs in (1, 8, 16, 32)},
+    **{f"ours-{n_envs}": Agent(TRPO, n_envs) for n_envs in (1, 8, 16, 32)},
 }
+
+#: Ours, as it is compared with the rivals.
+OURS = "ours-16"
 
 
 def policy_for(space: spaces.Space) -> str:
@@ -66,10 +93,8 @@ def policy_for(space: spaces.Space) -> str:
     return "CnnPolicy" if len(space.shape or ()) == 3 else "MlpPolicy"
 
 
-def normalized(venv: Any, **options: Any) -> Any:
+def normalized(venv: VecEnv, **options: Any) -> VecNormalize:
     """An environment in VecNormalize, which scales observations that are vectors, and rewards."""
-    from stable_baselines3.common.vec_env import VecNormalize
-
     space = venv.observation_space
     if isinstance(space, spaces.Dict):
         options["norm_obs_keys"] = [key for key, part in space.items() if isinstance(part, spaces.Box)]
@@ -78,52 +103,44 @@ def normalized(venv: Any, **options: Any) -> Any:
     return VecNormalize(venv, **options)
 
 
-def model_for(agent: Agent, venv: Any, seed: int) -> Any:
-    """An untrained model."""
-    import sb3_contrib
-    import stable_baselines3
-
-    import sb3_trpo_ext
-
-    classes = {"ours": sb3_trpo_ext.TRPO, "trpo": sb3_contrib.TRPO, "ppo": stable_baselines3.PPO}
-    policy = policy_for(venv.observation_space)
-    return classes[agent.algorithm](policy, venv, seed=seed, device="cpu", **agent.settings)
+def environments(task: Task, agent: Agent, seed: int) -> VecEnv:
+    """What an agent trains in."""
+    if agent.is_in_envpool and task.name.endswith("-v5"):
+        return EnvPoolVecEnv(task.name, agent.n_envs, seed=seed, num_threads=1)
+    return make_vec_env(task.make, n_envs=agent.n_envs, seed=seed)
 
 
-def run(task: Task, name: str, agent: Agent, seed: int) -> dict[str, Any]:
+class Returns(BaseCallback):
+    """Records when each training episode ended, and its return."""
+
+    episodes: list[tuple[int, float]]
+
+    def _on_training_start(self) -> None:
+        self.episodes = []
+
+    def _on_step(self) -> bool:
+        for info in self.locals["infos"]:
+            if "episode" in info:
+                self.episodes.append((self.num_timesteps, info["episode"]["r"]))
+        return True
+
+
+def run(job: Job) -> dict[str, Any]:
     """Train an agent, and let it act: a row of the file."""
-    import torch as th
-    from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.env_util import make_vec_env
-    from stable_baselines3.common.evaluation import evaluate_policy
-    from stable_baselines3.common.vec_env import VecNormalize, sync_envs_normalization
-
-    class Returns(BaseCallback):
-        """Records when each training episode ended, and its return."""
-
-        episodes: list[tuple[int, float]]
-
-        def _on_training_start(self) -> None:
-            self.episodes = []
-
-        def _on_step(self) -> bool:
-            for info in self.locals["infos"]:
-                if "episode" in info:
-                    self.episodes.append((self.num_timesteps, info["episode"]["r"]))
-            return True
-
+    agent, seed = job.agent, job.seed
+    task = TASKS[job.task]._replace(n_steps=job.n_steps)
     th.set_num_threads(1)
     warnings.simplefilter("ignore")
     started = time.time()
     evaluation = make_vec_env(task.make, n_envs=5, seed=EVALUATION_SEED)
-    row = {"task": task.name, "agent": name, "seed": seed, "episodes": N_EPISODES}
-    if agent.algorithm == "random":
+    row = {"task": task.name, "agent": job.name, "seed": seed, "episodes": N_EPISODES}
+    if agent.algorithm is None:
         return {**row, "steps": 0, **_random(evaluation, seed), "seconds": round(time.time() - started), "curve": ""}
-    venv = make_vec_env(task.make, n_envs=agent.n_envs, seed=seed)
+    venv = environments(task, agent, seed)
     if agent.is_normalized:
         venv = normalized(venv)
         evaluation = normalized(evaluation, training=False, norm_reward=False)
-    model = model_for(agent, venv, seed)
+    model = agent.algorithm(policy_for(venv.observation_space), venv, seed=seed, device="cpu", **agent.settings)  # type: ignore
     recorder = Returns()
     model.learn(task.n_steps, recorder)
     if isinstance(venv, VecNormalize):
@@ -155,31 +172,30 @@ def _random(venv: Any, seed: int) -> dict[str, Any]:
     return {"return": f"{np.mean(returns):.5g}", "return_std": f"{np.std(returns):.3g}"}
 
 
-def _run_safely(job: tuple[str, str, Agent, int]) -> dict[str, Any] | str:
+def _run_safely(job: Job) -> dict[str, Any] | str:
     """A row, or what went wrong."""
-    task, name, agent, seed = job
     try:
-        return run(TASKS[task], name, agent, seed)
+        return run(job)
     except Exception as error:  # one run must not end the others
-        return f"{task}, {name}, seed {seed}: {type(error).__name__}: {error}"
+        return f"{job.task}, {job.name}, seed {job.seed}: {type(error).__name__}: {error}"
 
 
-def run_all(jobs: Sequence[tuple[str, str, Agent, int]], path: Path, n_workers: int) -> None:
+def run_all(jobs: Sequence[Job], path: Path, n_workers: int) -> None:
     """
     Do all runs that a file has no row for, and add their rows to it.
 
-    :param jobs: task, name of the agent, agent and seed of each
+    :param jobs: the runs
     :param path: the file
     :param n_workers: how many run at a time, on one thread each
     """
     done = set()
     if path.exists():
         with path.open() as file:
-            done = {(row["task"], row["agent"], int(row["seed"])) for row in csv.DictReader(file)}
+            done = {(row["task"], int(row["steps"]), row["agent"], int(row["seed"])) for row in csv.DictReader(file)}
     else:
         path.write_text(",".join(COLUMNS) + "\n")
     os.environ["OMP_NUM_THREADS"] = "1"
-    left = [job for job in jobs if (job[0], job[1], job[3]) not in done]
+    left = [job for job in jobs if (job.task, job.n_steps, job.name, job.seed) not in done]
     # A new process for each run: nothing that one leaves behind can reach another
     with multiprocessing.get_context("spawn").Pool(n_workers, maxtasksperchild=1) as pool:
         for row in pool.imap_unordered(_run_safely, left, chunksize=1):
@@ -187,6 +203,76 @@ def run_all(jobs: Sequence[tuple[str, str, Agent, int]], path: Path, n_workers: 
             if isinstance(row, dict):
                 with path.open("a") as file:
                     csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+
+
+# === What it comes to ===
+
+
+def best_known(frame: pandas.DataFrame) -> pandas.Series:
+    """The mean return of the best agent of each task, with any settings and any length of training that results/ knows."""
+    means = [frame.groupby(["task", "agent"])["return"].mean().groupby("task").max()]
+    for name in ("suite", "humanoid"):
+        tuned = pandas.read_csv(RESULTS.with_name(f"{name}.csv"))
+        ends = tuned[tuned["evaluation"] == "end"]
+        columns = [name for name in ("task", "algorithm", "identity", "settings", "training_steps") if name in ends]
+        means.append(ends.groupby(columns)["return"].mean().groupby("task").max())
+    return pandas.concat(means).groupby("task").max()
+
+
+def scored(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """All runs with a score: 0 for random actions, 1 for the best agent that is known."""
+    random = frame[frame["agent"] == "random"].groupby("task")["return"].mean()
+    low, high = frame["task"].map(random), frame["task"].map(best_known(frame))
+    return frame.assign(score=(frame["return"] - low) / (high - low))
+
+
+def best_rivals(frame: pandas.DataFrame) -> dict[str, str]:
+    """The rival with the highest mean return of each task: with one environment or 16, with VecNormalize or without."""
+    means = frame[frame["agent"].isin(RIVALS)].groupby(["task", "agent"])["return"].mean().unstack()
+    return dict(means.idxmax(axis=1))
+
+
+def interquartile_mean(scores: dict[str, np.ndarray]) -> dict[str, tuple[float, float, float]]:
+    """
+    Interquartile mean over tasks and seeds with its 95% interval, by rliable's stratified bootstrap.
+
+    :param scores: by agent, shape ``(n_seeds, n_tasks)``
+    :return: mean and the ends of the interval, by agent
+    """
+    np.random.seed(0)  # noqa: NPY002 rliable draws from this generator
+    mean, interval = library.get_interval_estimates(scores, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=2000)
+    return {name: (float(mean[name][0]), *(float(end[0]) for end in interval[name])) for name in scores}
+
+
+def tables() -> dict[str, str]:
+    """Tables of the judging half, by name."""
+    frame = scored(pandas.read_csv(RESULTS))
+    rivals, rows, matrices = best_rivals(frame), [], {OURS: [], "best rival": []}
+    for task in JUDGING:
+        ours, rival = (
+            frame[(frame["task"] == task.name) & (frame["agent"] == agent)] for agent in (OURS, rivals.get(task.name))
+        )
+        if ours.empty or rival.empty:
+            continue
+        cells = [f"{part['return'].mean():,.4g} ± {part['return'].std():,.2g} ({len(part)})" for part in (ours, rival)]
+        scores = [f"{part['score'].mean():.2f}" for part in (ours, rival)]
+        random = frame[(frame["task"] == task.name) & (frame["agent"] == "random")]["return"].mean()
+        name = task.name.removeprefix("dm_control/").removesuffix("-v0") if task.name.startswith("dm_control/") else task.name
+        rows.append([name, f"{task.n_steps:,}", f"{random:,.4g}", cells[0], cells[1], rivals[task.name], *scores])
+        n_seeds = min(len(ours), len(rival))
+        for label, part in ((OURS, ours), ("best rival", rival)):
+            matrices[label].append(part.sort_values("seed")["score"].to_numpy()[:n_seeds])
+    head = ("task", "steps", "random", "ours", "best default rival", "which", "score", "score of the rival")
+    n_seeds = min((len(column) for column in matrices[OURS]), default=0)
+    summary = []
+    if n_seeds:
+        arrays = {name: np.array([column[:n_seeds] for column in columns]).T for name, columns in matrices.items()}
+        for name, (mean, low, high) in interquartile_mean(arrays).items():
+            summary.append([name, len(rows), n_seeds, f"{mean:.2f} [{low:.2f}, {high:.2f}]"])
+    return {
+        "defaults": table(head, rows),
+        "defaults summary": table(("agent", "tasks", "seeds", "interquartile mean of the scores"), summary),
+    }
 
 
 def selected_tasks(names: Sequence[str]) -> list[str]:
@@ -206,7 +292,7 @@ def main() -> None:
     train.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     jobs = [
-        (task, agent, AGENTS[agent], seed)
+        Job(task, TASKS[task].n_steps if AGENTS[agent].algorithm else 0, agent, AGENTS[agent], seed)
         for seed in args.seeds
         for task in selected_tasks(args.tasks)
         for agent in args.agents

@@ -6,7 +6,7 @@ python -m benchmarks.tables
 import json
 from typing import Any
 
-from benchmarks import returns
+from benchmarks import defaults, returns
 from benchmarks.markdown import ROOT, filled, pages, table
 from benchmarks.studies import traffic, tried
 
@@ -283,6 +283,7 @@ def all_tables() -> dict[str, str]:
     """Every generated table, by its name."""
     return {
         **returns.tables(),
+        **defaults.tables(),
         **tried.tables(),
         **update_tables(),
         **throughput_tables(),

@@ -1,0 +1,100 @@
+"""How the one setting was chosen, on the choosing half of the tasks of :mod:`benchmarks.tasks`.
+
+    python -m benchmarks.studies.one_setting "budget 1, std 0.6" --tasks choosing --seeds 100 101
+
+A candidate is described by its name: the KL of the training per action dimension in nats (``budget``), the standard deviation
+at the start (``std``), and optionally the damping of the Fisher matrix in units of its mean diagonal (``damping``; without it,
+0.2 per action dimension) and another number of steps (``steps``). All train in 16 environments, in EnvPool where it has the
+task, with VecNormalize. ``results/one_setting.csv`` has a row per run, and ``python -m benchmarks.tables`` writes the table.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pandas
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.utils import LinearSchedule
+
+from benchmarks import defaults
+from benchmarks.markdown import ROOT, table
+from benchmarks.tasks import TASKS, Task
+from sb3_trpo_ext import TRPO
+from sb3_trpo_ext.defaults import n_action_dims
+from sb3_trpo_ext.update.surrogate import Surrogate
+
+FILE = ROOT / "results" / "one_setting.csv"
+N_ENVS, N_STEPS = 16, 128
+
+
+class RelativeDamping(TRPO):
+    """Damps the Fisher matrix in units of its mean diagonal, which two products with random signs estimate."""
+
+    def _update_policy(self, surrogate: Surrogate, target_kl: float, cg_damping: float) -> Any:
+        fisher, n_params = surrogate.fisher(), sum(param.numel() for param in surrogate.params)
+        generator = th.Generator().manual_seed(self._n_updates)
+        signs = th.randint(0, 2, (2, n_params), generator=generator).float() * 2 - 1
+        trace = sum(float(sign @ (fisher @ sign)) for sign in signs) / 2
+        return super()._update_policy(surrogate, target_kl, cg_damping * trace / n_params)
+
+
+def training(name: str, task: Task, seed: int) -> defaults.Job:
+    """
+    What a name stands for.
+
+    :param name: such as "budget 1, std 0.6"
+    :param task: one of our tasks
+    :param seed: of the training
+    :return: what to do
+    """
+    numbers = {word: float(number) for word, number in (part.split() for part in name.split(", "))}
+    n_steps = int(numbers.get("steps", task.n_steps))
+    space = task.make().action_space
+    n_dims = n_action_dims(space)
+    is_relative = "damping" in numbers
+    first_kl = 2 * numbers["budget"] * n_dims * N_ENVS * N_STEPS / n_steps
+    settings = {
+        "n_steps": N_STEPS,
+        "target_kl": LinearSchedule(first_kl, 0.0, 1.0),
+        "cg_damping": numbers["damping"] if is_relative else 0.2 * n_dims,
+        "policy_kwargs": {"log_std_init": math.log(numbers["std"])} if isinstance(space, spaces.Box) else {},
+    }
+    agent = defaults.Agent(RelativeDamping if is_relative else TRPO, N_ENVS, True, settings, is_in_envpool=True)
+    return defaults.Job(task.name, n_steps, name, agent, seed)
+
+
+def tables() -> dict[str, str]:
+    """The table of what was tried, by name."""
+    frame = pandas.read_csv(FILE)
+
+    def rows() -> Iterator[list[str]]:
+        for (task, steps), part in frame.groupby(["task", "steps"], sort=False):
+            for agent, runs in part.groupby("agent", sort=False):
+                returns = ", ".join(f"{value:,.4g}" for value in runs["return"])
+                areas = [pandas.Series(map(float, curve.split())).mean() for curve in runs["curve"]]
+                yield [str(task), f"{steps:,}", str(agent), returns, f"{sum(areas) / len(areas):,.4g}"]
+
+    return {"one setting": table(("task", "steps", "candidate", "return of each seed", "mean return while training"), rows())}
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", metavar="NAME")
+    parser.add_argument("--tasks", nargs="+", default=["choosing"], metavar="TASK")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[100, 101])
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    jobs = [
+        training(name, TASKS[task], seed)
+        for name in args.names
+        for seed in args.seeds
+        for task in defaults.selected_tasks(args.tasks)
+    ]
+    defaults.run_all(jobs, FILE, args.workers)
+
+
+if __name__ == "__main__":
+    main()
