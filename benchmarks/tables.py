@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import defaults, returns
 from benchmarks.markdown import ROOT, filled, pages, table
-from benchmarks.studies import traffic, tried
+from benchmarks.studies import one_setting, traffic, tried
 
 UPDATES = ("humanoid-8192", "humanoid-2048", "humanoid-65536", "images-1024", "cartpole-1024")
 THROUGHPUTS = ("cartpole-8", "humanoid-8", "humanoid-8-subproc", "humanoid-16-envpool")
@@ -285,6 +285,7 @@ def all_tables() -> dict[str, str]:
         **returns.tables(),
         **defaults.tables(),
         **tried.tables(),
+        **one_setting.tables(),
         **update_tables(),
         **throughput_tables(),
         **conjugate_gradient_tables(),

@@ -23,8 +23,11 @@ START_STD = 0.6
 KL_BUDGET = 1.0
 #: KL of one update per action dimension, at most: a training of a few updates does not spend its budget.
 MAX_KL = 0.1
-#: Length of a training that is not known, as where `train` is called outside of `learn`.
-USUAL_TIMESTEPS = 1_000_000
+#: A longer training has the budget for each so many steps, so that one that a callback is to stop learns as fast.
+MAX_TIMESTEPS = 1_000_000
+#: Updates end a little within their region, and some are rejected: how much of what they leave, relative to its own radius, an
+#: update may add to it.
+MAX_CARRY = 0.1
 
 
 def n_steps(n_envs: int, batch_size: int) -> int:
@@ -58,8 +61,10 @@ def target_kl(action_space: spaces.Space[Any], n_samples: int, total_timesteps: 
     :param progress_remaining: after the rollout, from 1 to 0
     :return: the radius
     """
-    share = n_samples / (total_timesteps or USUAL_TIMESTEPS)
-    return n_action_dims(action_space) * min(2 * KL_BUDGET * share * (progress_remaining + share / 2), MAX_KL)
+    total_timesteps = total_timesteps or MAX_TIMESTEPS
+    slope = 2 * KL_BUDGET * n_samples / min(total_timesteps, MAX_TIMESTEPS)
+    n_dims = n_action_dims(action_space)
+    return n_dims * min(slope * (progress_remaining + n_samples / total_timesteps / 2), MAX_KL)
 
 
 def normalizes_observations(norm_obs: bool | str, policy: type, policy_kwargs: dict[str, Any], env: VecEnv | None) -> bool:

@@ -192,6 +192,8 @@ class TRPO(OnPolicyAlgorithm):
         self.kl_penalty: AdaptiveKLPenalty | None = None
         #: The policy that acted in the last rollout.
         self._acted: Snapshot | None = None
+        #: What updates so far have left of the KL that `target_kl="auto"` gave them.
+        self._unspent_kl = 0.0
         #: Whether the statistics of observations have those of the last rollout already.
         self._are_observed = False
         #: Number of updates that moved the policy, out of `_n_updates`.
@@ -342,6 +344,7 @@ class TRPO(OnPolicyAlgorithm):
         """Update the policy within the trust region, then fit the critic, on the rollouts in the buffers of all processes."""
         self._check_ready()
         parts = self._parts
+        is_budget = self.target_kl == arguments.AUTO
         # All schedules before anything moves: a bad value must not leave half an update
         arguments.scheduled("learning_rate", self.lr_schedule, self._current_progress_remaining, 0.0)
         ent_coef, target_kl, cg_damping = (
@@ -374,7 +377,8 @@ class TRPO(OnPolicyAlgorithm):
                     bounds=action_bounds(self.policy) if is_clipped else None,
                     shares=shares,
                 )
-                result = self._update_policy(surrogate, target_kl, cg_damping)
+                carried = min(max(self._unspent_kl, 0.0), defaults.MAX_CARRY * target_kl) if is_budget else 0.0
+                result = self._update_policy(surrogate, target_kl + carried, cg_damping)
                 entropy, std = surrogate.summary()
         policy_done = time.perf_counter()
         critic = fit_critic(self.policy, parts.critic_params, parts.critic_modules, batch, fit, shares)
@@ -386,6 +390,7 @@ class TRPO(OnPolicyAlgorithm):
         self._are_observed = False
         self._n_updates += 1
         self._n_accepted += result.is_accepted
+        self._unspent_kl += target_kl - result.kl
         warn_if_rejected(result, critic)
         record_update(self.logger, result, critic)
         self.logger.record("train/entropy", entropy)
@@ -413,7 +418,8 @@ class TRPO(OnPolicyAlgorithm):
         if self.target_kl != arguments.AUTO:
             return self._scheduled("target_kl", 0.0)
         n_samples = self.n_steps * self.n_envs * world_size()
-        return defaults.target_kl(self.action_space, n_samples, self._total_timesteps, self._current_progress_remaining)
+        progress, total = self._current_progress_remaining, self._total_timesteps
+        return defaults.target_kl(self.action_space, n_samples, total, progress)
 
     def _no_update(self, status: UpdateStatus) -> UpdateResult:
         """The result of an update that was not made."""
@@ -478,6 +484,8 @@ class TRPO(OnPolicyAlgorithm):
                 self, (total_timesteps, log_interval, reset_num_timesteps)
             )
             callback, progress_bar = launch.RankCallback(launch.running_statistics(self), callback, progress_bar), False
+        if reset_num_timesteps:
+            self._unspent_kl = 0.0
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _excluded_save_params(self) -> list[str]:
