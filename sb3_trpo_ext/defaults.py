@@ -21,6 +21,8 @@ MIN_STEPS = 16
 START_STD = 0.6
 #: KL of a whole training per action dimension, in nats.
 KL_BUDGET = 1.0
+#: Damping of the Fisher matrix per action dimension.
+CG_DAMPING = 0.2
 #: KL of one update per action dimension, at most: a training of a few updates does not spend its budget.
 MAX_KL = 0.1
 #: A longer training has the budget for each so many steps, so that one that a callback is to stop learns as fast.

@@ -53,17 +53,20 @@ class TRPO(OnPolicyAlgorithm):
     matrix of that KL. (sb3-contrib averages over action dimensions for Box and MultiBinary actions: multiply its ``target_kl``
     and ``cg_damping`` by their number to get the same trust region here.)
 
-    Arguments up to ``_init_setup_model`` have sb3-contrib's names, positions and defaults; the defaults are in our units.
+    Arguments up to ``_init_setup_model`` have sb3-contrib's names and positions. The defaults are for a task that nobody
+    tuned: what depends on the task is found by the class, as :mod:`sb3_trpo_ext.defaults` says.
 
     :param policy: The policy model to use: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, the same with "Squashed"
         in front (tanh-squashed Gaussian for bounded Box actions), or a class
     :param env: The environment to learn from (if registered in Gymnasium, can be a str)
     :param learning_rate: The learning rate of the value function, a number or a function of the progress remaining (1 to 0)
-    :param n_steps: The number of steps to run for each environment per update
+    :param n_steps: The number of steps to run for each environment per update; ``None`` for about 2048 samples in all, and at
+        least 16 steps
     :param batch_size: Minibatch size for the value function, in each process of a data-parallel run
     :param gamma: Discount factor
     :param cg_max_steps: Maximum number of Fisher-vector products in conjugate gradient
-    :param cg_damping: Damping added to the diagonal of the Fisher matrix, a number or a schedule
+    :param cg_damping: Damping added to the diagonal of the Fisher matrix, a number or a schedule; ``"auto"`` for 0.2 per
+        action dimension
     :param line_search_shrinking_factor: Shrinks a trial of the line search whose KL does not tell how far to go
     :param line_search_max_iter: Maximum number of trials of the line search
     :param n_critic_updates: Number of passes of the value function over the rollout, per policy update
@@ -73,7 +76,8 @@ class TRPO(OnPolicyAlgorithm):
     :param rollout_buffer_class: Rollout buffer class to use. If ``None``, it is selected automatically
     :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
     :param normalize_advantage: Whether to normalize the advantage
-    :param target_kl: Radius of the trust region, a number or a schedule
+    :param target_kl: Radius of the trust region, a number or a schedule; ``"auto"`` for one that falls linearly to zero, so
+        that the KL of all updates of a training adds up to one nat per action dimension
     :param sub_sampling_factor: Take the Fisher matrix on every k-th sample only. Gradient, objective and KL always see
         the whole rollout (sb3-contrib thins them too)
     :param stats_window_size: Number of episodes that the reported means are taken over
@@ -100,6 +104,11 @@ class TRPO(OnPolicyAlgorithm):
     :param clip_advantage: The normalized advantages are clipped to plus or minus this many standard deviations, and normalized
         again; ``None`` for no limit. Where a few of them are very large (falls), their noise hides the others
         (Garg et al. 2021, https://arxiv.org/abs/2102.10264)
+    :param norm_obs: Whether the policy normalizes observations that are vectors, by statistics that are saved with it and
+        change only between an update and the next rollout. ``"auto"``: with SB3's policies and features extractors, unless the
+        environment is wrapped in a ``VecNormalize`` that does it
+    :param norm_reward: Whether rewards are divided by the standard deviation of the discounted return. ``"auto"``: unless a
+        ``VecNormalize`` does it
     :raises ValueError: for a bad argument, with its name
     """
 
@@ -344,16 +353,9 @@ class TRPO(OnPolicyAlgorithm):
         """Update the policy within the trust region, then fit the critic, on the rollouts in the buffers of all processes."""
         self._check_ready()
         parts = self._parts
-        is_budget = self.target_kl == arguments.AUTO
         # All schedules before anything moves: a bad value must not leave half an update
         arguments.scheduled("learning_rate", self.lr_schedule, self._current_progress_remaining, 0.0)
-        ent_coef, target_kl, cg_damping = (
-            self._scheduled("ent_coef"),
-            self._target_kl(),
-            0.2 * defaults.n_action_dims(self.action_space)
-            if self.cg_damping == arguments.AUTO
-            else self._scheduled("cg_damping", 0.0),
-        )
+        ent_coef, target_kl, cg_damping = self._scheduled("ent_coef"), self._target_kl(), self._cg_damping()
         clip_range_vf = None if self.clip_range_vf is None else self._scheduled("clip_range_vf", 0.0)
         fit = CriticFit(self.n_critic_updates, self.batch_size, self.vf_loss, clip_range_vf, self.max_grad_norm or None)
         # As during the rollout: dropout or BatchNorm in training mode would make the ratio differ from 1 before any step
@@ -377,8 +379,7 @@ class TRPO(OnPolicyAlgorithm):
                     bounds=action_bounds(self.policy) if is_clipped else None,
                     shares=shares,
                 )
-                carried = min(max(self._unspent_kl, 0.0), defaults.MAX_CARRY * target_kl) if is_budget else 0.0
-                result = self._update_policy(surrogate, target_kl + carried, cg_damping)
+                result = self._update_policy(surrogate, target_kl + self._carried_kl(target_kl), cg_damping)
                 entropy, std = surrogate.summary()
         policy_done = time.perf_counter()
         critic = fit_critic(self.policy, parts.critic_params, parts.critic_modules, batch, fit, shares)
@@ -413,8 +414,19 @@ class TRPO(OnPolicyAlgorithm):
         """Current value of an argument that may be a schedule."""
         return arguments.scheduled(name, getattr(self, name), self._current_progress_remaining, minimum)
 
+    def _cg_damping(self) -> float:
+        """Current damping of the Fisher matrix."""
+        if self.cg_damping != arguments.AUTO:
+            return self._scheduled("cg_damping", 0.0)
+        return defaults.CG_DAMPING * defaults.n_action_dims(self.action_space)
+
+    def _carried_kl(self, target_kl: float) -> float:
+        """What an update takes over of the budget that those before it have left."""
+        is_budget = self.target_kl == arguments.AUTO
+        return min(max(self._unspent_kl, 0.0), defaults.MAX_CARRY * target_kl) if is_budget else 0.0
+
     def _target_kl(self) -> float:
-        """Current radius of the trust region."""
+        """Current radius of the trust region, without what is carried over."""
         if self.target_kl != arguments.AUTO:
             return self._scheduled("target_kl", 0.0)
         n_samples = self.n_steps * self.n_envs * world_size()
