@@ -15,6 +15,7 @@ from rl_zoo3.exp_manager import ExperimentManager
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext._checks import closest
+from sb3_trpo_ext.arguments import AUTO
 from sb3_trpo_ext.contrib import joint_kl_factor
 from sb3_trpo_ext.zoo.settings import KEY, linear_schedule, load_hyperparams
 
@@ -76,6 +77,7 @@ def with_equal_kl(settings: Settings, env_id: str) -> Settings:
     :param env_id: the task
     :return: the same with ``target_kl`` and ``cg_damping`` of our entry, divided by the number of action dimensions; the mean
         of a linear schedule, which sb3-contrib does not have
+    :raises ValueError: if our entry leaves one of them to the class
     """
     ours = find_settings(KEY, env_id).entry
     defaults = inspect.signature(TRPO.__init__).parameters
@@ -85,6 +87,8 @@ def with_equal_kl(settings: Settings, env_id: str) -> Settings:
     converted = {}
     for name in ("target_kl", "cg_damping"):
         value = ours.get(name, defaults[name].default)
+        if value == AUTO:
+            raise ValueError(f"--equal-kl needs numbers, and our settings for {env_id} leave `{name}` to the class.")
         if isinstance(value, str):
             value = linear_schedule(name, value)(0.5)
         converted[name] = value / n_dims

@@ -133,6 +133,11 @@ def test_equal_kl_is_ours_in_their_units() -> None:
     assert "x 17" in converted.source
 
 
+def test_equal_kl_needs_numbers() -> None:
+    with pytest.raises(ValueError, match="--equal-kl needs numbers.* Reacher-v5 leave `target_kl`"):
+        comparison_settings.with_equal_kl(comparison_settings.find_settings("trpo", "Hopper-v5"), "Reacher-v5")
+
+
 @pytest.mark.parametrize(("env_id", "n_dims"), [("CartPole-v1", 1), ("Hopper-v5", 3), ("Pendulum-v1", 1)])
 def test_equal_kl_divides_by_the_number_of_action_dimensions(env_id: str, n_dims: int) -> None:
     converted = comparison_settings.with_equal_kl(comparison_settings.find_settings("trpo", env_id), env_id)
