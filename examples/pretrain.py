@@ -22,7 +22,7 @@ def main() -> None:
     args = parser.parse_args()
 
     env, eval_env = (make_vec_env("CartPole-v1", n_envs=8, seed=args.seed + offset) for offset in (0, 1000))
-    # Only 50 updates, so the trust region is twice the default
+    # Not the whole budget of KL: most of the way is the clone's
     model = TRPO("MlpPolicy", env, n_steps=128, gamma=0.98, target_kl=0.02, seed=args.seed)
 
     observations = []
@@ -32,6 +32,8 @@ def main() -> None:
         obs = env.step(expert(obs))[0]
     states = th.as_tensor(np.concatenate(observations))
     actions = th.as_tensor(expert(states.numpy()))
+    # What normalizes the observations, before anything is learned from them
+    model.policy.features_extractor.update(states)
     for _ in range(100):
         _, log_prob, _ = model.policy.evaluate_actions(states, actions)
         model.policy.optimizer.zero_grad()

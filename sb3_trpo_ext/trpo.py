@@ -7,10 +7,9 @@ import time
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
@@ -27,7 +26,7 @@ from sb3_trpo_ext.parallel import launch
 from sb3_trpo_ext.parallel.reductions import Shares, is_parallel, rank, world_size
 from sb3_trpo_ext.policies import POLICY_ALIASES
 from sb3_trpo_ext.rollout.collect import collect_rollouts
-from sb3_trpo_ext.rollout.normalization import ScaledRewards, normalized_extractors, renormalize_
+from sb3_trpo_ext.rollout.normalization import Normalization
 from sb3_trpo_ext.rollout.snapshot import Snapshot
 from sb3_trpo_ext.update.batch import Batch, rollout_batch
 from sb3_trpo_ext.update.clipping import action_bounds
@@ -203,8 +202,6 @@ class TRPO(OnPolicyAlgorithm):
         self._acted: Snapshot | None = None
         #: What updates so far have left of the KL that `target_kl="auto"` gave them.
         self._unspent_kl = 0.0
-        #: Whether the statistics of observations have those of the last rollout already.
-        self._are_observed = False
         #: Number of updates that moved the policy, out of `_n_updates`.
         self._n_accepted = 0
         #: Where the last line searches ended, as a share of the full step: where the next one starts.
@@ -242,6 +239,7 @@ class TRPO(OnPolicyAlgorithm):
         if self.policy_class in POLICY_ALIASES.values() and "log_std_init" not in given:
             defaults.spread_over_bounds_(self.policy)
         self.reward_scale = RewardScale(self.gamma)
+        self._normalization = Normalization(self.policy, self.reward_scale if self.norm_reward else None)
         if issubclass(self.policy.optimizer_class, th.optim.LBFGS):
             raise ArgumentError(
                 "`policy_kwargs['optimizer_class']` is LBFGS, which makes a step from a function and not from a gradient: use "
@@ -305,35 +303,11 @@ class TRPO(OnPolicyAlgorithm):
         :raises RuntimeError: if a process of the environment has died
         """
         self._check_ready()
-        scale = None if self.reward_scale.is_fresh else self.reward_scale.scale
-        scaled = ScaledRewards(env, scale) if self.norm_reward else None
-        is_full, self._acted = collect_rollouts(self, scaled or env, callback, rollout_buffer, n_rollout_steps)
-        if is_full:
-            self._follow_statistics(rollout_buffer, scaled)
-        return is_full and not (isinstance(callback, launch.RankCallback) and callback.is_over)
-
-    def _follow_statistics(self, buffer: RolloutBuffer, scaled: ScaledRewards | None) -> None:
-        """
-        Add a rollout to the statistics of rewards, and the first one to those of observations.
-
-        All others are added when the update is over: the policy must not change between the rollout and its update.
-
-        :param buffer: full
-        :param scaled: the rewards as they came
-        """
-        extractors = normalized_extractors(self.policy)
-        is_stock = type(buffer) in (RolloutBuffer, DictRolloutBuffer) and not buffer.generator_ready
-        is_fresh = any(extractor.is_fresh for extractor in extractors) or (scaled is not None and self.reward_scale.is_fresh)
-        is_first = is_stock and is_fresh
-        if scaled is not None:
-            self.reward_scale.update(np.array(scaled.rewards), np.array(scaled.dones))
-        if is_first:
-            for extractor in extractors:
-                extractor.update(buffer.observations)
-            has_raw_rewards = scaled is not None and scaled.scale is None
-            renormalize_(self, buffer, self.reward_scale.scale if has_raw_rewards else None)
+        env = self._normalization.environment(env)
+        is_full, self._acted = collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)
+        if is_full and self._normalization.after_rollout(self, rollout_buffer):
             self._acted = Snapshot(self.policy)
-        self._are_observed = is_first
+        return is_full and not (isinstance(callback, launch.RankCallback) and callback.is_over)
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
@@ -385,10 +359,7 @@ class TRPO(OnPolicyAlgorithm):
         critic = fit_critic(self.policy, parts.critic_params, parts.critic_modules, batch, fit, shares)
         critic_done = time.perf_counter()
         drop_graph_(self.policy.action_dist)
-        if not self._are_observed:
-            for extractor in normalized_extractors(self.policy):
-                extractor.update(self.rollout_buffer.observations)
-        self._are_observed = False
+        self._normalization.after_update(self)
         self._n_updates += 1
         self._n_accepted += result.is_accepted
         self._unspent_kl += target_kl - result.kl
@@ -502,7 +473,7 @@ class TRPO(OnPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         """Attributes that are not pickled."""
-        return [*super()._excluded_save_params(), "_acted", "_watch", "kl_penalty", "reward_scale"]
+        return [*super()._excluded_save_params(), "_acted", "_watch", "kl_penalty", "reward_scale", "_normalization"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         """What is saved as state dicts: policy, its optimizer, and the penalty's beta and optimizer."""
@@ -609,6 +580,7 @@ class TRPO(OnPolicyAlgorithm):
         params.setdefault("reward_scale", self.reward_scale.state_dict())
         arguments.check_optimizer_states(params)
         super().set_parameters(params, exact_match, device)
+        self._normalization = Normalization(self.policy, self._normalization.rewards)
 
 
 def _n_params(state: Any) -> int:

@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
-from agents import RandomEnv, UpdateLog, assert_identical, collect, make_model, random_vec_env
+from agents import RandomEnv, UpdateLog, assert_identical, collect, make_model, random_vec_env, train
 from gymnasium import spaces
 from helpers import VECTOR
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_trpo_ext import TRPO, defaults
-from sb3_trpo_ext.update.normalization import NormalizedExtractor, RunningNormalization
+from sb3_trpo_ext.update.normalization import FROZEN, NormalizedExtractor, RunningNormalization
 from sb3_trpo_ext.update.structure import actor_structure, critic_structure
 
 SMALL: dict[str, Any] = {"policy_kwargs": {"net_arch": [8]}, "seed": 0, "device": "cpu", "n_critic_updates": 2}
@@ -265,7 +265,7 @@ def test_going_on_after_loading_keeps_the_statistics(tmp_path: Any) -> None:
 def test_models_of_earlier_versions_stay_without_normalization(tmp_path: Any) -> None:
     model = make_model(DummyVecEnv([FarEnv]), norm_obs=False, norm_reward=False)
     # What a file of an earlier version does not have
-    model.save(tmp_path / "model", exclude=["norm_obs", "norm_reward", "_auto_n_steps", "_are_observed"])
+    model.save(tmp_path / "model", exclude=["norm_obs", "norm_reward", "_auto_n_steps"])
     loaded = TRPO.load(tmp_path / "model", env=DummyVecEnv([FarEnv]), device="cpu")
     assert (loaded.norm_obs, loaded.norm_reward) == (False, False)
     loaded.learn(32)
@@ -288,3 +288,31 @@ def test_a_bad_switch_is_named(name: str) -> None:
 def test_a_word_that_is_not_auto_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"`{name}` must be a finite number"):
         make_model(**{name: "automatic"})
+
+
+def test_a_pretrained_policy_stays_what_it_is() -> None:
+    model = TRPO("MlpPolicy", DummyVecEnv([FarEnv]), **SMALL, n_steps=64)
+    observations = np.array([FarEnv().observe() for _ in range(20)])
+    _, log_prob, _ = model.policy.evaluate_actions(th.as_tensor(observations), th.zeros(20, 2))
+    (-log_prob.mean()).backward()
+    model.policy.optimizer.step()
+    before = model.predict(observations, deterministic=True)[0]
+    with pytest.warns(UserWarning, match="changed before its first rollout"):
+        collect(model)
+    np.testing.assert_array_equal(model.predict(observations, deterministic=True)[0], before)
+    train(model)
+    collect(model)
+    assert int(statistics_of(model).n_samples) == FROZEN
+    assert (statistics_of(model).mean == 0).all()
+
+
+def test_statistics_of_demonstrations_are_kept_and_followed() -> None:
+    model = TRPO("MlpPolicy", DummyVecEnv([FarEnv]), **SMALL, n_steps=64)
+    policy: Any = model.policy
+    policy.features_extractor.update(np.array([FarEnv().observe() for _ in range(20)]))
+    with th.no_grad():
+        policy.action_net.bias.add_(0.1)
+    collect(model)
+    assert int(statistics_of(model).n_samples) == 20
+    train(model)
+    assert int(statistics_of(model).n_samples) == 84

@@ -15,13 +15,15 @@ from sb3_trpo_ext.parallel.reductions import all_true
 CLIP = 10.0
 #: Added to variances, as in ``VecNormalize``.
 EPSILON = 1e-8
+#: Number of samples of statistics that stay as they are.
+FROZEN = -1
 
 
 class RunningNormalization(nn.Module):
     """
     ``(x - mean) / std`` by statistics that are buffers of a policy: saved and loaded with it, and moved to its device.
 
-    They change in :meth:`update` alone. Before the first one, nothing is normalized.
+    They change in :meth:`update` alone. Before the first one, nothing is normalized, and after :meth:`freeze` nothing changes.
 
     :param shape: of one ``x``
     """
@@ -51,15 +53,20 @@ class RunningNormalization(nn.Module):
 
         :param samples: shape ``(n_samples, *shape)``, on the CPU, where there is double precision
         """
-        if not all_true(bool(th.isfinite(samples).all())):
+        if self.n_samples == FROZEN or not all_true(bool(th.isfinite(samples).all())):
             return
         total = all_joined(moments_of(samples))
         if self.n_samples > 0:
             n, mean, var = (buffer.cpu().double() for buffer in (self.n_samples, self.mean, self.var))
             total = joined(Moments(n, mean, var * n), total)
-        self.mean.copy_(total.mean)
-        self.var.copy_(total.variance)
+        # Single precision first: some devices have no double
+        self.mean.copy_(total.mean.float())
+        self.var.copy_(total.variance.float())
         self.n_samples.copy_(total.n)
+
+    def freeze(self) -> None:
+        """Keep the statistics as they are for good."""
+        self.n_samples.fill_(FROZEN)
 
 
 class NormalizedExtractor(BaseFeaturesExtractor):
@@ -108,16 +115,27 @@ class NormalizedExtractor(BaseFeaturesExtractor):
         """Whether there have been no observations yet."""
         return not any(normalization.n_samples for normalization in self.normalizations.values())
 
+    def freeze(self) -> None:
+        """Keep the statistics as they are for good: without any, observations are not normalized."""
+        for normalization in self.normalizations.values():
+            assert isinstance(normalization, RunningNormalization)
+            normalization.freeze()
+
     def update(self, observations: Any) -> None:
         """
-        Add the observations of a rollout.
+        Add observations to the statistics.
 
-        :param observations: of a buffer: shape ``(n_steps, n_envs, *shape)``, or a dict of those
+        :param observations: as the environment returns them: shape ``(..., *shape)``, or a dict of those
         """
         for key, normalization in self.normalizations.items():
             part = observations[key] if isinstance(observations, dict) else observations
             assert isinstance(normalization, RunningNormalization)
             normalization.update(th.as_tensor(part.reshape(-1, *normalization.mean.shape)))
+
+
+def normalized_extractors(policy: nn.Module) -> list[NormalizedExtractor]:
+    """What normalizes the observations of a policy: nothing, one features extractor or several."""
+    return [module for module in policy.modules() if isinstance(module, NormalizedExtractor)]
 
 
 def normalized_parts(space: spaces.Space[Any]) -> dict[str, tuple[int, ...]]:

@@ -134,7 +134,7 @@ def test_equal_kl_is_ours_in_their_units() -> None:
 
 
 def test_equal_kl_needs_numbers() -> None:
-    with pytest.raises(ValueError, match="--equal-kl needs numbers.* Reacher-v5 leave `target_kl`"):
+    with pytest.raises(ValueError, match=r"--equal-kl needs numbers.* Reacher-v5 leave `target_kl`"):
         comparison_settings.with_equal_kl(comparison_settings.find_settings("trpo", "Hopper-v5"), "Reacher-v5")
 
 
