@@ -31,6 +31,7 @@ from sb3_trpo_ext.parallel.launch import SharedStatistics, check_identical, star
 from sb3_trpo_ext.parallel.reductions import Shares
 from sb3_trpo_ext.update.batch import Batch, rollout_batch
 from sb3_trpo_ext.update.critic import CriticFit, CriticStatus, fit_critic
+from sb3_trpo_ext.update.normalization import RewardScale, RunningNormalization
 from sb3_trpo_ext.update.structure import split_policy
 from sb3_trpo_ext.update.surrogate import Surrogate
 
@@ -140,6 +141,16 @@ def merged_statistics(rank: int) -> tuple[Any, ...]:
     # Nothing new
     shared.merge_()
     return stats.mean, stats.var, stats.count
+
+
+def own_statistics(rank: int) -> tuple[Any, ...]:
+    """What an agent knows of the same observations, and of as many rewards, after two rollouts."""
+    normalization, scale = RunningNormalization((3,)), RewardScale(gamma=0.0)
+    first, *others = raw_samples(rank)
+    for samples in (first, np.concatenate(others)):
+        normalization.update(th.as_tensor(samples))
+        scale.update(samples[:, :1], np.zeros((len(samples), 1), bool))
+    return normalization.mean.numpy(), normalization.var.numpy(), int(normalization.n_samples), scale.scale
 
 
 def advantages_of_rank(rank: int, clip_advantage: float | None = None) -> th.Tensor:
@@ -290,6 +301,7 @@ def one_process_of_two(rank: int, folder: str) -> None:
         "devices": error_of(lambda: on_two_devices(rank)),
         "stopped": stopped(rank),
         "merged": merged_statistics(rank),
+        "normalization": own_statistics(rank),
         "advantages": advantages_of_rank(rank),
         "clipped_advantages": advantages_of_rank(rank, 0.5),
         "traffic": traffic(),

@@ -151,6 +151,17 @@ def test_merged_statistics_are_those_of_all_samples(outcomes: Outcomes) -> None:
         assert count == pytest.approx(joint.count, rel=1e-12)
 
 
+def test_agents_know_the_observations_and_rewards_of_all_processes(outcomes: Outcomes) -> None:
+    samples = np.concatenate([batch for rank in range(2) for batch in ranks.raw_samples(rank)])
+    for outcome in outcomes:
+        mean, var, n_samples, scale = outcome["normalization"]
+        np.testing.assert_allclose(mean, samples.mean(0), rtol=1e-6)
+        # Buffers of policies are in single precision
+        np.testing.assert_allclose(var, samples.var(0), rtol=1e-4)
+        assert n_samples == len(samples)
+        assert scale == pytest.approx(samples[:, 0].std(), rel=1e-8)
+
+
 def test_advantages_are_normalized_over_all_processes(outcomes: Outcomes) -> None:
     joint = th.cat([outcome["advantages"] for outcome in outcomes])
     assert abs(joint.mean()) < 1e-6
