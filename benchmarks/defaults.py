@@ -1,7 +1,7 @@
 """Returns with default settings: ours, Stable-Baselines3's PPO and sb3-contrib's TRPO on tasks that no setting was tuned for.
 
     python -m benchmarks.defaults run --agents ppo-1 ppo-16-normalized ours-16 --tasks judging --seeds 0 1 2
-    python -m benchmarks.tables
+    python -m benchmarks.defaults show
 
 An agent is an algorithm and its number of environments, each with all of its arguments at their defaults; "normalized" has the
 environments in SB3's VecNormalize, with its defaults. ``run`` trains each agent on each task with each seed, and adds a row to
@@ -290,7 +290,11 @@ def main() -> None:
     train.add_argument("--tasks", nargs="+", default=["judging"], metavar="TASK")
     train.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     train.add_argument("--workers", type=int, default=2)
+    commands.add_parser("show", help="print the tables of the judging half")
     args = parser.parse_args()
+    if args.command == "show":
+        print("\n".join(tables().values()))
+        return
     jobs = [
         Job(task, TASKS[task].n_steps if AGENTS[agent].algorithm else 0, agent, AGENTS[agent], seed)
         for seed in args.seeds

@@ -6,7 +6,7 @@ python -m benchmarks.tables
 import json
 from typing import Any
 
-from benchmarks import defaults, returns
+from benchmarks import returns
 from benchmarks.markdown import ROOT, filled, pages, table
 from benchmarks.studies import one_setting, traffic, tried
 
@@ -283,7 +283,6 @@ def all_tables() -> dict[str, str]:
     """Every generated table, by its name."""
     return {
         **returns.tables(),
-        **defaults.tables(),
         **tried.tables(),
         **one_setting.tables(),
         **update_tables(),

@@ -329,13 +329,15 @@ class TRPO(OnPolicyAlgorithm):
         parts = self._parts
         # All schedules before anything moves: a bad value must not leave half an update
         arguments.scheduled("learning_rate", self.lr_schedule, self._current_progress_remaining, 0.0)
-        ent_coef, target_kl, cg_damping = self._scheduled("ent_coef"), self._target_kl(), self._cg_damping()
+        n_samples = self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs
+        shares = Shares.of(n_samples)
+        ent_coef, cg_damping = self._scheduled("ent_coef"), self._cg_damping()
+        target_kl = self._target_kl(shares.total(n_samples))
         clip_range_vf = None if self.clip_range_vf is None else self._scheduled("clip_range_vf", 0.0)
         fit = CriticFit(self.n_critic_updates, self.batch_size, self.vf_loss, clip_range_vf, self.max_grad_norm or None)
         # As during the rollout: dropout or BatchNorm in training mode would make the ratio differ from 1 before any step
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
-        shares = Shares.of(self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs)
         batch = self._full_batch()
         started = time.perf_counter()
         result, entropy, std = self._no_update(UpdateStatus.NOTHING_TO_TRAIN), math.nan, math.nan
@@ -396,11 +398,10 @@ class TRPO(OnPolicyAlgorithm):
         is_budget = self.target_kl == arguments.AUTO
         return min(max(self._unspent_kl, 0.0), defaults.MAX_CARRY * target_kl) if is_budget else 0.0
 
-    def _target_kl(self) -> float:
-        """Current radius of the trust region, without what is carried over."""
+    def _target_kl(self, n_samples: int) -> float:
+        """Current radius of the trust region on so many samples, without what is carried over."""
         if self.target_kl != arguments.AUTO:
             return self._scheduled("target_kl", 0.0)
-        n_samples = self.n_steps * self.n_envs * world_size()
         progress, total = self._current_progress_remaining, self._total_timesteps
         return defaults.target_kl(self.action_space, n_samples, total, progress)
 

@@ -100,7 +100,7 @@ def test_an_endless_training_learns_as_fast_as_one_of_a_million_steps() -> None:
 def test_an_update_outside_of_learn_has_a_usual_region() -> None:
     model = TRPO("MlpPolicy", RandomEnv(), **SMALL, n_steps=64)
     collect(model, 6400)
-    assert 0 < model._target_kl() < defaults.MAX_KL * 2
+    assert 0 < model._target_kl(64) < defaults.MAX_KL * 2
 
 
 def test_the_budget_is_that_of_each_call_of_learn() -> None:

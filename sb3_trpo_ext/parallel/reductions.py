@@ -37,6 +37,10 @@ class Shares(NamedTuple):
         """The shares of all processes, by one exchange of their numbers of samples, each at least 1."""
         return Shares(all_gathered(th.tensor([n_samples])).tolist() if is_parallel() else None)
 
+    def total(self, n_samples: int) -> int:
+        """How many samples all processes have together, where this one has ``n_samples``."""
+        return n_samples * world_size() if self.counts is None else sum(self.counts)
+
     def mean(self, tensor: th.Tensor) -> th.Tensor:
         """Mean of a tensor without a graph over all processes; ``tensor`` itself on one process."""
         if not is_parallel():
