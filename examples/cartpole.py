@@ -4,7 +4,6 @@ import argparse
 
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_trpo_ext import TRPO
 
@@ -15,18 +14,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    model = TRPO(
-        "MlpPolicy",
-        make_vec_env("CartPole-v1", n_envs=8, seed=args.seed),
-        n_steps=256,
-        batch_size=256,
-        learning_rate=3e-3,
-        # Only 30 updates, so longer steps than the default; they decay, because every update fills the trust region
-        target_kl=LinearSchedule(0.03, 0.0, 1.0),
-        cg_damping=0.01,
-        seed=args.seed,
-        verbose=1,
-    )
+    model = TRPO("MlpPolicy", make_vec_env("CartPole-v1", n_envs=8, seed=args.seed), seed=args.seed, verbose=1)
     model.learn(args.steps)
     model.save("trpo_cartpole")
 

@@ -17,7 +17,7 @@ def main() -> None:
 
     env = make_vec_env("Pendulum-v1", n_envs=8, seed=args.seed)
     eval_env = make_vec_env("Pendulum-v1", seed=args.seed + 1000)
-    # Only 25 updates each, so the trust region is twice the default
+    # Only 25 updates each, so the trust region is twice sb3-contrib's default
     settings = {"n_steps": 256, "gamma": 0.9, "target_kl": 0.02, "n_critic_updates": 15}
     theirs = sb3_contrib.TRPO("MlpPolicy", env, seed=args.seed, **settings).learn(args.steps)
     theirs.save("trpo_contrib")

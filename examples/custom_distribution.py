@@ -49,7 +49,6 @@ def main() -> None:
     # Optional: without a family, TRPO uses the KL of `torch.distributions` and double backpropagation
     register_family(LaplaceDistribution, lambda distribution: LaplaceFamily())
     env = make_vec_env("Pendulum-v1", n_envs=8, seed=args.seed)
-    # Only 50 updates, so the trust region is five times the default
     model = TRPO(LaplacePolicy, env, n_steps=256, gamma=0.9, target_kl=0.05, cg_damping=0.05, seed=args.seed, verbose=1)
     model.learn(args.steps)
     mean, std = evaluate_policy(model, make_vec_env("Pendulum-v1", seed=args.seed + 1000), n_eval_episodes=10)

@@ -5,7 +5,6 @@ import argparse
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_trpo_ext import TRPO
 
@@ -22,8 +21,6 @@ def main() -> None:
         "MultiInputPolicy",
         env,
         n_steps=64,
-        # Only 16 updates, so longer steps than the default, which decay to zero
-        target_kl=LinearSchedule(0.05, 0.0, 1.0),
         n_critic_updates=4,
         policy_kwargs={"net_arch": [32], "features_extractor_kwargs": {"cnn_output_dim": 32}},
         seed=args.seed,

@@ -4,7 +4,6 @@ import argparse
 
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_trpo_ext import TRPO
 
@@ -18,12 +17,7 @@ def main() -> None:
     model = TRPO(
         "MlpPolicy",
         make_vec_env("Pendulum-v1", n_envs=8, seed=args.seed),
-        n_steps=256,
         gamma=0.9,
-        # Only 50 updates, so longer steps than the default, which decay to zero
-        target_kl=LinearSchedule(0.06, 0.0, 1.0),
-        cg_damping=0.05,
-        n_critic_updates=15,
         use_sde=True,
         sde_sample_freq=4,
         seed=args.seed,

@@ -5,7 +5,6 @@ import argparse
 import numpy as np
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_trpo_ext import TRPO
 
@@ -17,18 +16,7 @@ def main() -> None:
     args = parser.parse_args()
 
     env = make_vec_env("Pendulum-v1", n_envs=8, seed=args.seed)
-    model = TRPO(
-        "SquashedMlpPolicy",
-        env,
-        n_steps=256,
-        gamma=0.9,
-        # Only 50 updates, so longer steps than the default, which decay to zero
-        target_kl=LinearSchedule(0.1, 0.0, 1.0),
-        cg_damping=0.05,
-        n_critic_updates=15,
-        seed=args.seed,
-        verbose=1,
-    )
+    model = TRPO("SquashedMlpPolicy", env, gamma=0.9, seed=args.seed, verbose=1)
     model.learn(args.steps)
 
     actions, _ = model.predict(np.stack([env.observation_space.sample() for _ in range(1000)]))

@@ -192,6 +192,18 @@ def test_learn_needs_no_double_precision(training: str) -> None:
         random_model(training, accelerator.NAME).learn(64)
 
 
+def test_normalization_needs_no_double_precision_and_is_that_of_the_cpu() -> None:
+    extractors: list[Any] = []
+    for device in ("cpu", accelerator.NAME):
+        with accelerator.without_float64():
+            model = make_model(RandomEnv(), device=device, norm_obs=True, norm_reward=True)
+            model.learn(96)
+        extractors.append(model.policy.features_extractor)
+    for name, buffer in extractors[0].state_dict().items():
+        th.testing.assert_close(extractors[1].state_dict()[name].cpu(), buffer)
+    assert extractors[1].normalizations["observation"].mean.device.type == accelerator.NAME
+
+
 @pytest.mark.parametrize("training", ["gaussian", "categorical", "multi_categorical", "bernoulli", "squashed"])
 def test_an_mlp_makes_the_host_wait_once_per_step_of_the_environment(training: str) -> None:
     model = random_model(training, accelerator.NAME)
