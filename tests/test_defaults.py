@@ -86,8 +86,8 @@ def test_a_training_of_a_single_update_does_not_spend_the_budget() -> None:
 def test_the_kl_that_is_spent_is_the_budget() -> None:
     model = TRPO("MlpPolicy", RandomEnv(), **SMALL, n_steps=64)
     log = UpdateLog()
-    model.learn(6400, log)
-    assert len(log.updates) == 100
+    model.learn(3200, log)
+    assert len(log.updates) == 50
     assert sum(log.values("train/kl_divergence_loss")) == pytest.approx(2 * defaults.KL_BUDGET, rel=0.02)
 
 
@@ -106,9 +106,9 @@ def test_an_update_outside_of_learn_has_a_usual_region() -> None:
 def test_the_budget_is_that_of_each_call_of_learn() -> None:
     model = TRPO("MlpPolicy", RandomEnv(), **SMALL, n_steps=64)
     logs = [UpdateLog(), UpdateLog(), UpdateLog()]
-    model.learn(6400, logs[0])
-    model.learn(6400, logs[1])
-    model.learn(6400, logs[2], reset_num_timesteps=False)
+    model.learn(1920, logs[0])
+    model.learn(1920, logs[1])
+    model.learn(1920, logs[2], reset_num_timesteps=False)
     first, second, third = (log.values("train/target_kl") for log in logs)
     # Up to what each update takes over from those before
     assert first == pytest.approx(second, rel=0.1)
