@@ -19,6 +19,8 @@ N_SAMPLES = 2048
 MIN_STEPS = 16
 #: Standard deviation of an untrained Gaussian policy, relative to half of the distance between the bounds.
 START_STD = 0.6
+#: Half of the distance between bounds that say what an action may be. Farther ones stand for none.
+MAX_RANGE = 1000.0
 #: KL of a whole training per action dimension, in nats.
 KL_BUDGET = 1.0
 #: Damping of the Fisher matrix per action dimension.
@@ -125,7 +127,7 @@ def spread_over_bounds_(policy: ActorCriticPolicy) -> None:
     Let an untrained Gaussian policy act over the range of its action space.
 
     The mean starts in the middle of the bounds, and the standard deviation at :data:`START_STD` of half their distance.
-    Other distributions keep SB3's start.
+    Other distributions keep SB3's start, and so do dimensions whose bounds mean nothing.
 
     :param policy: whose ``action_net`` and ``log_std`` change
     """
@@ -133,6 +135,8 @@ def spread_over_bounds_(policy: ActorCriticPolicy) -> None:
     if type(policy.action_dist) is not DiagGaussianDistribution or not isinstance(space, spaces.Box):
         return
     assert isinstance(policy.action_net, nn.Linear), "as SB3's distribution makes it"
-    low, high = space.low.flatten(), space.high.flatten()
-    policy.action_net.bias.copy_(th.as_tensor((low + high) / 2))
-    policy.log_std.copy_(th.as_tensor(START_STD * (high - low) / 2).log())
+    low, high = (th.as_tensor(bound.flatten(), dtype=th.float64) for bound in (space.low, space.high))
+    half = (high - low) / 2
+    is_range = (half > 0) & (half <= MAX_RANGE)
+    policy.action_net.bias.copy_(th.where(is_range, (low + high) / 2, 0).float())
+    policy.log_std.copy_(th.where(is_range, START_STD * half, 1).log().float())

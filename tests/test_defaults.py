@@ -120,10 +120,10 @@ def test_the_budget_is_that_of_each_call_of_learn() -> None:
 
 
 def test_a_gaussian_starts_spread_over_the_bounds() -> None:
-    space = spaces.Box(np.array([-2, 0, -1], np.float32), np.array([2, 10, 1], np.float32))
+    space = spaces.Box(np.array([-2, 0, -3e38, 1], np.float32), np.array([2, 10, 3e38, 1], np.float32))
     policy: Any = TRPO("MlpPolicy", RandomEnv(VECTOR, space), **SMALL).policy
-    np.testing.assert_allclose(policy.log_std.exp().detach(), [2 * 0.6, 5 * 0.6, 0.6], rtol=1e-6)
-    np.testing.assert_allclose(policy.action_net.bias.detach(), [0, 5, 0], atol=1e-6)
+    np.testing.assert_allclose(policy.log_std.exp().detach(), [2 * 0.6, 5 * 0.6, 1, 1], rtol=1e-6)
+    np.testing.assert_allclose(policy.action_net.bias.detach(), [0, 5, 0, 0], atol=1e-6)
 
 
 def test_a_start_that_is_asked_for_is_kept() -> None:
