@@ -477,9 +477,10 @@ class TRPO(OnPolicyAlgorithm):
         return [*super()._excluded_save_params(), "_acted", "_watch", "kl_penalty", "reward_scale", "_normalization"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        """What is saved as state dicts: policy, its optimizer, and the penalty's beta and optimizer."""
+        """What is saved as state dicts: policy, its optimizer, the scale of rewards, and the penalty's beta and optimizer."""
         state_dicts, tensors = super()._get_torch_save_params()
-        return state_dicts + ["reward_scale"] + ([] if self.kl_penalty is None else ["kl_penalty"]), tensors
+        state_dicts = [*state_dicts, *(["reward_scale"] if self.norm_reward else [])]
+        return state_dicts + ([] if self.kl_penalty is None else ["kl_penalty"]), tensors
 
     def save(
         self,
@@ -578,7 +579,8 @@ class TRPO(OnPolicyAlgorithm):
             params.pop("kl_penalty", None)
         else:
             params.setdefault("kl_penalty", self.kl_penalty.state_dict())
-        params.setdefault("reward_scale", self.reward_scale.state_dict())
+        if not self.norm_reward:
+            params.pop("reward_scale", None)
         arguments.check_optimizer_states(params)
         super().set_parameters(params, exact_match, device)
         self._normalization = Normalization(self.policy, self._normalization.rewards)

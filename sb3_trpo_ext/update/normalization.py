@@ -149,32 +149,36 @@ def normalized_parts(space: spaces.Space[Any]) -> dict[str, tuple[int, ...]]:
     return {key: part.shape for key, part in parts.items() if isinstance(part, spaces.Box) and len(part.shape) < 3}
 
 
-class RewardScale:
+class RewardScale(nn.Module):
     """
     Divides rewards by the standard deviation of the discounted return so far, as SB3's ``VecNormalize`` does.
 
-    Under ``torchrun``, of the returns of all processes.
+    Under ``torchrun``, of the returns of all processes. A module for its state dict, which is saved with a model; on the CPU.
 
     :param gamma: discount factor
     """
 
+    n: th.Tensor
+    mean: th.Tensor
+    m2: th.Tensor
+
     def __init__(self, gamma: float):
+        super().__init__()
         self.gamma = gamma
-        self._moments: Moments | None = None
+        for name in Moments._fields:
+            self.register_buffer(name, th.zeros((), dtype=th.float64))
         #: Discounted sum of each environment's rewards in the present episode.
         self._returns: np.ndarray | None = None
 
     @property
     def scale(self) -> float:
         """What rewards are divided by: 1 before the first rollout, and as long as all returns have been equal."""
-        if self._moments is None or not self._moments.variance > 0:
-            return 1.0
-        return float((self._moments.variance + EPSILON).sqrt())
+        return float((self.m2 / self.n + EPSILON).sqrt()) if self.m2 > 0 else 1.0
 
     @property
     def is_fresh(self) -> bool:
         """Whether there have been no rewards yet."""
-        return self._moments is None
+        return not self.n
 
     def update(self, rewards: np.ndarray, dones: np.ndarray) -> None:
         """
@@ -192,19 +196,8 @@ class RewardScale:
         if not all_true(bool(np.isfinite(history).all())):
             self._returns = None
             return
-        new = all_joined(moments_of(th.as_tensor(history.flatten())))
-        self._moments = new if self._moments is None else joined(self._moments, new)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What is saved with a model."""
-        return {} if self._moments is None else self._moments._asdict()
-
-    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
-        """
-        Go on from what was saved; episodes that were running then are taken to start anew.
-
-        :param state: of :meth:`state_dict`
-        :param strict: not used
-        """
-        self._moments = Moments(**{name: value.cpu() for name, value in state.items()}) if state else None
-        self._returns = None
+        total = all_joined(moments_of(th.as_tensor(history.flatten())))
+        if not self.is_fresh:
+            total = joined(Moments(self.n, self.mean, self.m2), total)
+        for name, value in total._asdict().items():
+            getattr(self, name).copy_(value)
