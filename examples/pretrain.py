@@ -33,7 +33,7 @@ def main() -> None:
     states = th.as_tensor(np.concatenate(observations))
     actions = th.as_tensor(expert(states.numpy()))
     # What normalizes the observations, before anything is learned from them
-    model.policy.features_extractor.update(states)
+    model.observe(states)
     for _ in range(100):
         _, log_prob, _ = model.policy.evaluate_actions(states, actions)
         model.policy.optimizer.zero_grad()

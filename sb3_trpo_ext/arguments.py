@@ -11,6 +11,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
+from torch import nn
 
 from sb3_trpo_ext._checks import (
     ArgumentError,
@@ -83,6 +84,16 @@ def check_optimizer_states(params: dict[str, Any]) -> None:
                 f"`{name}` has not the state of an optimizer: {' and '.join(sorted(missing))} missing. `get_parameters` and "
                 "`state_dict` of an optimizer return both."
             )
+
+
+def check_normalization(policy: nn.Module, given: Iterable[str]) -> None:
+    """Check, before parameters are loaded, that both or neither of the policies normalize their observations."""
+    ours, theirs = (any(".normalizations." in name for name in names) for names in (policy.state_dict(), given))
+    if given and ours != theirs:
+        raise RuntimeError(
+            f"The policy of these parameters {'does not normalize' if ours else 'normalizes'} its observations, and this one "
+            f"{'does' if ours else 'does not'}: make the model with norm_obs={not ours}."
+        )
 
 
 def check_action_space(space: spaces.Space) -> None:

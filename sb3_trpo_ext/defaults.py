@@ -6,10 +6,11 @@ from typing import Any
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import DiagGaussianDistribution
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wrapper
 from torch import nn
 
+from sb3_trpo_ext._checks import ArgumentError
 from sb3_trpo_ext.policies import POLICY_ALIASES
 from sb3_trpo_ext.update.normalization import NormalizedExtractor, normalized_parts
 
@@ -71,6 +72,12 @@ def target_kl(action_space: spaces.Space[Any], n_samples: int, total_timesteps: 
     return n_dims * min(slope * (progress_remaining + n_samples / total_timesteps / 2), MAX_KL)
 
 
+def is_stock(policy: type) -> bool:
+    """Whether a class of policies is one of ours or of Stable-Baselines3."""
+    sb3s = (ActorCriticPolicy, ActorCriticCnnPolicy, MultiInputActorCriticPolicy)
+    return policy in (*POLICY_ALIASES.values(), *sb3s)
+
+
 def normalizes_observations(norm_obs: bool | str, policy: type, policy_kwargs: dict[str, Any], env: VecEnv | None) -> bool:
     """
     Whether a policy normalizes its observations.
@@ -82,12 +89,21 @@ def normalizes_observations(norm_obs: bool | str, policy: type, policy_kwargs: d
     :param policy_kwargs: its arguments
     :param env: the training environment
     :return: the decision
+    :raises ValueError: if it was asked for and cannot be done
     """
     if norm_obs != "auto":
+        if norm_obs and not is_stock(policy):
+            raise ArgumentError(
+                f"`norm_obs=True` needs a policy of Stable-Baselines3, and {policy.__name__} may have features extractors of "
+                "its own: use VecNormalize."
+            )
+        if norm_obs and env is not None and not normalized_parts(env.observation_space):
+            raise ArgumentError(f"`norm_obs=True` has no vector to normalize in {env.observation_space}: leave it out.")
         return bool(norm_obs)
-    is_own = policy not in POLICY_ALIASES.values() or "features_extractor_class" in policy_kwargs
-    if env is None or is_own or not normalized_parts(env.observation_space):
+    parts = {} if env is None else normalized_parts(env.observation_space)
+    if not parts or not is_stock(policy) or "features_extractor_class" in policy_kwargs:
         return False
+    assert env is not None
     wrapper = unwrap_vec_wrapper(env, VecNormalize)
     return not (isinstance(wrapper, VecNormalize) and wrapper.norm_obs)
 
@@ -122,14 +138,15 @@ def policy_kwargs(given: dict[str, Any], norm_obs: bool) -> dict[str, Any]:
 
 
 @th.no_grad()
-def spread_over_bounds_(policy: ActorCriticPolicy) -> None:
+def spread_over_bounds_(policy: ActorCriticPolicy, with_std: bool) -> None:
     """
     Let an untrained Gaussian policy act over the range of its action space.
 
-    The mean starts in the middle of the bounds, and the standard deviation at :data:`START_STD` of half their distance.
+    The mean starts near the middle of the bounds, and the standard deviation at :data:`START_STD` of half their distance.
     Other distributions keep SB3's start, and so do dimensions whose bounds mean nothing.
 
     :param policy: whose ``action_net`` and ``log_std`` change
+    :param with_std: whether the standard deviation is to change
     """
     space = policy.action_space
     if type(policy.action_dist) is not DiagGaussianDistribution or not isinstance(space, spaces.Box):
@@ -138,5 +155,7 @@ def spread_over_bounds_(policy: ActorCriticPolicy) -> None:
     low, high = (th.as_tensor(bound.flatten(), dtype=th.float64) for bound in (space.low, space.high))
     half = (high - low) / 2
     is_range = (half > 0) & (half <= MAX_RANGE)
+    policy.action_net.weight.mul_(th.where(is_range, half, 1).float().to(policy.device)[:, None])
     policy.action_net.bias.copy_(th.where(is_range, (low + high) / 2, 0).float())
-    policy.log_std.copy_(th.where(is_range, START_STD * half, 1).log().float())
+    if with_std:
+        policy.log_std.copy_(th.where(is_range, START_STD * half, 1).log().float())

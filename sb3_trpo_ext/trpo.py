@@ -33,7 +33,7 @@ from sb3_trpo_ext.update.clipping import action_bounds
 from sb3_trpo_ext.update.critic import CriticFit, fit_critic
 from sb3_trpo_ext.update.distributions import family_of
 from sb3_trpo_ext.update.log import record_update, warn_if_rejected
-from sb3_trpo_ext.update.normalization import RewardScale
+from sb3_trpo_ext.update.normalization import RewardScale, normalized_extractors
 from sb3_trpo_ext.update.optimizers import expanded_state
 from sb3_trpo_ext.update.settings import no_argument_checks, twice_differentiable_attention
 from sb3_trpo_ext.update.structure import PolicyParts, drop_graph_, unfrozen_parts
@@ -236,8 +236,8 @@ class TRPO(OnPolicyAlgorithm):
         given, self.policy_kwargs = self.policy_kwargs, defaults.policy_kwargs(self.policy_kwargs, self.norm_obs)
         super()._setup_model()
         self.policy_kwargs = given
-        if self.policy_class in POLICY_ALIASES.values() and "log_std_init" not in given:
-            defaults.spread_over_bounds_(self.policy)
+        if defaults.is_stock(self.policy_class):
+            defaults.spread_over_bounds_(self.policy, with_std="log_std_init" not in given)
         self.reward_scale = RewardScale(self.gamma)
         self._normalization = Normalization(self.policy, self.reward_scale if self.norm_reward else None)
         if issubclass(self.policy.optimizer_class, th.optim.LBFGS):
@@ -281,6 +281,7 @@ class TRPO(OnPolicyAlgorithm):
                 f"`trust_region` has become {self.trust_region!r}, which is decided when a model is made: save it, and load "
                 f"it with trust_region={self.trust_region!r}."
             )
+        self._normalization.check(self)
         if not self._parts.actor_params and not self._parts.critic_params:
             raise ArgumentError(
                 f"No parameter of {type(self.policy).__name__} that actions or values depend on requires a gradient: there is "
@@ -303,9 +304,9 @@ class TRPO(OnPolicyAlgorithm):
         :raises RuntimeError: if a process of the environment has died
         """
         self._check_ready()
-        env = self._normalization.environment(env)
+        env = self._normalization.environment(env, self.policy)
         is_full, self._acted = collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)
-        if is_full and self._normalization.after_rollout(self, rollout_buffer):
+        if is_full and self._normalization.after_rollout(self, rollout_buffer, self._acted.is_of(self.policy)):
             self._acted = Snapshot(self.policy)
         return is_full and not (isinstance(callback, launch.RankCallback) and callback.is_over)
 
@@ -470,6 +471,7 @@ class TRPO(OnPolicyAlgorithm):
             callback, progress_bar = launch.RankCallback(launch.running_statistics(self), callback, progress_bar), False
         if reset_num_timesteps:
             self._unspent_kl = 0.0
+            self.reward_scale.start_episodes()
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _excluded_save_params(self) -> list[str]:
@@ -538,6 +540,9 @@ class TRPO(OnPolicyAlgorithm):
         device = launch.rank_device(device)
         saved = saved_attributes(path)
         arguments.check_attributes(cls, kwargs, saved)
+        if "n_steps" in {**kwargs, **(custom_objects or {})}:
+            # Not what it had come to by itself, even if it is the same number
+            kwargs = {**kwargs, "_auto_n_steps": None}
         if "norm_obs" not in saved:
             # An earlier version, or sb3-contrib: the agent never normalized anything
             kwargs = {"norm_obs": False, "norm_reward": False, **kwargs}
@@ -547,6 +552,25 @@ class TRPO(OnPolicyAlgorithm):
         # SB3 draws the noise of gSDE with a graph
         drop_graph_(model.policy.action_dist)
         return model
+
+    def observe(self, observations: Any) -> None:
+        """
+        Add observations to the statistics that normalize them, such as those of demonstrations before a pretraining.
+
+        :param observations: as the environment returns them: an array or a tensor of shape ``(..., *shape)``, or a dict of
+            those
+        """
+        for extractor in normalized_extractors(self.policy):
+            extractor.update(observations)
+
+    def get_parameters(self) -> dict[str, dict[str, Any]]:
+        """
+        Return the parameters of the policy, the optimizers and the scale of rewards.
+
+        :return: names and state dicts
+        """
+        self._normalization.protect_(self.policy)
+        return super().get_parameters()
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
@@ -581,6 +605,8 @@ class TRPO(OnPolicyAlgorithm):
             params.setdefault("kl_penalty", self.kl_penalty.state_dict())
         if not self.norm_reward:
             params.pop("reward_scale", None)
+        if exact_match:
+            arguments.check_normalization(self.policy, params.get("policy") or {})
         arguments.check_optimizer_states(params)
         super().set_parameters(params, exact_match, device)
         self._normalization = Normalization(self.policy, self._normalization.rewards)

@@ -1,6 +1,7 @@
 """What the arguments that are left to TRPO come to, and the normalization that it brings."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch as th
 from agents import RandomEnv, UpdateLog, assert_identical, collect, make_model, random_vec_env, train
 from gymnasium import spaces
 from helpers import VECTOR
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -28,6 +31,12 @@ def statistics_of(model: TRPO) -> RunningNormalization:
     (normalization,) = extractor.normalizations.values()
     assert isinstance(normalization, RunningNormalization)
     return normalization
+
+
+def parameter(model: Any, name: str) -> th.Tensor:
+    """A parameter of a policy."""
+    found: th.Tensor = model.policy.get_parameter(name)
+    return found
 
 
 class FarEnv(RandomEnv):
@@ -309,10 +318,99 @@ def test_a_pretrained_policy_stays_what_it_is() -> None:
 def test_statistics_of_demonstrations_are_kept_and_followed() -> None:
     model = TRPO("MlpPolicy", DummyVecEnv([FarEnv]), **SMALL, n_steps=64)
     policy: Any = model.policy
-    policy.features_extractor.update(np.array([FarEnv().observe() for _ in range(20)]))
+    model.observe(np.array([FarEnv().observe() for _ in range(20)]))
     with th.no_grad():
         policy.action_net.bias.add_(0.1)
     collect(model)
     assert int(statistics_of(model).n_samples) == 20
     train(model)
     assert int(statistics_of(model).n_samples) == 84
+
+
+def test_pretraining_survives_saving_and_loading(tmp_path: Path) -> None:
+    model = TRPO("MlpPolicy", DummyVecEnv([FarEnv]), **SMALL, n_steps=64)
+    with th.no_grad():
+        parameter(model, "action_net.weight").add_(0.1)
+    with pytest.warns(UserWarning, match="changed before its first rollout"):
+        model.save(tmp_path / "model")
+    loaded = TRPO.load(tmp_path / "model", env=DummyVecEnv([FarEnv]), device="cpu")
+    loaded.learn(64)
+    assert int(statistics_of(loaded).n_samples) == FROZEN
+
+
+def test_an_untrained_model_that_is_loaded_is_normalized(tmp_path: Path) -> None:
+    model = TRPO("MlpPolicy", DummyVecEnv([FarEnv]), **SMALL, n_steps=64)
+    with th.no_grad():
+        parameter(model, "log_std").fill_(-1)  # not what observations go through
+    model.save(tmp_path / "model")
+    loaded = TRPO.load(tmp_path / "model", env=DummyVecEnv([FarEnv]), device="cpu").learn(64)
+    assert int(statistics_of(loaded).n_samples) == 64
+    copy.deepcopy(loaded.policy)
+
+
+def test_a_bad_observation_in_the_first_rollout_does_not_end_the_normalization() -> None:
+    class OnceInfinite(RandomEnv):
+        n_observed = 0
+
+        def observe(self) -> Any:
+            self.n_observed += 1
+            observation = super().observe()
+            return observation * np.float32(np.inf) if self.n_observed == 20 else observation
+
+    model = TRPO("MlpPolicy", DummyVecEnv([OnceInfinite]), **SMALL, n_steps=64)
+    model.learn(64 * 3)
+    assert int(statistics_of(model).n_samples) == 128
+
+
+def test_truncated_episodes_of_the_first_rollout_have_values_in_the_unit_of_the_rewards() -> None:
+    class Tiny(RandomEnv):
+        def reward(self, action: Any) -> float:
+            return 0.001 * super().reward(action)
+
+    class Checked(TRPO):
+        def train(self) -> None:
+            # A value is at most a few units; divided by the scale it would be hundreds
+            largest.append(float(np.abs(self.rollout_buffer.rewards).max()))
+            super().train()
+
+    largest: list[float] = []
+    Checked("MlpPolicy", DummyVecEnv([Tiny]), **SMALL, n_steps=64).learn(128)
+    assert max(largest) < 5
+
+
+def test_a_policy_that_changes_in_the_first_rollout_keeps_its_log_probabilities() -> None:
+    class Change(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == 32:
+                with th.no_grad():
+                    parameter(self.model, "log_std").fill_(-3)
+            return True
+
+    log_probs = []
+    for norm_reward in (True, False):
+        model = TRPO("MlpPolicy", DummyVecEnv([RandomEnv]), **SMALL, n_steps=64, norm_obs=False, norm_reward=norm_reward)
+        _, callback = model._setup_learn(1000, Change())
+        assert model.env is not None
+        model.collect_rollouts(model.env, callback, model.rollout_buffer, 64)
+        log_probs.append(model.rollout_buffer.log_probs.copy())
+    np.testing.assert_array_equal(*log_probs)
+
+
+@pytest.mark.parametrize("name", ["norm_obs", "norm_reward"])
+def test_a_switch_that_is_changed_later_is_named(name: str) -> None:
+    model = TRPO("MlpPolicy", RandomEnv(), **SMALL, n_steps=64)
+    setattr(model, name, False)
+    with pytest.raises(ValueError, match=f"`{name}` has become False, which is decided when a model is made"):
+        model.learn(64)
+
+
+def test_what_cannot_be_normalized_is_named() -> None:
+    class Own(ActorCriticPolicy):
+        pass
+
+    with pytest.raises(ValueError, match="`norm_obs=True` needs a policy of Stable-Baselines3, and Own"):
+        make_model(policy=Own, norm_obs=True)
+    with pytest.raises(ValueError, match="`norm_obs=True` has no vector to normalize"):
+        make_model(RandomEnv(spaces.Discrete(4)), norm_obs=True)
+    with pytest.raises(RuntimeError, match=r"does not normalize its observations, and this one does: .*norm_obs=False"):
+        make_model(norm_obs=True).set_parameters(make_model().get_parameters())  # type: ignore[arg-type]

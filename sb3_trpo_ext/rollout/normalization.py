@@ -1,6 +1,7 @@
 """Rollouts with scaled rewards, and the first rollout of a training, which there are no statistics for."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -12,15 +13,14 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
-from sb3_trpo_ext.parallel.reductions import all_true
-from sb3_trpo_ext.rollout.snapshot import Snapshot
+from sb3_trpo_ext._checks import ArgumentError
 from sb3_trpo_ext.update.batch import rollout_batch, take
 from sb3_trpo_ext.update.normalization import CLIP, NormalizedExtractor, RewardScale, normalized_extractors
 
 _PRETRAINED = (
     "The policy was changed before its first rollout, as by pretraining. Its observations will not be normalized, since that "
     "would make it another policy: pass norm_obs=False to say that this is meant. To normalize them, call "
-    "`policy.features_extractor.update` with those of the demonstrations before the pretraining."
+    "`model.observe` with those of the demonstrations before the pretraining."
 )
 #: Samples that are evaluated at a time.
 _CHUNK = 4096
@@ -40,6 +40,8 @@ class ScaledRewards(VecEnvWrapper):
         #: One array per step, as are the ends of episodes.
         self.rewards: list[np.ndarray] = []
         self.dones: list[np.ndarray] = []
+        #: Truncated episodes while there is no scale: step, environment and last observation.
+        self.truncated: list[tuple[int, int, Any]] = []
 
     def reset(self) -> VecEnvObs:
         """Reset the environments."""
@@ -48,6 +50,10 @@ class ScaledRewards(VecEnvWrapper):
     def step_wait(self) -> VecEnvStepReturn:
         """Wait for the step, and scale its rewards."""
         observations, rewards, dones, infos = self.venv.step_wait()
+        if self.scale is None:
+            for index in np.flatnonzero(dones):
+                if infos[index].get("TimeLimit.truncated", False) and "terminal_observation" in infos[index]:
+                    self.truncated.append((len(self.rewards), int(index), infos[index]["terminal_observation"]))
         self.rewards.append(np.array(rewards))
         self.dones.append(np.array(dones))
         scaled = rewards if self.scale is None else np.clip(rewards / self.scale, -CLIP, CLIP)
@@ -67,50 +73,80 @@ class Normalization:
 
     def __init__(self, policy: ActorCriticPolicy, rewards: RewardScale | None):
         self.rewards = rewards
-        self._untrained = Snapshot(policy)
+        self.has_observations = bool(normalized_extractors(policy))
+        #: The networks before any training; ``None`` after the first update.
+        self._untrained: dict[str, th.Tensor] | None = _networks(policy)
         self._env: ScaledRewards | None = None
         #: What has the observations of the last rollout already.
         self._observed: list[NormalizedExtractor] = []
 
-    def environment(self, env: VecEnv) -> VecEnv:
+    def check(self, model: Any) -> None:
+        """
+        Check, before a rollout or an update, that what is normalized is what the model says.
+
+        :param model: with the arguments of TRPO
+        :raises ValueError: if ``norm_obs`` or ``norm_reward`` has been changed
+        """
+        for name, is_on in (("norm_obs", self.has_observations), ("norm_reward", self.rewards is not None)):
+            if bool(getattr(model, name)) != is_on:
+                value = getattr(model, name)
+                raise ArgumentError(f"`{name}` has become {value!r}, which is decided when a model is made: make another one.")
+
+    def environment(self, env: VecEnv, policy: ActorCriticPolicy) -> VecEnv:
         """
         The environment of the next rollout.
 
         :param env: as the model has it
-        :return: the same, or around it what scales the rewards
+        :param policy: that acts in it
+        :return: the same, or around it what scales and records the rewards
         """
-        if self.rewards is None:
-            return env
-        self._env = ScaledRewards(env, None if self.rewards.is_fresh else self.rewards.scale)
-        return self._env
+        self._env = None
+        if self.rewards is not None or any(extractor.is_fresh for extractor in normalized_extractors(policy)):
+            is_known = self.rewards is not None and not self.rewards.is_fresh
+            self._env = ScaledRewards(env, self.rewards.scale if self.rewards is not None and is_known else None)
+        return self._env or env
 
-    def after_rollout(self, model: OnPolicyAlgorithm, buffer: RolloutBuffer) -> bool:
+    def protect_(self, policy: ActorCriticPolicy) -> None:
+        """
+        Leave the observations of a policy alone that has been trained before there were statistics.
+
+        Normalizing them would make it another policy.
+
+        :param policy: whose statistics are frozen in that case
+        """
+        fresh = [extractor for extractor in normalized_extractors(policy) if extractor.is_fresh]
+        if not fresh or self._untrained is None or _are_equal(self._untrained, _networks(policy)):
+            return
+        for extractor in fresh:
+            extractor.freeze()
+        warnings.warn(_PRETRAINED, stacklevel=4)
+
+    def after_rollout(self, model: OnPolicyAlgorithm, buffer: RolloutBuffer, has_acted: bool) -> bool:
         """
         Add a rollout to the statistics of rewards, and the first one to those of observations.
 
-        A policy that has been trained elsewhere before stays the function that it is: its observations are not normalized.
-
         :param model: after the rollout
         :param buffer: full
-        :return: whether the contents of the buffer are now those of the policy with its first statistics
+        :param has_acted: whether all actions are those of the policy as it is now
+        :return: whether the policy has changed, and the contents of the buffer with it
         """
-        fresh = [extractor for extractor in normalized_extractors(model.policy) if extractor.is_fresh]
-        if fresh and not all_true(self._untrained.is_of(model.policy)):
-            for extractor in fresh:
-                extractor.freeze()
-            fresh = []
-            warnings.warn(_PRETRAINED, stacklevel=5)
-        has_raw_rewards = self._env is not None and self._env.scale is None
+        self.protect_(model.policy)
         if self.rewards is not None and self._env is not None:
+            self.rewards.gamma = model.gamma
             self.rewards.update(np.array(self._env.rewards), np.array(self._env.dones))
-        is_stock = type(buffer) in (RolloutBuffer, DictRolloutBuffer) and not buffer.generator_ready
-        if not is_stock or not (fresh or has_raw_rewards):
+        env, self._env = self._env, None
+        if env is None or env.scale is not None or not isinstance(buffer, RolloutBuffer) or buffer.generator_ready:
             return False
+        is_stock = type(buffer) in (RolloutBuffer, DictRolloutBuffer)
+        extractors = normalized_extractors(model.policy) if has_acted and is_stock else []
+        fresh = [extractor for extractor in extractors if extractor.is_fresh]
         for extractor in fresh:
             extractor.update(buffer.observations)
         self._observed = fresh
-        renormalize_(model, buffer, self.rewards.scale if self.rewards is not None and has_raw_rewards else None)
-        return True
+        if fresh:
+            evaluate_again_(model, buffer)
+        reward_again_(model, buffer, env, self.rewards)
+        return bool(fresh)
 
     def after_update(self, model: OnPolicyAlgorithm) -> None:
         """
@@ -118,23 +154,31 @@ class Normalization:
 
         :param model: after the update
         """
+        self._untrained = None
         for extractor in normalized_extractors(model.policy):
             if extractor not in self._observed:
                 extractor.update(model.rollout_buffer.observations)
         self._observed = []
 
 
-@th.no_grad()
-def renormalize_(model: OnPolicyAlgorithm, buffer: RolloutBuffer, scale: float | None) -> None:
-    """
-    Give a rollout that was collected before there were statistics the ones that it has led to.
+def _networks(policy: ActorCriticPolicy) -> dict[str, th.Tensor]:
+    """Copies of what the observations go through."""
+    return {name: param.detach().clone() for name, param in policy.named_parameters() if name != "log_std"}
 
-    Values and log-probabilities become those of the policy with its statistics as they are now, so that the ratio is 1 when
-    the update begins. The policy is untrained then: its actions hardly depend on the observations.
+
+def _are_equal(first: dict[str, th.Tensor], second: dict[str, th.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(th.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@th.no_grad()
+def evaluate_again_(model: OnPolicyAlgorithm, buffer: RolloutBuffer) -> None:
+    """
+    Give a rollout the values and log-probabilities of the policy with its first statistics.
+
+    So the ratio is 1 when the update begins. The policy is untrained: its actions hardly depend on the observations.
 
     :param model: after the rollout
-    :param buffer: SB3's own, full
-    :param scale: what rewards are divided by, if they have not been yet
+    :param buffer: full
     """
     is_discrete = isinstance(model.action_space, spaces.Discrete)
     batch = rollout_batch(buffer, is_discrete, normalize_advantage=False)
@@ -143,7 +187,22 @@ def renormalize_(model: OnPolicyAlgorithm, buffer: RolloutBuffer, scale: float |
     for array, column in zip((buffer.values, buffer.log_probs), zip(*outputs, strict=True), strict=True):
         # SB3 flattens a buffer environment by environment
         array[:] = th.cat(column).reshape(array.shape[::-1]).T.cpu().numpy()
-    if scale is not None:
-        np.clip(buffer.rewards / scale, -CLIP, CLIP, out=buffer.rewards)
+
+
+@th.no_grad()
+def reward_again_(model: OnPolicyAlgorithm, buffer: RolloutBuffer, env: ScaledRewards, rewards: RewardScale | None) -> None:
+    """
+    Give a rollout the rewards in the first scale, and advantages and returns of these.
+
+    :param model: after the rollout
+    :param buffer: full
+    :param env: with the rewards as they came
+    :param rewards: the scale; ``None`` for 1
+    """
+    raw = np.array(env.rewards)
+    buffer.rewards[:] = raw if rewards is None else np.clip(raw / rewards.scale, -CLIP, CLIP)
+    for step, index, observation in env.truncated:
+        value = model.policy.predict_values(model.policy.obs_to_tensor(observation)[0])
+        buffer.rewards[step, index] += model.gamma * float(value)
     last_values = model.policy.predict_values(obs_as_tensor(model._last_obs, model.device))  # type: ignore[arg-type]
     buffer.compute_returns_and_advantage(last_values, dones=np.asarray(model._last_episode_starts))

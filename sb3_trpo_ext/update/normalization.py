@@ -180,6 +180,10 @@ class RewardScale(nn.Module):
         """Whether there have been no rewards yet."""
         return not self.n
 
+    def start_episodes(self) -> None:
+        """Forget the episodes that are running: the environments are reset."""
+        self._returns = None
+
     def update(self, rewards: np.ndarray, dones: np.ndarray) -> None:
         """
         Add the rewards of a rollout, if all of them are finite.
