@@ -3,9 +3,11 @@
     python -m benchmarks.studies.one_setting "budget 1, std 0.6" --tasks choosing --seeds 100 101
 
 A candidate is described by its name: the KL of the training per action dimension in nats (``budget``), the standard deviation
-at the start (``std``), and optionally the damping of the Fisher matrix in units of its mean diagonal (``damping``; without it,
-0.2 per action dimension) and another number of steps (``steps``). All train in 16 environments, in EnvPool where it has the
-task, with VecNormalize. ``results/one_setting.csv`` has a row per run, and ``python -m benchmarks.tables`` writes the table.
+at the start (``std``), and what is not as in the defaults below: the damping of the Fisher matrix per action dimension
+(``damping``) or in units of its mean diagonal (``relative``), the number of environments (``envs``) and of steps in each
+(``rollout``), the learning rate of the critic (``lr``), the length of the training (``steps``). All train in EnvPool where it
+has the task, with VecNormalize. ``results/one_setting.csv`` has a row per run, and ``python -m benchmarks.tables`` writes the
+table.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from sb3_trpo_ext.defaults import n_action_dims
 from sb3_trpo_ext.update.surrogate import Surrogate
 
 FILE = ROOT / "results" / "one_setting.csv"
-N_ENVS, N_STEPS = 16, 128
+DEFAULTS = {"damping": 0.2, "envs": 16, "rollout": 128, "lr": 3e-4}
 
 
 class RelativeDamping(TRPO):
@@ -49,19 +51,22 @@ def training(name: str, task: Task, seed: int) -> defaults.Job:
     :param seed: of the training
     :return: what to do
     """
-    numbers = {word: float(number) for word, number in (part.split() for part in name.split(", "))}
+    given = {word: float(number) for word, number in (part.split() for part in name.split(", "))}
+    numbers = {**DEFAULTS, **given}
+    n_envs, n_rollout = int(numbers["envs"]), int(numbers["rollout"])
     n_steps = int(numbers.get("steps", task.n_steps))
     space = task.make().action_space
     n_dims = n_action_dims(space)
-    is_relative = "damping" in numbers
-    first_kl = 2 * numbers["budget"] * n_dims * N_ENVS * N_STEPS / n_steps
+    is_relative = "relative" in numbers
+    first_kl = 2 * numbers["budget"] * n_dims * n_envs * n_rollout / n_steps
     settings = {
-        "n_steps": N_STEPS,
+        "n_steps": n_rollout,
+        "learning_rate": numbers["lr"],
         "target_kl": LinearSchedule(first_kl, 0.0, 1.0),
-        "cg_damping": numbers["damping"] if is_relative else 0.2 * n_dims,
+        "cg_damping": numbers["relative"] if is_relative else numbers["damping"] * n_dims,
         "policy_kwargs": {"log_std_init": math.log(numbers["std"])} if isinstance(space, spaces.Box) else {},
     }
-    agent = defaults.Agent(RelativeDamping if is_relative else TRPO, N_ENVS, True, settings, is_in_envpool=True)
+    agent = defaults.Agent(RelativeDamping if is_relative else TRPO, n_envs, True, settings, is_in_envpool=True)
     return defaults.Job(task.name, n_steps, name, agent, seed)
 
 
