@@ -2,6 +2,10 @@
 
 from typing import Any
 
+from gymnasium import spaces
+
+from sb3_trpo_ext.contrib import joint_kl_factor
+
 #: For one action dimension: `target_kl` and `cg_damping` are multiplied by their number. The standard deviation starts as it
 #: does there with `policy_kwargs=dict(log_std_init=0)`.
 DEFAULTS: dict[str, Any] = {
@@ -13,3 +17,8 @@ DEFAULTS: dict[str, Any] = {
     "norm_obs": False,
     "norm_reward": False,
 }
+
+
+def settings(space: spaces.Space) -> dict[str, Any]:
+    """The defaults for an action space, in units of the joint KL."""
+    return DEFAULTS | {name: DEFAULTS[name] * joint_kl_factor(space) for name in ("target_kl", "cg_damping")}

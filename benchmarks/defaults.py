@@ -27,7 +27,6 @@ import pandas
 import sb3_contrib
 import torch as th
 from gymnasium import spaces
-from rliable import library, metrics
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -39,6 +38,7 @@ from benchmarks.markdown import table
 from benchmarks.tasks import CHOOSING, JUDGING, TASKS, Task
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.envs import EnvPoolVecEnv
+from sb3_trpo_ext.tools.comparison_table import interquartile_means
 
 RESULTS = Path(__file__).parents[1] / "results" / "defaults.csv"
 COLUMNS = ("task", "agent", "seed", "steps", "return", "return_std", "episodes", "seconds", "curve")
@@ -232,18 +232,6 @@ def best_rivals(frame: pandas.DataFrame) -> dict[str, str]:
     return dict(means.idxmax(axis=1))
 
 
-def interquartile_mean(scores: dict[str, np.ndarray]) -> dict[str, tuple[float, float, float]]:
-    """
-    Interquartile mean over tasks and seeds with its 95% interval, by rliable's stratified bootstrap.
-
-    :param scores: by agent, shape ``(n_seeds, n_tasks)``
-    :return: mean and the ends of the interval, by agent
-    """
-    np.random.seed(0)  # noqa: NPY002 rliable draws from this generator
-    mean, interval = library.get_interval_estimates(scores, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=2000)
-    return {name: (float(mean[name][0]), *(float(end[0]) for end in interval[name])) for name in scores}
-
-
 def tables() -> dict[str, str]:
     """Tables of the judging half, by name."""
     frame = scored(pandas.read_csv(RESULTS))
@@ -266,8 +254,9 @@ def tables() -> dict[str, str]:
     n_seeds = min((len(column) for column in matrices[OURS]), default=0)
     summary = []
     if n_seeds:
-        arrays = {name: np.array([column[:n_seeds] for column in columns]).T for name, columns in matrices.items()}
-        for name, (mean, low, high) in interquartile_mean(arrays).items():
+        for name, columns in matrices.items():
+            scores_of_all = np.array([column[:n_seeds] for column in columns]).T
+            (mean,), ((low,), (high,)) = interquartile_means(scores_of_all[..., None])
             summary.append([name, len(rows), n_seeds, f"{mean:.2f} [{low:.2f}, {high:.2f}]"])
     return {
         "defaults": table(head, rows),

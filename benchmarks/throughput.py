@@ -36,7 +36,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from benchmarks import contrib
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.contrib import joint_kl_factor
 from sb3_trpo_ext.envs import EnvPoolVecEnv
 from sb3_trpo_ext.rollout import actors, collect
 
@@ -107,8 +106,7 @@ def make_models(case: Case, n_critic_updates: int, batch_size: int, seed: int = 
     shared: dict[str, Any] = {"n_steps": case.n_steps, "n_critic_updates": n_critic_updates, "batch_size": batch_size}
     shared |= {"seed": seed, "device": "cpu", "policy_kwargs": {"net_arch": case.net_arch}}
     env = case.make_ours(case.env, case.n_envs, seed)
-    units = {name: contrib.DEFAULTS[name] * joint_kl_factor(env.action_space) for name in ("target_kl", "cg_damping")}
-    ours = TRPO("MlpPolicy", env, **{**contrib.DEFAULTS, **units, **shared, **dict(case.options)})
+    ours = TRPO("MlpPolicy", env, **{**contrib.settings(env.action_space), **shared, **dict(case.options)})
     theirs = sb3_contrib.TRPO("MlpPolicy", case.make_theirs(case.env, case.n_envs, seed), **shared)
     theirs.policy.load_state_dict(ours.policy.state_dict())
     return {"ours": ours, "theirs": theirs}

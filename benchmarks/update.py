@@ -38,7 +38,6 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from benchmarks import contrib
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.contrib import joint_kl_factor
 from sb3_trpo_ext.optim.vectors import assign_, flatten
 from sb3_trpo_ext.update.surrogate import Surrogate
 
@@ -109,13 +108,12 @@ def make_pair(case: Case, n_critic_updates: int, device: str = "cpu", seed: int 
         env = VecNormalize(env)
     policy_kwargs: dict[str, Any] = {} if case.net_arch is None else {"net_arch": case.net_arch}
     shared: dict[str, Any] = {"n_steps": case.n_steps, "n_critic_updates": n_critic_updates, "seed": seed, "device": device}
-    units = {name: contrib.DEFAULTS[name] * joint_kl_factor(env.action_space) for name in ("target_kl", "cg_damping")}
     ours = TRPO(
         case.policy,
         env,
         # sb3-contrib's CnnPolicy shares the extractor; the same networks for both
         policy_kwargs={**policy_kwargs, **({"share_features_extractor": True} if case.policy == "CnnPolicy" else {})},
-        **{**contrib.DEFAULTS, **units, **shared, **case.options},
+        **{**contrib.settings(env.action_space), **shared, **case.options},
     )
     theirs = sb3_contrib.TRPO(case.policy, env, policy_kwargs=policy_kwargs, **shared)
     _, callback = ours._setup_learn(1, None)

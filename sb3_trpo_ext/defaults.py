@@ -7,7 +7,8 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_wrapper
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import nn
 
 from sb3_trpo_ext._checks import ArgumentError
@@ -48,11 +49,6 @@ def n_steps(n_envs: int, batch_size: int) -> int:
     return -(-least // multiple) * multiple if multiple <= N_SAMPLES else least
 
 
-def n_action_dims(space: spaces.Space[Any]) -> int:
-    """Over how many dimensions of an action the KL is summed."""
-    return 1 if isinstance(space, spaces.Discrete) else math.prod(space.shape or ())
-
-
 def target_kl(action_space: spaces.Space[Any], n_samples: int, total_timesteps: int, progress_remaining: float) -> float:
     """
     Radius of the trust region for which the KL of a whole training adds up to :data:`KL_BUDGET` per action dimension.
@@ -68,8 +64,7 @@ def target_kl(action_space: spaces.Space[Any], n_samples: int, total_timesteps: 
     """
     total_timesteps = total_timesteps or MAX_TIMESTEPS
     slope = 2 * KL_BUDGET * n_samples / min(total_timesteps, MAX_TIMESTEPS)
-    n_dims = n_action_dims(action_space)
-    return n_dims * min(slope * (progress_remaining + n_samples / total_timesteps / 2), MAX_KL)
+    return get_action_dim(action_space) * min(slope * (progress_remaining + n_samples / total_timesteps / 2), MAX_KL)
 
 
 def is_stock(policy: type) -> bool:
@@ -104,8 +99,8 @@ def normalizes_observations(norm_obs: bool | str, policy: type, policy_kwargs: d
     if not parts or not is_stock(policy) or "features_extractor_class" in policy_kwargs:
         return False
     assert env is not None
-    wrapper = unwrap_vec_wrapper(env, VecNormalize)
-    return not (isinstance(wrapper, VecNormalize) and wrapper.norm_obs)
+    wrapper = unwrap_vec_normalize(env)
+    return wrapper is None or not wrapper.norm_obs
 
 
 def normalizes_rewards(norm_reward: bool | str, env: VecEnv | None) -> bool:
@@ -118,8 +113,8 @@ def normalizes_rewards(norm_reward: bool | str, env: VecEnv | None) -> bool:
     """
     if norm_reward != "auto":
         return bool(norm_reward)
-    wrapper = None if env is None else unwrap_vec_wrapper(env, VecNormalize)
-    return not (isinstance(wrapper, VecNormalize) and wrapper.norm_reward)
+    wrapper = None if env is None else unwrap_vec_normalize(env)
+    return wrapper is None or not wrapper.norm_reward
 
 
 def policy_kwargs(given: dict[str, Any], norm_obs: bool) -> dict[str, Any]:

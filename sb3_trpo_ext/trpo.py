@@ -13,6 +13,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
 from stable_baselines3.common.vec_env import VecEnv
@@ -392,7 +393,7 @@ class TRPO(OnPolicyAlgorithm):
         """Current damping of the Fisher matrix."""
         if self.cg_damping != arguments.AUTO:
             return self._scheduled("cg_damping", 0.0)
-        return defaults.CG_DAMPING * defaults.n_action_dims(self.action_space)
+        return defaults.CG_DAMPING * get_action_dim(self.action_space)
 
     def _carried_kl(self, target_kl: float) -> float:
         """What an update takes over of the budget that those before it have left."""

@@ -18,13 +18,13 @@ from typing import Any
 import pandas
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.utils import LinearSchedule
 
 from benchmarks import defaults
 from benchmarks.markdown import ROOT, table
 from benchmarks.tasks import TASKS, Task
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.defaults import n_action_dims
 from sb3_trpo_ext.update.surrogate import Surrogate
 
 FILE = ROOT / "results" / "one_setting.csv"
@@ -56,7 +56,7 @@ def training(name: str, task: Task, seed: int) -> defaults.Job:
     n_envs, n_rollout = int(numbers["envs"]), int(numbers["rollout"])
     n_steps = int(numbers.get("steps", task.n_steps))
     space = task.make().action_space
-    n_dims = n_action_dims(space)
+    n_dims = get_action_dim(space)
     is_relative = "relative" in numbers
     first_kl = 2 * numbers["budget"] * n_dims * n_envs * n_rollout / n_steps
     settings = {

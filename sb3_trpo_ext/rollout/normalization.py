@@ -74,8 +74,9 @@ class Normalization:
     def __init__(self, policy: ActorCriticPolicy, rewards: RewardScale | None):
         self.rewards = rewards
         self.has_observations = bool(normalized_extractors(policy))
-        #: The networks before any training; ``None`` after the first update.
-        self._untrained: dict[str, th.Tensor] | None = _networks(policy)
+        is_fresh = any(extractor.is_fresh for extractor in normalized_extractors(policy))
+        #: The networks before any training, as long as there are no statistics; ``None`` after the first update.
+        self._untrained: dict[str, th.Tensor] | None = _networks(policy) if is_fresh else None
         self._env: ScaledRewards | None = None
         #: What has the observations of the last rollout already.
         self._observed: list[NormalizedExtractor] = []

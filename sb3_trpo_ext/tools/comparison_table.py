@@ -18,9 +18,9 @@ N_BOOTSTRAP = 2000
 
 def interquartile_means(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
-    Interquartile mean over seeds with its 95% interval, by rliable's stratified bootstrap.
+    Interquartile mean over seeds, and tasks if there are several, with its 95% interval, by rliable's stratified bootstrap.
 
-    :param scores: shape ``(n_seeds, n_points)``
+    :param scores: shape ``(n_seeds, n_points)`` or ``(n_seeds, n_tasks, n_points)``
     :return: the means, shape ``(n_points,)``, and the ends of the intervals, shape ``(2, n_points)``; NaN for a single seed
     """
 
@@ -28,9 +28,9 @@ def interquartile_means(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.array([metrics.aggregate_iqm(values[..., point]) for point in range(values.shape[-1])])
 
     # rliable's runs, tasks and points
-    stacked = scores[:, None, :]
+    stacked = scores[:, None, :] if scores.ndim == 2 else scores
     if len(scores) == 1:
-        return means(stacked), np.full((2, scores.shape[1]), np.nan)
+        return means(stacked), np.full((2, scores.shape[-1]), np.nan)
     # rliable draws from NumPy's global generator, whatever `random_state` says
     state = np.random.get_state()  # noqa: NPY002
     np.random.seed(0)  # noqa: NPY002

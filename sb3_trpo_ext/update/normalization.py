@@ -53,12 +53,12 @@ class RunningNormalization(nn.Module):
 
         :param samples: shape ``(n_samples, *shape)``, on the CPU, where there is double precision
         """
-        if self.n_samples == FROZEN or not all_true(bool(th.isfinite(samples).all())):
+        if self.n_samples == FROZEN:
             return
-        total = all_joined(moments_of(samples))
-        if self.n_samples > 0:
-            n, mean, var = (buffer.cpu().double() for buffer in (self.n_samples, self.mean, self.var))
-            total = joined(Moments(n, mean, var * n), total)
+        n, mean, var = (buffer.cpu().double() for buffer in (self.n_samples, self.mean, self.var))
+        total = _with_samples(Moments(n, mean, var * n), samples)
+        if total is None:
+            return
         # Single precision first: some devices have no double
         self.mean.copy_(total.mean.float())
         self.var.copy_(total.variance.float())
@@ -197,11 +197,16 @@ class RewardScale(nn.Module):
         for returns, reward, is_end in zip(history, rewards, dones, strict=True):
             returns[:] = self._returns * self.gamma + reward
             self._returns = np.where(is_end, 0, returns)
-        if not all_true(bool(np.isfinite(history).all())):
+        total = _with_samples(Moments(self.n, self.mean, self.m2), th.as_tensor(history.flatten()))
+        if total is None:
             self._returns = None
             return
-        total = all_joined(moments_of(th.as_tensor(history.flatten())))
-        if not self.is_fresh:
-            total = joined(Moments(self.n, self.mean, self.m2), total)
         for name, value in total._asdict().items():
             getattr(self, name).copy_(value)
+
+
+def _with_samples(before: Moments, samples: th.Tensor) -> Moments | None:
+    """Moments with the samples of all processes; ``None`` if some of these are not finite."""
+    if not all_true(bool(th.isfinite(samples).all())):
+        return None
+    return joined(before, all_joined(moments_of(samples)))
