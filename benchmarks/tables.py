@@ -11,6 +11,7 @@ from benchmarks.markdown import ROOT, filled, pages, table
 from benchmarks.studies import one_setting, traffic, tried
 
 UPDATES = ("humanoid-8192", "humanoid-2048", "humanoid-65536", "images-1024", "cartpole-1024")
+UPDATES_ON_GPU = ("humanoid-8192", "images-8192", "images-1024", "cartpole-1024")
 THROUGHPUTS = ("cartpole-8", "humanoid-8", "humanoid-8-subproc", "humanoid-16-envpool")
 
 
@@ -30,17 +31,23 @@ def ratio(row: dict[str, Any], digits: int) -> str:
     return f"**{middle}x** ({low} to {high})"
 
 
-def update_tables() -> dict[str, str]:
-    """The tables about one update: speed and memory, quality of the step, phases."""
-    results = [load(f"update_{case}") for case in UPDATES]
-    speed, quality, phases = [], [], []
+def speed_table(results: list[dict[str, Any]]) -> str:
+    """Time and memory of one update."""
+    rows = []
     for result in results:
         cells = [result["case"], options(result)]
         for part in ("actor", "train"):
             row = result[part]
             cells += [f"{row['ours_s']:.3f} / {row['theirs_s']:.3f}", ratio(row, 1)]
-        speed.append([*cells, " / ".join(f"{result['memory_mib'][which]:.0f}" for which in ("ours", "theirs"))])
+        rows.append([*cells, " / ".join(f"{result['memory_mib'][which]:.0f}" for which in ("ours", "theirs"))])
+    return table(("case", "options", "actor, s", "ratio", "whole `train()`, s", "ratio", "memory of `train()`, MiB"), rows)
 
+
+def update_tables() -> dict[str, str]:
+    """The tables about one update: speed and memory, quality of the step, phases."""
+    results = [load(f"update_{case}") for case in UPDATES]
+    quality, phases = [], []
+    for result in results:
         ours, theirs = result["quality"]["ours"], result["quality"]["theirs"]
         fresh = [sum(each["fresh"]) / len(each["fresh"]) for each in (ours, theirs)]
         mean, error = (result["quality"][f"fresh_difference_{name}"] for name in ("mean", "standard_error"))
@@ -67,9 +74,8 @@ def update_tables() -> dict[str, str]:
             ]
         )
     return {
-        "update speed": table(
-            ("case", "options", "actor, s", "ratio", "whole `train()`, s", "ratio", "memory of `train()`, MiB"), speed
-        ),
+        "update speed": speed_table(results),
+        "update speed on a GPU": speed_table([load(f"update_cuda_{case}") for case in UPDATES_ON_GPU]),
         "update quality": table(
             ("case", "in-sample, ours / theirs", "fresh, ours / theirs", "difference on fresh data"), quality
         ),
