@@ -16,6 +16,9 @@ LOGS ?= logs
 # make test
 WORKERS ?= 2
 
+# pip leaves byte code to the first import. Without it, each process that a test starts would compile everything again.
+export PYTHONDONTWRITEBYTECODE :=
+
 SOURCES := $(wildcard .ci sb3_trpo_ext tests benchmarks examples docs)
 
 .DEFAULT_GOAL := help
