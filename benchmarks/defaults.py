@@ -4,18 +4,21 @@
     python -m benchmarks.defaults show
 
 An agent is an algorithm and its number of environments, each with all of its arguments at their defaults; "normalized" has the
-environments in SB3's VecNormalize, with its defaults. ``run`` trains each agent on each task with each seed, and adds a row to
-``results/defaults.csv``: the mean return of 20 deterministic episodes after the training, and the mean returns of the training
-episodes in each twentieth of the steps. A run that has a row is left out, so that an interrupted ``run`` can be repeated.
+environments in SB3's VecNormalize, with its defaults. "ppo-tuned" is PPO with RL-Zoo's settings for the task, if any.
+``run`` trains each agent on each task with each seed, and adds a row to ``results/defaults.csv``: the mean return of 20
+deterministic episodes after the training, and the mean returns of the training episodes in each twentieth of the steps. A run
+that has a row is left out, so that an interrupted ``run`` can be repeated.
 
 Settings are chosen on one half of the tasks (``choosing``) and judged on the other (``judging``): see :mod:`benchmarks.tasks`.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import multiprocessing
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -26,6 +29,7 @@ import numpy as np
 import pandas
 import sb3_contrib
 import torch as th
+import yaml
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
@@ -58,6 +62,8 @@ class Agent(NamedTuple):
     settings: dict[str, Any] = {}  # noqa: RUF012 it is not changed
     #: Whether it trains in EnvPool, where that has the task: the same physics, and faster.
     is_in_envpool: bool = False
+    #: Whether RL-Zoo's settings for the task are used, environments and normalization included.
+    is_tuned: bool = False
 
 
 class Job(NamedTuple):
@@ -76,14 +82,61 @@ RIVALS = {
     for n_envs in (1, 16)
     for is_normalized in (False, True)
 }
+TUNED = "ppo-tuned"
 AGENTS: dict[str, Agent] = {
     "random": Agent(None),
     **RIVALS,
+    TUNED: Agent(PPO, is_tuned=True),
     **{f"ours-{n_envs}": Agent(TRPO, n_envs) for n_envs in (1, 8, 16, 32)},
 }
 
 #: Ours, as it is compared with the rivals.
 OURS = "ours-16"
+
+
+#: Where RL-Zoo has settings for PPO under the name of an older version, and of the same simulator.
+TUNED_NAMES = {
+    "Walker2d-v5": "Walker2d-v4",
+    "Swimmer-v5": "Swimmer-v4",
+    "Humanoid-v5": "Humanoid-v4",
+    "InvertedDoublePendulum-v5": "InvertedDoublePendulum-v2",
+    "HumanoidStandup-v5": "HumanoidStandup-v2",
+}
+
+
+def tuned_settings() -> dict[str, dict[str, Any]]:
+    """RL-Zoo's settings of PPO, by the names of our tasks."""
+    import rl_zoo3
+
+    entries = yaml.safe_load((Path(rl_zoo3.__path__[0]) / "hyperparams" / "ppo.yml").read_text())
+    names = {task: TUNED_NAMES.get(task, task) for task in TASKS}
+    return {task: entries[name] for task, name in names.items() if name in entries}
+
+
+def tuned_model(task: Task, seed: int) -> OnPolicyAlgorithm:
+    """The PPO that ``python -m rl_zoo3.train --algo ppo`` makes, with the settings that it has for a task."""
+    from rl_zoo3.exp_manager import ExperimentManager
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        config = Path(folder, "ppo.yml")
+        config.write_text(yaml.safe_dump({task.name: tuned_settings()[task.name]}))
+        manager = ExperimentManager(
+            argparse.Namespace(),
+            "ppo",
+            task.name,
+            folder,
+            n_timesteps=task.n_steps,
+            eval_freq=-1,
+            seed=seed,
+            verbose=0,
+            device="cpu",
+            config=str(config),
+        )
+        experiment = manager.setup_experiment()
+    assert experiment is not None
+    model = experiment[0]
+    assert isinstance(model, OnPolicyAlgorithm)
+    return model
 
 
 def policy_for(space: spaces.Space) -> str:
@@ -136,15 +189,19 @@ def run(job: Job) -> dict[str, Any]:
     row = {"task": task.name, "agent": job.name, "seed": seed, "episodes": N_EPISODES}
     if agent.algorithm is None:
         return {**row, "steps": 0, **_random(evaluation, seed), "seconds": round(time.time() - started), "curve": ""}
-    venv = environments(task, agent, seed)
-    if agent.is_normalized:
-        venv = normalized(venv)
-        evaluation = normalized(evaluation, training=False, norm_reward=False)
-    model = agent.algorithm(policy_for(venv.observation_space), venv, seed=seed, device="cpu", **agent.settings)  # type: ignore
+    if agent.is_tuned:
+        model = tuned_model(task, seed)
+    else:
+        venv = environments(task, agent, seed)
+        if agent.is_normalized:
+            venv = normalized(venv)
+        model = agent.algorithm(policy_for(venv.observation_space), venv, seed=seed, device="cpu", **agent.settings)
     recorder = Returns()
     model.learn(task.n_steps, recorder)
-    if isinstance(venv, VecNormalize):
-        sync_envs_normalization(venv, evaluation)
+    training = model.get_vec_normalize_env()
+    if training is not None:
+        evaluation = normalized(evaluation, training=False, norm_reward=False)
+        sync_envs_normalization(training, evaluation)
     returns, _ = evaluate_policy(model, evaluation, N_EPISODES, deterministic=True, return_episode_rewards=True)
     curve = np.full(N_BINS, np.nan)
     steps, episode_returns = np.array(recorder.episodes or np.zeros((0, 2))).T
@@ -235,7 +292,8 @@ def best_rivals(frame: pandas.DataFrame) -> dict[str, str]:
 def tables() -> dict[str, str]:
     """Tables of the judging half, by name."""
     frame = scored(pandas.read_csv(RESULTS))
-    rivals, rows, matrices = best_rivals(frame), [], {OURS: [], "best rival": []}
+    rivals, rows = best_rivals(frame), []
+    matrices: dict[str, list[np.ndarray]] = {OURS: [], "best rival": []}
     for task in JUDGING:
         ours, rival = (
             frame[(frame["task"] == task.name) & (frame["agent"] == agent)] for agent in (OURS, rivals.get(task.name))
@@ -289,6 +347,7 @@ def main() -> None:
         for seed in args.seeds
         for task in selected_tasks(args.tasks)
         for agent in args.agents
+        if agent != TUNED or task in tuned_settings()
     ]
     run_all(jobs, RESULTS, args.workers)
 

@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_trpo_ext import TRPO, defaults
 from sb3_trpo_ext.update.normalization import FROZEN, NormalizedExtractor, RunningNormalization
+from sb3_trpo_ext.update.settings import no_argument_checks
 from sb3_trpo_ext.update.structure import actor_structure, critic_structure
 
 SMALL: dict[str, Any] = {"policy_kwargs": {"net_arch": [8]}, "seed": 0, "device": "cpu", "n_critic_updates": 2}
@@ -414,3 +415,29 @@ def test_what_cannot_be_normalized_is_named() -> None:
         make_model(RandomEnv(spaces.Discrete(4)), norm_obs=True)
     with pytest.raises(RuntimeError, match=r"does not normalize its observations, and this one does: .*norm_obs=False"):
         make_model(norm_obs=True).set_parameters(make_model().get_parameters())  # type: ignore[arg-type]
+
+
+class _Acting(th.nn.Module):
+    """What users export: observation in, deterministic action out."""
+
+    def __init__(self, policy: ActorCriticPolicy):
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, observation: Any) -> th.Tensor:
+        """Act, as SB3's page on exporting models has it."""
+        return self.policy(observation, deterministic=True)[0]
+
+
+def test_the_normalization_is_exported_with_the_policy() -> None:
+    model = TRPO("MlpPolicy", "Pendulum-v1", n_steps=128, **SMALL).learn(256)
+    observations = th.as_tensor(model.rollout_buffer.observations[:, 0])
+    with no_argument_checks:
+        exported = th.export.export(
+            _Acting(model.policy), (observations[:2],), dynamic_shapes={"observation": {0: th.export.Dim("n_batch")}}
+        )
+        actions = exported.module()(observations)
+    expected, _ = model.predict(observations.numpy(), deterministic=True)
+    np.testing.assert_array_equal(actions.detach().clamp(-2, 2).numpy(), expected)
+    # Otherwise there would be nothing to export
+    assert not np.allclose(statistics_of(model).mean, 0)
