@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import stable_baselines3.common.policies as sb3_policies
 import torch as th
+from interpreters import Interpreter
 from stable_baselines3.common.preprocessing import preprocess_obs
 
 if threading.current_thread() is threading.main_thread():
@@ -33,6 +34,22 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     th.set_default_dtype(th.float64)
     yield
     th.set_default_dtype(before)
+
+
+@pytest.fixture(scope="session")
+def sb3_interpreter() -> Iterator[Interpreter]:
+    """An interpreter that has imported SB3 and nothing of ours."""
+    interpreter = Interpreter("import stable_baselines3")
+    yield interpreter
+    interpreter.close()
+
+
+@pytest.fixture(scope="session")
+def rl_zoo_interpreter() -> Iterator[Interpreter]:
+    """An interpreter that has imported RL-Zoo as the stock command does, and nothing of ours."""
+    interpreter = Interpreter("from rl_zoo3.cli import main\nimport torch._dynamo")
+    yield interpreter
+    interpreter.close()
 
 
 @pytest.fixture(autouse=True)

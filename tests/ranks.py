@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import stable_baselines3.common.policies as sb3_policies
 import torch as th
+
+# PyTorch imports it with the first optimizer, which takes longer than all the rest: here, before the processes part
+import torch._dynamo
 import torch.distributed as dist
 from agents import RandomEnv, UpdateLog, collect, copies, make_model, random_vec_env, train
 from helpers import cut, make_batch, make_policy

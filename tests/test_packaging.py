@@ -2,7 +2,6 @@
 
 import email
 import re
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -10,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from interpreters import Interpreter
 
 import sb3_trpo_ext
 from sb3_trpo_ext.envs import EnvPoolVecEnv
@@ -27,10 +27,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(path)
 
 
-def test_import_loads_nothing_that_it_does_not_need() -> None:
+def test_import_loads_nothing_that_it_does_not_need(sb3_interpreter: Interpreter, tmp_path: Path) -> None:
     # Old versions of SB3 import matplotlib and pandas themselves
-    code = "import sys, stable_baselines3; sb3 = {*sys.modules}; import sb3_trpo_ext.envs; print(*{*sys.modules} - sb3)"
-    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    code = "import sys; sb3 = {*sys.modules}; import sb3_trpo_ext.envs; print(*{*sys.modules} - sb3)"
+    modules = sb3_interpreter.run(code, tmp_path).stdout.split()
     assert "sb3_trpo_ext" in modules
     assert {"envpool", "matplotlib", "optuna", "pandas", "rl_zoo3", "sb3_contrib", "yaml"}.isdisjoint(modules)
 

@@ -1,14 +1,14 @@
 """The point mass: its dynamics against formulas, its picture, and the checkers of Gymnasium and SB3."""
 
-import subprocess
-import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from interpreters import Interpreter
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import sb3_trpo_ext  # noqa: F401
@@ -28,12 +28,13 @@ def step_from(position: float, velocity: float, force: float) -> tuple[np.ndarra
     return env.state, reward, terminated or truncated, info
 
 
-def test_importing_the_package_registers_it_without_importing_it() -> None:
+def test_importing_the_package_registers_it_without_importing_it(sb3_interpreter: Interpreter, tmp_path: Path) -> None:
     code = (
         "import sys, sb3_trpo_ext, gymnasium as gym; assert 'sb3_trpo_ext.envs' not in sys.modules; "
         f"env = gym.make('{ENV_ID}'); print(env.spec.max_episode_steps, type(env.unwrapped).__name__)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = sb3_interpreter.run(code, tmp_path)
+    assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["150", "PointMass1D"]
 
 

@@ -12,8 +12,8 @@ import torch as th
 from agents import RandomEnv, assert_identical, make_model, random_vec_env
 from gymnasium import spaces
 from helpers import relative_error
+from interpreters import Interpreter, run_processes
 from stable_baselines3.common.running_mean_std import RunningMeanStd
-from torch.multiprocessing.spawn import spawn
 
 from sb3_trpo_ext.parallel import launch, moments, reductions
 from sb3_trpo_ext.parallel.launch import SharedStatistics, rank_device, rank_seed
@@ -23,10 +23,10 @@ Outcomes = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, sb3_interpreter: Interpreter) -> Path:
     """Where two processes have written what they saw."""
     path = tmp_path_factory.mktemp("processes")
-    spawn(ranks.one_process_of_two, args=(str(path),), nprocs=ranks.N_PROCESSES)
+    run_processes(sb3_interpreter, "ranks", path, ranks.N_PROCESSES)
     return path
 
 

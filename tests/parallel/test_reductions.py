@@ -7,8 +7,8 @@ import pytest
 import torch as th
 import torch.distributed as dist
 from helpers import Dense, ScriptedProblem, relative_error
+from interpreters import Interpreter, run_processes
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 
 from sb3_trpo_ext.optim import (
     Averaged,
@@ -93,10 +93,10 @@ def one_process_of_two(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory, sb3_interpreter: Interpreter) -> list[dict[str, Any]]:
     """What two processes, each with half of the samples, have written down."""
     folder: Path = tmp_path_factory.mktemp("processes")
-    spawn(one_process_of_two, args=(str(folder),), nprocs=N_PROCESSES)
+    run_processes(sb3_interpreter, "test_reductions", folder, N_PROCESSES)
     return [th.load(folder / f"{rank}.pt") for rank in range(N_PROCESSES)]
 
 

@@ -27,16 +27,11 @@ from sb3_trpo_ext.zoo.settings import load_hyperparams
 
 register()
 
-#: A stand-in for a training: writes what one leaves behind, in no time. Its first argument says how it ends.
+#: A stand-in for a training: leaves the files of one behind, in no time. Its first argument says how it ends.
 FAKE = """
-import pathlib, sys, time
-import numpy as np
-how, folder, algo, env, seed = sys.argv[1:6]
-run = pathlib.Path(folder) / algo / f"{env}_1"
-run.mkdir(parents=True)
-columns = "time/total_timesteps,time/time_elapsed,time/evaluation"
-(run / "progress.csv").write_text(f"{columns}\\n50,3.0,2.0\\n100,10.0,4.0\\n")
-np.savez(run / "evaluations.npz", timesteps=[50, 100], results=[[1.0, 3.0], [10.0 + int(seed), 10.0 + int(seed)]])
+import shutil, sys, time
+how, files, folder = sys.argv[1:4]
+shutil.copytree(files, folder)
 if how == "hang":
     time.sleep(60)
 if how == "crash":
@@ -55,7 +50,26 @@ def run_compare(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[in
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals of a hundred draws: thousands take a second, in each comparison twice."""
+    monkeypatch.setattr(comparison_table, "N_BOOTSTRAP", 100)
+
+
+@pytest.fixture(scope="module")
+def files_of_seeds(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """What trainings with three seeds have left."""
+    folders = []
+    for seed in range(3):
+        folders.append(tmp_path_factory.mktemp("training"))
+        columns = "time/total_timesteps,time/time_elapsed,time/evaluation"
+        (folders[-1] / "progress.csv").write_text(f"{columns}\n50,3.0,2.0\n100,10.0,4.0\n")
+        results = [[1.0, 3.0], [10.0 + seed, 10.0 + seed]]
+        np.savez(folders[-1] / "evaluations.npz", timesteps=[50, 100], results=results)
+    return folders
+
+
+@pytest.fixture
+def fake(files_of_seeds: list[Path], few_draws: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """Replaces trainings by stand-ins; returns the list of those that were started."""
     started: list[str] = []
     make_jobs = compare.make_jobs
@@ -65,7 +79,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             jobs = []
             for job in make_jobs(args, settings):
                 how = ends.get(f"{job.algo}_{job.seed}", "succeed")
-                command = [sys.executable, "-c", FAKE, how, str(job.folder), job.algo, args.env, str(job.seed)]
+                files, run = str(files_of_seeds[job.seed]), str(job.folder / job.algo / f"{args.env}_1")
+                command = [sys.executable, "-c", FAKE, how, files, run]
                 jobs.append(dataclasses.replace(job, command=command))
             return jobs
 
@@ -184,7 +199,7 @@ def test_figures_of_a_table() -> None:
     assert "nan" not in "".join(lines)
 
 
-def test_intervals_are_the_same_every_time_and_leave_numpy_alone() -> None:
+def test_intervals_are_the_same_every_time_and_leave_numpy_alone(few_draws: None) -> None:
     scores = np.arange(10.0)[:, None]
     np.random.seed(3)  # noqa: NPY002
     first = comparison_table.interquartile_means(scores)
@@ -201,7 +216,7 @@ def test_curves_of_different_length_meet_at_the_shortest() -> None:
     np.testing.assert_allclose(curves, [[0, 5, 10], [0, 50, 100]])
 
 
-def test_speed_leaves_evaluations_out_and_is_not_guessed() -> None:
+def test_speed_leaves_evaluations_out_and_is_not_guessed(few_draws: None) -> None:
     table = pandas.DataFrame({"timesteps": [50, 100], "time/time_elapsed": [3.0, 10.0], "time/evaluation": [2.0, 4.0]})
     assert comparison_table.speed_of(table) == 25.0
     assert np.isnan(comparison_table.speed_of(table.drop(columns="time/evaluation")))

@@ -1,6 +1,5 @@
 """The page of diagnostics: what is read from a run, what is drawn of it, and what is said where there is nothing to draw."""
 
-import subprocess
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import pandas
 import pytest
 import yaml
+from interpreters import Interpreter
 
 from sb3_trpo_ext.tools import diagnostics, plots
 from sb3_trpo_ext.zoo import runs
@@ -251,9 +251,10 @@ def test_damaged_file_ends_in_one_line(name: str, kind: str, tmp_path: Path, cap
     assert "empty or damaged" in output
 
 
-def test_page_needs_no_rl_zoo() -> None:
+def test_page_needs_no_rl_zoo(sb3_interpreter: Interpreter, tmp_path: Path) -> None:
     code = "import sys; sys.modules['rl_zoo3'] = None; import sb3_trpo_ext.tools.diagnostics"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    result = sb3_interpreter.run(code, tmp_path)
+    assert result.returncode == 0, result.stderr
 
 
 def test_missing_run_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

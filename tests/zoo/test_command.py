@@ -17,6 +17,7 @@ import pytest
 import sb3_contrib
 import yaml
 from gymnasium import spaces
+from interpreters import Interpreter
 from rl_zoo3 import ALGOS
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3 import SAC
@@ -187,9 +188,12 @@ print(*(".".join(key) for key in after if after[key] != before[key]))
         ("import rl_zoo3.hyperparams_opt", "import sb3_trpo_ext.zoo.plugin"),
     ],
 )
-def test_one_attribute_of_rl_zoo_is_replaced(imports: str, register: str, tmp_path: Path) -> None:
-    script = REPLACED.format(imports=imports, register=register)
-    assert run(sys.executable, "-c", script, cwd=tmp_path).split() == ["rl_zoo3.train.ExperimentManager"]
+def test_one_attribute_of_rl_zoo_is_replaced(
+    imports: str, register: str, rl_zoo_interpreter: Interpreter, tmp_path: Path
+) -> None:
+    result = rl_zoo_interpreter.run(REPLACED.format(imports=imports, register=register), tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["rl_zoo3.train.ExperimentManager"]
 
 
 @pytest.mark.parametrize("name", SCHEDULED)
@@ -335,10 +339,11 @@ def test_record_training_films_through_our_command(tmp_path: Path, monkeypatch: 
 # === Both ways in, from training to watching ===
 
 
-def test_our_command_trains_and_enjoys(tmp_path: Path) -> None:
-    sb3_trpo = [sys.executable, "-m", "sb3_trpo_ext.zoo"]
+def test_our_command_trains_and_enjoys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(
-        *sb3_trpo,
+        *(sys.executable, "-m", "sb3_trpo_ext.zoo"),
         *("train", "--env", "CartPole-v1", "-n", "256", "--seed", "0", "--eval-freq", "-1", "--device", "cpu"),
         *(*TINY, "target_kl:'lin_0.02'"),
         cwd=tmp_path,
@@ -351,19 +356,25 @@ def test_our_command_trains_and_enjoys(tmp_path: Path) -> None:
     assert config["target_kl"] == "lin_0.02"
     assert config["cg_damping"] == HYPERPARAMS["CartPole-v1"]["cg_damping"]
 
-    output = run(*sb3_trpo, *("enjoy", "--env", "CartPole-v1", "--no-render", "-n", "600", "--device", "cpu"), cwd=tmp_path)
-    assert "Mean reward" in output
+    monkeypatch.chdir(tmp_path)
+    assert main(["enjoy", "--env", "CartPole-v1", "--no-render", "-n", "600", "--device", "cpu"]) == 0
+    assert "Mean reward" in capsys.readouterr().out
 
 
-def test_stock_command_trains_and_enjoys_our_class(tmp_path: Path) -> None:
-    rl_zoo3 = [sys.executable, "-m", "rl_zoo3.cli"]
+def test_stock_command_trains_and_enjoys_our_class(rl_zoo_interpreter: Interpreter, tmp_path: Path) -> None:
+    def rl_zoo3(*arguments: str) -> str:
+        # What the installed command does, which has imported `main`
+        result = rl_zoo_interpreter.run(f"sys.argv = {['rl_zoo3', *arguments]}; sys.exit(main())", tmp_path)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
     plugin = ["--algo", "trpo", "--gym-packages", "sb3_trpo_ext.zoo.plugin", "--env", "Pendulum-v1"]
     settings = ["-conf", "sb3_trpo_ext.zoo.plugin", "--eval-freq", "-1", "-n", "256", "--device", "cpu"]
-    run(*rl_zoo3, "train", *plugin, *settings, *TINY, "normalize:True", cwd=tmp_path)
+    rl_zoo3("train", *plugin, *settings, *TINY, "normalize:True")
     folder = tmp_path / "logs" / "trpo" / "Pendulum-v1_1"
     assert "trust_region" in saved_data(folder / "Pendulum-v1.zip")
 
-    output = run(*rl_zoo3, "enjoy", *plugin, *("-f", "logs", "--no-render", "-n", "200", "--device", "cpu"), cwd=tmp_path)
+    output = rl_zoo3("enjoy", *plugin, *("-f", "logs", "--no-render", "-n", "200", "--device", "cpu"))
     assert "Mean reward" in output
 
 
@@ -391,10 +402,13 @@ def test_record_video_writes_a_film(tmp_path: Path) -> None:
 # === The search space ===
 
 
-def test_optimize_and_load_the_best_trial(tmp_path: Path) -> None:
+def test_optimize_and_load_the_best_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     study_options = ["--storage", storage, "--study-name", "test"]
-    train = [sys.executable, "-m", "sb3_trpo_ext.zoo", "train", "--env", "CartPole-v1", "--device", "cpu", "-n", "1200"]
+    train = ["train", "--env", "CartPole-v1", "--device", "cpu", "-n", "1200"]
     search = [
         "-optimize",
         "--n-trials",
@@ -407,7 +421,8 @@ def test_optimize_and_load_the_best_trial(tmp_path: Path) -> None:
         "--seed",
         "3",
     ]
-    output = run(*train, *search, *study_options, cwd=tmp_path)
+    assert main([*train, *search, *study_options]) == 0
+    output = capsys.readouterr().out
     assert "Number of finished trials:  2" in output
     assert "target_kl" in output
 

@@ -1,13 +1,14 @@
 """How every command ends in an error: one line for what a user can put right, a traceback for a crash in training."""
 
-import os
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from interpreters import Interpreter
 from rl_zoo3.exp_manager import ExperimentManager
 
 from sb3_trpo_ext import __version__
@@ -158,6 +159,7 @@ class Blocker:
         if name.partition(".")[0] in {blocked}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
+assert {{name.partition(".")[0] for name in sys.modules}}.isdisjoint({blocked})
 sys.meta_path.insert(0, Blocker())
 from sb3_trpo_ext.zoo.command import main
 for command in {commands}:
@@ -165,37 +167,44 @@ for command in {commands}:
 """
 
 
-def without_packages(blocked: list[str], *commands: list[str], cwd: Path) -> tuple[list[str], str]:
-    """What commands print, and what they say on stderr, as if some packages were not installed."""
-    start = [sys.executable, "-c", BLOCKED.format(blocked=blocked, commands=commands)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(start, cwd=cwd, env=environment, capture_output=True, text=True, check=True)
-    return result.stdout.splitlines(), result.stderr
+WithoutPackages = Callable[..., tuple[list[str], str]]
 
 
-def test_missing_extra_is_named(tmp_path: Path) -> None:
+@pytest.fixture
+def without_packages(sb3_interpreter: Interpreter, tmp_path: Path) -> WithoutPackages:
+    """Runs commands as if some packages were not installed, and returns what they print and what they say on stderr."""
+
+    def run(blocked: list[str], *commands: list[str]) -> tuple[list[str], str]:
+        result = sb3_interpreter.run(BLOCKED.format(blocked=blocked, commands=commands), tmp_path)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.splitlines(), result.stderr
+
+    return run
+
+
+def test_missing_extra_is_named(without_packages: WithoutPackages) -> None:
     names = [name for name in COMMANDS if name != "plot"]
-    output, errors = without_packages(["rl_zoo3"], *([name, "--env", "CartPole-v1"] for name in names), cwd=tmp_path)
+    output, errors = without_packages(["rl_zoo3"], *([name, "--env", "CartPole-v1"] for name in names))
     assert output == ["status 2"] * len(names)
     advice = "install it with `pip install 'sb3-trpo-ext[zoo]'`"
     for name, line in zip(names, errors.splitlines(), strict=True):
         assert line.startswith(f"sb3-trpo {name}: error: RL-Zoo is missing: {advice}")
 
 
-def test_no_extra_is_needed_to_ask_for_help(tmp_path: Path) -> None:
-    output, errors = without_packages(list(EXTRAS), ["--help"], ["--version"], cwd=tmp_path)
+def test_no_extra_is_needed_to_ask_for_help(without_packages: WithoutPackages) -> None:
+    output, errors = without_packages(list(EXTRAS), ["--help"], ["--version"])
     assert errors == ""
     assert output[0].startswith("usage: sb3-trpo")
     assert output[-3:] == ["status 0", f"sb3-trpo-ext {__version__}", "status 0"]
 
 
-def test_record_of_a_training_is_drawn_without_rl_zoo(tmp_path: Path) -> None:
+def test_record_of_a_training_is_drawn_without_rl_zoo(without_packages: WithoutPackages, tmp_path: Path) -> None:
     (tmp_path / "progress.csv").write_text("time/total_timesteps,train/kl_divergence_loss\n32,0.01\n64,0.02\n")
     blocked = [module for module, extra in EXTRAS.items() if extra == "zoo"]
-    output, errors = without_packages(blocked, ["plot", "."], cwd=tmp_path)
+    output, errors = without_packages(blocked, ["plot", "."])
     assert output[-1] == "status 0", errors
     assert list(tmp_path.glob("*.png"))
-    output, errors = without_packages([*EXTRAS], ["plot", "."], cwd=tmp_path)
+    output, errors = without_packages([*EXTRAS], ["plot", "."])
     assert output == ["status 2"]
     assert "is missing: install it with `pip install 'sb3-trpo-ext[plots]'`" in errors
 
@@ -215,11 +224,13 @@ def test_error_is_one_line(error: Exception, line: str) -> None:
     assert one_line(error) == line
 
 
-def test_status_of_the_process_is_2(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sb3_trpo_ext.zoo", "train", "--env", "CartPole-v1", "-params", "target_klx:1"]
-    result = subprocess.run(command, cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith("sb3-trpo train: error: there is no hyperparameter 'target_klx'")
+def test_status_of_the_process_is_2(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["sb3-trpo", "train", "--env", "CartPole-v1", "-params", "target_klx:1"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("sb3_trpo_ext.zoo", run_name="__main__")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("sb3-trpo train: error: there is no hyperparameter 'target_klx'")
 
 
 @pytest.mark.parametrize("option", ["-params", "--hyperparams"])
