@@ -11,12 +11,11 @@ Importing this module registers the device ``"sim"`` with PyTorch (its interface
 
 import collections
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch as th
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "sim"
@@ -123,10 +122,26 @@ class DeviceTensor(th.Tensor):
         return self.detach().on_cpu.tolist()  # type: ignore[attr-defined]
 
 
+def _leaves(value: Any) -> Iterator[Any]:
+    """The arguments of an operator, and what is in those that are lists."""
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _leaves(part)
+    else:
+        yield value
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """The same lists and tuples of something else. PyTorch's `tree_map` takes longer than the operators."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([_mapped(change, part) for part in value])
+    return change(value)
+
+
 def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operator on the CPU, after what a GPU would have refused."""
     name = function._schema.name
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, th.Tensor)]
+    tensors = [leaf for leaf in _leaves((*args, *kwargs.values())) if isinstance(leaf, th.Tensor)]
     ours = {id(tensor.on_cpu): tensor for tensor in tensors if isinstance(tensor, DeviceTensor)}
     on_host = [tensor for tensor in tensors if not isinstance(tensor, DeviceTensor)]
     if name not in _TRANSFERS and ours and any(tensor.dim() > 0 for tensor in on_host):
@@ -153,10 +168,10 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         # What has been worked on in place is the tensor that it was
         return ours[id(value)] if id(value) in ours else DeviceTensor(value)
 
-    kwargs = {key: unwrapped(value) for key, value in kwargs.items()}
+    kwargs = {key: _mapped(unwrapped, value) for key, value in kwargs.items()}
     if device is not None:
         kwargs["device"] = "cpu"
-    return tree_map(wrapped, _CONVOLUTIONS.get(name, function)(*tree_map(unwrapped, args), **kwargs))
+    return _mapped(wrapped, _CONVOLUTIONS.get(name, function)(*_mapped(unwrapped, args), **kwargs))
 
 
 _setup_privateuseone_for_python_backend(NAME)

@@ -70,7 +70,7 @@ PENDULUM: dict[str, Any] = {"n_steps": 256, "gamma": 0.9, "cg_damping": 0.05, "n
 #: Environment, steps, arguments and threshold of each control task, with the mean returns of seeds 0 to 4.
 CONTROL: dict[str, tuple[str, int, dict[str, Any], float]] = {
     # 500 is the most there is. Seeds 0 to 4: 500, 500, 500, 500, 500; for both forms
-    "cart-pole": ("CartPole-v1", 60_000, {**CART_POLE, "cg_damping": 0.01}, 475),
+    "cart-pole": ("CartPole-v1", 30_000, {**CART_POLE, "cg_damping": 0.01}, 475),
     "cart-pole-penalty": ("CartPole-v1", 60_000, {**CART_POLE, **PENALTY}, 475),
     # Good agents get about -150, idle ones -1200. Seeds 0 to 4: -219, -219, -189, -186, -183
     "pendulum": ("Pendulum-v1", 100_000, {**PENDULUM, "target_kl": decaying(0.1)}, -300),
@@ -85,17 +85,19 @@ CONTROL: dict[str, tuple[str, int, dict[str, Any], float]] = {
 
 
 def learn_control(env_id: str, n_timesteps: int, kwargs: dict[str, Any], seed: int) -> float:
-    """Mean return of 100 episodes after training in eight environments."""
+    """Mean return after training in eight environments."""
     model = TRPO("MlpPolicy", make_vec_env(env_id, n_envs=8, seed=seed), seed=seed, device="cpu", **kwargs)
     model.learn(n_timesteps)
-    mean_return, _ = evaluate_policy(model, make_vec_env(env_id, n_envs=8, seed=seed + 1000), n_eval_episodes=100)
+    # Those of CartPole are long when they are good, and hardly differ
+    n_episodes = 24 if env_id == "CartPole-v1" else 100
+    mean_return, _ = evaluate_policy(model, make_vec_env(env_id, n_envs=8, seed=seed + 1000), n_eval_episodes=n_episodes)
     assert isinstance(mean_return, float)
     return mean_return
 
 
 @pytest.mark.parametrize(
     ("env_id", "n_timesteps", "kwargs", "threshold"),
-    # The first takes ten seconds, the others longer
+    # The first takes a few seconds, the others much longer
     [pytest.param(*task, id=name, marks=[] if name == "cart-pole" else pytest.mark.slow) for name, task in CONTROL.items()],
 )
 def test_control(env_id: str, n_timesteps: int, kwargs: dict[str, Any], threshold: float) -> None:
