@@ -191,7 +191,6 @@ def test_learn_is_that_of_the_cpu_and_needs_no_double_precision(training: str) -
     assert relative_error(steps[1], steps[0]) < 1e-4
     assert log_of(models[1])["train/policy_objective"] == pytest.approx(log_of(models[0])["train/policy_objective"], rel=1e-3)
 
-
     # The next update begins with what this one has left
     with accelerator.without_float64():
         models[1].learn(32, reset_num_timesteps=False)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch as th
 import yaml
+from stable_baselines3.common import evaluation
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from test_architecture import count_code_lines
@@ -141,6 +142,13 @@ def test_example_is_short_and_uses_the_public_names_alone(name: str) -> None:
 @pytest.mark.parametrize("name", BUDGETS)
 def test_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     steps, floor = BUDGETS[name]
+    evaluate = evaluation.evaluate_policy
+
+    def evaluate_briefly(*args: Any, n_eval_episodes: int, **kwargs: Any) -> Any:
+        return evaluate(*args, n_eval_episodes=min(n_eval_episodes, 2), **kwargs)
+
+    # That of ten or more episodes takes longer than the training
+    monkeypatch.setattr(evaluation, "evaluate_policy", evaluate_briefly)
     run(name, tmp_path, monkeypatch, "--steps", str(steps))
     if floor is not None:
         returns = returns_in(capsys.readouterr().out)
