@@ -5,10 +5,10 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-import stable_baselines3.common.policies as sb3_policies
-import torch as th
 from interpreters import Interpreter
-from stable_baselines3.common.preprocessing import preprocess_obs
+
+# PyTorch and SB3 are imported by the fixtures: the process of pytest-xdist that hands out the tests reads this file too, and
+# needs neither.
 
 if threading.current_thread() is threading.main_thread():
     # What a shell starts in the background ignores Ctrl-C, and with it the tests that interrupt themselves
@@ -22,6 +22,9 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     SB3 turns observations into float32 wherever they come from; here these float32 numbers are the exact input.
     """
+    import stable_baselines3.common.policies as sb3_policies
+    import torch as th
+    from stable_baselines3.common.preprocessing import preprocess_obs
 
     def preprocess(*args, **kwargs):
         observations = preprocess_obs(*args, **kwargs)
@@ -61,4 +64,6 @@ def _log_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Every test starts from the same random numbers, whichever tests ran before it."""
+    import torch as th
+
     th.manual_seed(0)

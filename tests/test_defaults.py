@@ -94,10 +94,10 @@ def test_a_training_of_a_single_update_does_not_spend_the_budget() -> None:
 
 
 def test_the_kl_that_is_spent_is_the_budget() -> None:
-    model = TRPO("MlpPolicy", RandomEnv(), **SMALL, n_steps=64)
+    model = TRPO("MlpPolicy", RandomEnv(), **SMALL, n_steps=32, batch_size=32)
     log = UpdateLog()
-    model.learn(3200, log)
-    assert len(log.updates) == 50
+    model.learn(960, log)
+    assert len(log.updates) == 30
     assert sum(log.values("train/kl_divergence_loss")) == pytest.approx(2 * defaults.KL_BUDGET, rel=0.02)
 
 
@@ -114,11 +114,11 @@ def test_an_update_outside_of_learn_has_a_usual_region() -> None:
 
 
 def test_the_budget_is_that_of_each_call_of_learn() -> None:
-    model = TRPO("MlpPolicy", RandomEnv(), **SMALL, n_steps=64)
+    model = TRPO("MlpPolicy", RandomEnv(), **SMALL, n_steps=32, batch_size=32)
     logs = [UpdateLog(), UpdateLog(), UpdateLog()]
-    model.learn(1920, logs[0])
-    model.learn(1920, logs[1])
-    model.learn(1920, logs[2], reset_num_timesteps=False)
+    model.learn(640, logs[0])
+    model.learn(640, logs[1])
+    model.learn(640, logs[2], reset_num_timesteps=False)
     first, second, third = (log.values("train/target_kl") for log in logs)
     # Up to what each update takes over from those before
     assert first == pytest.approx(second, rel=0.1)

@@ -328,7 +328,7 @@ BANDITS: dict[str, tuple[spaces.Space, dict[str, Any], float, float]] = {
     "discrete": (spaces.Discrete(4), {}, 1.0, 0.9475),
     "penalty": (
         spaces.Discrete(4),
-        {"trust_region": "penalty", "trust_region_kwargs": {"learning_rate": 0.01, "batch_size": 512}},
+        {"trust_region": "penalty", "trust_region_kwargs": {"learning_rate": 0.01, "batch_size": 256}},
         1.0,
         0.9475,
     ),
@@ -343,18 +343,18 @@ BANDITS: dict[str, tuple[spaces.Space, dict[str, Any], float, float]] = {
 def test_entropy_settles_where_the_bonus_balances_the_reward(
     action_space: spaces.Space, kwargs: dict[str, Any], ent_coef: float, expected: float
 ) -> None:
-    settings: dict[str, Any] = {"n_steps": 16, "batch_size": 512, "learning_rate": 0.01, **kwargs}
+    settings: dict[str, Any] = {"n_steps": 16, "batch_size": 256, "learning_rate": 0.01, **kwargs}
     settings["policy_kwargs"] = {"net_arch": [8], "log_std_init": -1.5} if action_space is BOX_ACTIONS else {"net_arch": [8]}
     entropies = []
     for weight in (ent_coef, 0.0):
-        env = DummyVecEnv([lambda: Bandit(action_space)] * 32)
+        env = DummyVecEnv([lambda: Bandit(action_space)] * 16)
         # Advantages as they are: normalized ones would have no scale that a bonus could balance. The trust region shrinks, so
         # that the policy settles
         model = make_model(
             env, normalize_advantage=False, target_kl=lambda progress: 0.08 * progress, ent_coef=weight, **settings
         )
-        entropies.append(log_of(model.learn(30 * 512))["train/entropy"])
-    # Seeds 0 to 5: within 0.11 of what is expected with the bonus, and below it by 0.93 or more without
+        entropies.append(log_of(model.learn(30 * 256))["train/entropy"])
+    # Seeds 0 to 3: within 0.10 of what is expected with the bonus, and below it by 0.91 or more without
     assert entropies[0] == pytest.approx(expected, abs=0.25)
     assert entropies[1] < expected - 0.7
 
