@@ -144,8 +144,8 @@ def test_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     steps, floor = BUDGETS[name]
     evaluate = evaluation.evaluate_policy
 
-    def evaluate_briefly(*args: Any, n_eval_episodes: int, **kwargs: Any) -> Any:
-        return evaluate(*args, n_eval_episodes=min(n_eval_episodes, 2), **kwargs)
+    def evaluate_briefly(model: Any, env: Any, n_eval_episodes: int, **kwargs: Any) -> Any:
+        return evaluate(model, env, min(n_eval_episodes, 2), **kwargs)
 
     # That of ten or more episodes takes longer than the training
     monkeypatch.setattr(evaluation, "evaluate_policy", evaluate_briefly)
