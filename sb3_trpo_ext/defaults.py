@@ -19,8 +19,9 @@ from sb3_trpo_ext.update.normalization import NormalizedExtractor, normalized_pa
 N_SAMPLES = 2048
 #: Steps of a rollout, however many environments there are: estimates of the advantage look ahead about as far.
 MIN_STEPS = 16
-#: Standard deviation of an untrained Gaussian policy, relative to half of the distance between the bounds.
-START_STD = 0.6
+#: The noise of an untrained Gaussian policy, summed over the action dimensions, is at most that of so many with a standard
+#: deviation of half of the distance between their bounds.
+NOISY_DIMS = 2.0
 #: Half of the distance between bounds that say what an action may be. Farther ones stand for none.
 MAX_RANGE = 1000.0
 #: KL of a whole training per action dimension, in nats.
@@ -137,8 +138,9 @@ def spread_over_bounds_(policy: ActorCriticPolicy, with_std: bool) -> None:
     """
     Let an untrained Gaussian policy act over the range of its action space.
 
-    The mean starts near the middle of the bounds, and the standard deviation at :data:`START_STD` of half their distance.
-    Other distributions keep SB3's start, and so do dimensions whose bounds mean nothing.
+    The mean starts near the middle of the bounds, and the standard deviation at half of their distance, or less where there
+    are more than :data:`NOISY_DIMS` dimensions. Other distributions keep SB3's start, and so do dimensions whose bounds mean
+    nothing.
 
     :param policy: whose ``action_net`` and ``log_std`` change
     :param with_std: whether the standard deviation is to change
@@ -153,4 +155,5 @@ def spread_over_bounds_(policy: ActorCriticPolicy, with_std: bool) -> None:
     policy.action_net.weight.mul_(th.where(is_range, half, 1).float().to(policy.device)[:, None])
     policy.action_net.bias.copy_(th.where(is_range, (low + high) / 2, 0).float())
     if with_std:
-        policy.log_std.copy_(th.where(is_range, START_STD * half, 1).log().float())
+        share = math.sqrt(min(NOISY_DIMS / len(half), 1.0))
+        policy.log_std.copy_(th.where(is_range, share * half, 1).log().float())

@@ -132,8 +132,15 @@ def test_the_budget_is_that_of_each_call_of_learn() -> None:
 def test_a_gaussian_starts_spread_over_the_bounds() -> None:
     space = spaces.Box(np.array([-2, 0, -3e38, 1], np.float32), np.array([2, 10, 3e38, 1], np.float32))
     policy: Any = TRPO("MlpPolicy", RandomEnv(VECTOR, space), **SMALL).policy
-    np.testing.assert_allclose(policy.log_std.exp().detach(), [2 * 0.6, 5 * 0.6, 1, 1], rtol=1e-6)
+    # Of four dimensions, each has half of the variance of one or two
+    np.testing.assert_allclose(policy.log_std.exp().detach(), [2 * 0.5**0.5, 5 * 0.5**0.5, 1, 1], rtol=1e-6)
     np.testing.assert_allclose(policy.action_net.bias.detach(), [0, 5, 0, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize(("n_dims", "variance"), [(1, 1), (2, 1), (3, 2 / 3), (17, 2 / 17)])
+def test_the_noise_of_all_dimensions_together_is_limited(n_dims: int, variance: float) -> None:
+    policy: Any = TRPO("MlpPolicy", RandomEnv(VECTOR, spaces.Box(-1, 1, (n_dims,))), **SMALL).policy
+    np.testing.assert_allclose(policy.log_std.exp().square().detach(), [variance] * n_dims, rtol=1e-6)
 
 
 def test_a_start_that_is_asked_for_is_kept() -> None:

@@ -1,13 +1,17 @@
 """How the one setting was chosen, on the choosing half of the tasks of :mod:`benchmarks.tasks`.
 
-    python -m benchmarks.studies.one_setting "budget 1, std 0.6" --tasks choosing --seeds 100 101
+    python -m benchmarks.studies.one_setting "budget 1, std 0.6" "defaults, std 0.8" --tasks choosing --seeds 100 101
 
-A candidate is described by its name: the KL of the training per action dimension in nats (``budget``), the standard deviation
-at the start (``std``), and what is not as in the defaults below: the damping of the Fisher matrix per action dimension
-(``damping``) or in units of its mean diagonal (``relative``), the number of environments (``envs``) and of steps in each
-(``rollout``), the learning rate of the critic (``lr``), the length of the training (``steps``). All train in EnvPool where it
-has the task, with VecNormalize. ``results/one_setting.csv`` has a row per run, and ``python -m benchmarks.tables`` writes the
-table.
+A candidate is described by its name. One that begins with "defaults" has the defaults of the class, with VecNormalize if it
+says ``vecnormalize 1``; any other has VecNormalize, and what ``DEFAULTS`` below says. Then follow the KL of the training per
+action dimension in nats (``budget``), the standard deviation at the start (``std``; with "defaults", relative to half of the
+distance between the bounds), the damping of the Fisher matrix per action dimension (``damping``) or in units of its mean
+diagonal (``relative``), the number of environments (``envs``), steps in each (``rollout``), the learning rate of the critic
+(``lr``), ``gae_lambda``, and the length of the training (``steps``). All train in EnvPool where it has the task.
+``results/one_setting.csv`` has a row per run, and ``python -m benchmarks.tables`` writes the table.
+
+Candidates of which no code is kept: "noise 1/f^0.5" and "noise AR(1) 0.5" draw the noise of actions correlated in time, and
+"VecNormalize for observations" or "for rewards" leaves the other to the agent.
 """
 
 import argparse
@@ -51,7 +55,10 @@ def training(name: str, task: Task, seed: int) -> defaults.Job:
     :param seed: of the training
     :return: what to do
     """
-    given = {word: float(number) for word, number in (part.split() for part in name.split(", "))}
+    is_of_class = name.startswith("defaults")
+    given = {word: float(number) for word, number in (part.split() for part in name.split(", ")[is_of_class:])}
+    if is_of_class:
+        return _of_class(name, task, seed, given)
     numbers = {**DEFAULTS, **given}
     n_envs, n_rollout = int(numbers["envs"]), int(numbers["rollout"])
     n_steps = int(numbers.get("steps", task.n_steps))
@@ -68,6 +75,20 @@ def training(name: str, task: Task, seed: int) -> defaults.Job:
     }
     agent = defaults.Agent(RelativeDamping if is_relative else TRPO, n_envs, True, settings, is_in_envpool=True)
     return defaults.Job(task.name, n_steps, name, agent, seed)
+
+
+def _of_class(name: str, task: Task, seed: int, given: dict[str, float]) -> defaults.Job:
+    """The defaults of the class but for what is given."""
+    space = task.make().action_space
+    settings: dict[str, Any] = {}
+    if "std" in given and isinstance(space, spaces.Box):
+        half_range = float(space.high.flat[0] - space.low.flat[0]) / 2
+        settings["policy_kwargs"] = {"log_std_init": math.log(given["std"] * half_range)}
+    if "gae_lambda" in given:
+        settings["gae_lambda"] = given["gae_lambda"]
+    n_envs, is_normalized = int(given.get("envs", DEFAULTS["envs"])), bool(given.get("vecnormalize", 0))
+    agent = defaults.Agent(TRPO, n_envs, is_normalized, settings, is_in_envpool=True)
+    return defaults.Job(task.name, int(given.get("steps", task.n_steps)), name, agent, seed)
 
 
 def tables() -> dict[str, str]:
