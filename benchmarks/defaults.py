@@ -342,12 +342,13 @@ def main() -> None:
     if args.command == "show":
         print("\n".join(tables().values()))
         return
+    with_tuned = tuned_settings()
     jobs = [
         Job(task, TASKS[task].n_steps if AGENTS[agent].algorithm else 0, agent, AGENTS[agent], seed)
         for seed in args.seeds
         for task in selected_tasks(args.tasks)
         for agent in args.agents
-        if agent != TUNED or task in tuned_settings()
+        if agent != TUNED or task in with_tuned
     ]
     run_all(jobs, RESULTS, args.workers)
 

@@ -233,7 +233,7 @@ def test_arguments_of_the_environment_can_be_others(logs: Path) -> None:
         assert main([*arguments, "--env-kwargs", f"ctrl_cost_weight:{weight}"]) == 0
         summary = json.loads((logs / "trpo_ext" / "Swimmer-v5_1" / "evaluation.json").read_text())
         returns.append(summary["return"]["mean"])
-    assert returns[1] < returns[0] - 10
+    assert returns[1] < returns[0] - 100
     # Those of training
     assert main(arguments) == 0
     assert json.loads((logs / "trpo_ext" / "Swimmer-v5_1" / "evaluation.json").read_text())["return"]["mean"] == returns[0]

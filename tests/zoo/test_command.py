@@ -343,20 +343,20 @@ def test_our_command_trains_and_enjoys(
 ) -> None:
     run(
         *(sys.executable, "-m", "sb3_trpo_ext.zoo"),
-        *("train", "--env", "CartPole-v1", "-n", "256", "--seed", "0", "--eval-freq", "-1", "--device", "cpu"),
+        *("train", "--env", "Acrobot-v1", "-n", "256", "--seed", "0", "--eval-freq", "-1", "--device", "cpu"),
         *(*TINY, "target_kl:'lin_0.02'"),
         cwd=tmp_path,
     )
-    folder = tmp_path / "logs" / "trpo_ext" / "CartPole-v1_1"
-    data = saved_data(folder / "CartPole-v1.zip")
+    folder = tmp_path / "logs" / "trpo_ext" / "Acrobot-v1_1"
+    data = saved_data(folder / "Acrobot-v1.zip")
     assert "trust_region" in data
     assert "LinearSchedule" in data["target_kl"][":type:"]
-    config = yaml.load((folder / "CartPole-v1" / "config.yml").read_text(), Loader=yaml.UnsafeLoader)
+    config = yaml.load((folder / "Acrobot-v1" / "config.yml").read_text(), Loader=yaml.UnsafeLoader)
     assert config["target_kl"] == "lin_0.02"
-    assert config["policy"] == HYPERPARAMS["CartPole-v1"]["policy"]
+    assert config["cg_damping"] == HYPERPARAMS["Acrobot-v1"]["cg_damping"]
 
     monkeypatch.chdir(tmp_path)
-    assert main(["enjoy", "--env", "CartPole-v1", "--no-render", "-n", "600", "--device", "cpu"]) == 0
+    assert main(["enjoy", "--env", "Acrobot-v1", "--no-render", "-n", "600", "--device", "cpu"]) == 0
     assert "Mean reward" in capsys.readouterr().out
 
 
