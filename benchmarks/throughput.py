@@ -201,14 +201,15 @@ def shares(contestant: Contestant) -> dict[str, float]:
     env, buffer = model.env, model.rollout_buffer
     targets = [(env, "step", "env_step"), (buffer, "compute_returns_and_advantage", "values_and_gae")]
     targets += [(BaseCallback, name, "callbacks") for name in ("update_locals", "on_step")]
+    targets += [(buffer, "add", "buffer")]
     if isinstance(model, TRPO):
         targets += [(actors.Actor, "act", "actor_step"), (collect._LeanRollout, "_evaluate", "values_and_gae")]
-        targets += [(collect._LeanRollout, "_store", "buffer"), (model, "_full_batch", "policy_update")]
+        targets += [(model, "_full_batch", "policy_update")]
         module = sys.modules[TRPO.__module__]
         targets += [(module, "Surrogate", "policy_update"), (model, "_update_policy", "policy_update")]
         targets += [(module, "fit_critic", "critic_update")]
     else:
-        targets += [(model.policy, "forward", "actor_step"), (buffer, "add", "buffer")]
+        targets += [(model.policy, "forward", "actor_step")]
         # Of truncated episodes and at the end; the critic's fit calls it too, inside of `train`
         targets += [(model.policy, "predict_values", "values_and_gae"), (model, "train", "policy_and_critic_update")]
     timers = _Timers()
