@@ -12,6 +12,8 @@ DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-3,
     "n_steps": 2048,
     "batch_size": 128,
+    "gae_lambda": 0.95,
+    "vf_lambda": None,
     "cg_damping": 0.1,
     "target_kl": 0.01,
     "norm_obs": False,

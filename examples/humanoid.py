@@ -24,6 +24,7 @@ def main() -> None:
         batch_size=256,
         gamma=0.99,
         gae_lambda=0.5,
+        vf_lambda=None,
         clip_advantage=0.5,
         # Summed over 17 action dimensions: a 17th of it in sb3-contrib's units. It decays, since every update fills the region
         target_kl=LinearSchedule(0.5, 0.0, 1.0),

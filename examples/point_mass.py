@@ -81,6 +81,8 @@ def main() -> None:
         env,
         n_steps=150,  # one episode of each environment
         stats_window_size=N_ENVS,
+        gae_lambda=0.95,
+        vf_lambda=None,
         target_kl=0.03,  # the same in all updates, for the picture
         cg_damping=0.1,
         norm_obs=False,

@@ -28,6 +28,8 @@ from sb3_trpo_ext.update.critic import VALUE_LOSSES
 ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 #: What stands for an argument that is left to the class.
 AUTO = "auto"
+#: What arguments were before they existed: in models of earlier versions, and of sb3-contrib.
+EARLIER: dict[str, Any] = {"norm_obs": False, "norm_reward": False, "vf_lambda": None}
 #: The two forms of the trust region, with the options that `trust_region_kwargs` may hold.
 TRUST_REGION_OPTIONS: dict[str, tuple[str, ...]] = {
     "constraint": ("fill", "damped_scale", "precondition"),
@@ -165,6 +167,8 @@ def check_settings(model: Any) -> None:
     model.n_critic_updates = check_integer("n_critic_updates", model.n_critic_updates, 0)
     for name in ("gamma", "gae_lambda"):
         check_number(name, getattr(model, name), "between 0 and 1", lambda x: 0 <= x <= 1)
+    if model.vf_lambda is not None:
+        check_number("vf_lambda", model.vf_lambda, "between 0 and 1 or `None`", lambda x: 0 <= x <= 1)
     check_number("cg_tolerance", model.cg_tolerance, "at least 0 and less than 1", lambda x: 0 <= x < 1)
     check_number("line_search_shrinking_factor", model.line_search_shrinking_factor, "between 0 and 1", lambda x: 0 < x < 1)
     check_trust_region(model.trust_region, model.trust_region_kwargs)

@@ -28,6 +28,7 @@ from sb3_trpo_ext.parallel.reductions import Shares, is_parallel, rank, world_si
 from sb3_trpo_ext.policies import POLICY_ALIASES
 from sb3_trpo_ext.rollout.collect import collect_rollouts
 from sb3_trpo_ext.rollout.normalization import Normalization
+from sb3_trpo_ext.rollout.returns import set_returns_
 from sb3_trpo_ext.rollout.snapshot import Snapshot
 from sb3_trpo_ext.update.batch import Batch, rollout_batch
 from sb3_trpo_ext.update.clipping import action_bounds
@@ -35,7 +36,7 @@ from sb3_trpo_ext.update.critic import CriticFit, fit_critic
 from sb3_trpo_ext.update.distributions import family_of
 from sb3_trpo_ext.update.log import record_update, warn_if_rejected
 from sb3_trpo_ext.update.normalization import RewardScale, normalized_extractors
-from sb3_trpo_ext.update.optimizers import expanded_state
+from sb3_trpo_ext.update.optimizers import expanded_state, n_params
 from sb3_trpo_ext.update.settings import no_argument_checks, twice_differentiable_attention
 from sb3_trpo_ext.update.structure import PolicyParts, drop_graph_, unfrozen_parts
 from sb3_trpo_ext.update.surrogate import Surrogate
@@ -93,6 +94,8 @@ class TRPO(OnPolicyAlgorithm):
         ``surrogate - beta KL`` by Adam, where beta adapts so that the KL comes out near ``target_kl``)
     :param trust_region_kwargs: Options of :class:`~sb3_trpo_ext.optim.KLConstraint` (``fill``, ``damped_scale``) or
         :class:`~sb3_trpo_ext.optim.AdaptiveKLPenalty` (``learning_rate``, ``n_epochs``, ``batch_size``, ``beta``)
+    :param vf_lambda: Like ``gae_lambda``, for the targets of the value function, which are TD(lambda) returns; ``None`` for
+        the same number, as in SB3
     :param vf_loss: ``"mse"``, or ``"huber"``, which is linear in errors of the values above 1
     :param clip_range_vf: Values are fitted only as long as they are within this of those of the rollout (as in SB3's PPO; it
         depends on the scaling of the rewards), a number or a schedule; ``None`` for no limit
@@ -127,7 +130,7 @@ class TRPO(OnPolicyAlgorithm):
         line_search_shrinking_factor: float = 0.8,
         line_search_max_iter: int = 10,
         n_critic_updates: int = 10,
-        gae_lambda: float = 0.95,
+        gae_lambda: float = 0.9,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         rollout_buffer_class: type[RolloutBuffer] | None = None,
@@ -147,6 +150,7 @@ class TRPO(OnPolicyAlgorithm):
         cg_tolerance: float = 0.1,
         trust_region: str = "constraint",
         trust_region_kwargs: dict[str, Any] | None = None,
+        vf_lambda: float | None = 0.95,
         vf_loss: str = "mse",
         clip_range_vf: float | Schedule | None = None,
         max_grad_norm: float | None = None,
@@ -190,6 +194,7 @@ class TRPO(OnPolicyAlgorithm):
         self.ent_coef = ent_coef  # type: ignore[assignment]
         self.trust_region = trust_region
         self.trust_region_kwargs = trust_region_kwargs or {}
+        self.vf_lambda = vf_lambda
         self.vf_loss = vf_loss
         self.clip_range_vf = clip_range_vf
         self.clipped_likelihood = clipped_likelihood
@@ -309,6 +314,8 @@ class TRPO(OnPolicyAlgorithm):
         is_full, self._acted = collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)
         if is_full and self._normalization.after_rollout(self, rollout_buffer, self._acted.is_of(self.policy)):
             self._acted = Snapshot(self.policy)
+        if is_full and self.vf_lambda is not None:
+            set_returns_(self, rollout_buffer, self.vf_lambda)
         return is_full and not (isinstance(callback, launch.RankCallback) and callback.is_over)
 
     def set_random_seed(self, seed: int | None = None) -> None:
@@ -544,9 +551,7 @@ class TRPO(OnPolicyAlgorithm):
         if "n_steps" in {**kwargs, **(custom_objects or {})}:
             # Not what it had come to by itself, even if it is the same number
             kwargs = {**kwargs, "_auto_n_steps": None}
-        if "norm_obs" not in saved:
-            # An earlier version, or sb3-contrib: the agent never normalized anything
-            kwargs = {"norm_obs": False, "norm_reward": False, **kwargs}
+        kwargs = {name: value for name, value in arguments.EARLIER.items() if name not in saved} | kwargs
         if is_contrib_model(saved):
             kwargs.update(joint_kl_arguments(path, custom_objects, given=kwargs))
         model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
@@ -593,11 +598,11 @@ class TRPO(OnPolicyAlgorithm):
         all_params = list(self.policy.parameters())
         penalty = params.get("kl_penalty") or {}
         states: list[Any] = [params.get("policy.optimizer"), penalty.get("optimizer")]
-        if any(0 <= _n_params(state) < len(all_params) for state in states):
+        if any(0 <= n_params(state) < len(all_params) for state in states):
             parts = unfrozen_parts(self.policy)
-            if _n_params(states[0]) == len(parts.critic_params):
+            if n_params(states[0]) == len(parts.critic_params):
                 params["policy.optimizer"] = expanded_state(states[0], parts.critic_params, all_params)
-            if _n_params(states[1]) == len(parts.actor_params):
+            if n_params(states[1]) == len(parts.actor_params):
                 params["kl_penalty"] = {**penalty, "optimizer": expanded_state(states[1], parts.actor_params, all_params)}
         # The form of the trust region can be changed when loading: a penalty is not the policy's, and starts afresh
         if self.kl_penalty is None:
@@ -611,12 +616,6 @@ class TRPO(OnPolicyAlgorithm):
         arguments.check_optimizer_states(params)
         super().set_parameters(params, exact_match, device)
         self._normalization = Normalization(self.policy, self._normalization.rewards)
-
-
-def _n_params(state: Any) -> int:
-    """How many parameters an optimizer held, by its state dict; -1 if there is not exactly one group."""
-    groups: Any = state.get("param_groups", ()) if isinstance(state, dict) else ()
-    return len(groups[0]["params"]) if len(groups) == 1 else -1
 
 
 def _fused(policy: ActorCriticPolicy) -> dict[str, Any]:

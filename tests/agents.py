@@ -98,7 +98,7 @@ def make_model(env: gym.Env[Any, Any] | VecEnv | str | None = None, policy: Any 
     """A small TRPO that updates every 32 steps."""
     defaults: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_critic_updates": 2, "target_kl": 0.05}
     # What these numbers are about is the update
-    defaults |= {"cg_damping": 0.1, "norm_obs": False, "norm_reward": False}
+    defaults |= {"cg_damping": 0.1, "gae_lambda": 0.95, "vf_lambda": None, "norm_obs": False, "norm_reward": False}
     defaults |= {"policy_kwargs": {"net_arch": [8], "log_std_init": 0.0}, "seed": 0, "device": "cpu"}
     return TRPO(policy, RandomEnv() if env is None else env, **{**defaults, **kwargs})
 

@@ -135,6 +135,7 @@ def test_integers_of_numpy_are_integers(kind: Any, trust_region: str, tmp_path: 
         ("target_kl", lambda _: -1.0),
         ("max_grad_norm", -1),
         ("clip_advantage", 0),
+        ("vf_lambda", 1.5),
     ],
 )
 def test_no_argument_fails_after_something_has_moved(name: str, value: Any) -> None:

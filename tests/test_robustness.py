@@ -347,6 +347,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "n_critic_updates": [-1, 2.0],
     "gamma": [1.01, -0.1, NAN, "0.99", True],
     "gae_lambda": [-0.1, 2, INF],
+    "vf_lambda": [-0.1, 2, NAN, "auto", True],
     "cg_tolerance": [1, -1e-3, NAN],
     "line_search_shrinking_factor": [0, 1, -0.5, NAN],
     "target_kl": [0, -0.01, NAN, INF, "0.01", True, None, lambda _: NAN, lambda _: 0.0, lambda _: -1.0],
@@ -455,6 +456,8 @@ def test_bad_argument_is_named_when_loading(kwargs: dict[str, Any], message: str
     [
         ("gamma", 1),
         ("gae_lambda", 0),
+        ("vf_lambda", 1),
+        ("vf_lambda", None),
         ("n_steps", np.int64(16)),
         ("batch_size", 1000),
         ("cg_damping", 0),

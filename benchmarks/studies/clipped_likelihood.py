@@ -43,7 +43,7 @@ def humanoid_model(seed: int, target_kl: float, names: Sequence[str] = (), **kwa
     :return: the model
     """
     settings = yaml.safe_load((ROOT / "hyperparams" / "trpo_ext.yml").read_text())["Humanoid-v5"]
-    names = ("n_steps", "batch_size", "gamma", "cg_damping", "learning_rate", "n_critic_updates", *names)
+    names = ("n_steps", "batch_size", "gamma", "vf_lambda", "cg_damping", "learning_rate", "n_critic_updates", *names)
     env = VecNormalize(EnvPoolVecEnv("Humanoid-v5", settings["n_envs"], seed=seed), gamma=settings["gamma"])
     policy_kwargs = {"log_std_init": -1, "net_arch": {"pi": [256, 256], "vf": [256, 256]}}
     kwargs |= {name: settings[name] for name in names}

@@ -7,11 +7,13 @@ says ``vecnormalize 1``; any other has VecNormalize, and what ``DEFAULTS`` below
 action dimension in nats (``budget``), the standard deviation at the start (``std``; with "defaults", relative to half of the
 distance between the bounds), the damping of the Fisher matrix per action dimension (``damping``) or in units of its mean
 diagonal (``relative``), the number of environments (``envs``), steps in each (``rollout``), the learning rate of the critic
-(``lr``), ``gae_lambda``, and the length of the training (``steps``). All train in EnvPool where it has the task.
+(``lr``), ``gae_lambda`` (of the advantages, and unless ``vf_lambda`` says otherwise of the critic's targets), and the length
+of the training (``steps``). All train in EnvPool where it has the task, unless they have a single environment.
 ``results/one_setting.csv`` has a row per run, and ``python -m benchmarks.tables`` writes the table.
 
 Candidates of which no code is kept: "noise 1/f^0.5" and "noise AR(1) 0.5" draw the noise of actions correlated in time, and
-"VecNormalize for observations" or "for rewards" leaves the other to the agent.
+"VecNormalize for observations" or "for rewards" leaves the other to the agent. "8 rollouts" fits the critic to the last eight
+rollouts in two passes, and "new targets" computes its targets again before each pass, with the values as they are then.
 """
 
 import argparse
@@ -29,6 +31,7 @@ from benchmarks import defaults
 from benchmarks.markdown import ROOT, table
 from benchmarks.tasks import TASKS, Task
 from sb3_trpo_ext import TRPO
+from sb3_trpo_ext import defaults as class_defaults
 from sb3_trpo_ext.update.surrogate import Surrogate
 
 FILE = ROOT / "results" / "one_setting.csv"
@@ -65,16 +68,22 @@ def training(name: str, task: Task, seed: int) -> defaults.Job:
     space = task.make().action_space
     n_dims = get_action_dim(space)
     is_relative = "relative" in numbers
-    first_kl = 2 * numbers["budget"] * n_dims * n_envs * n_rollout / n_steps
     settings = {
         "n_steps": n_rollout,
         "learning_rate": numbers["lr"],
-        "target_kl": LinearSchedule(first_kl, 0.0, 1.0),
+        "gae_lambda": 0.95,
+        "vf_lambda": None,
+        "target_kl": _spending(numbers["budget"], n_dims, n_envs * n_rollout, n_steps),
         "cg_damping": numbers["relative"] if is_relative else numbers["damping"] * n_dims,
         "policy_kwargs": {"log_std_init": math.log(numbers["std"])} if isinstance(space, spaces.Box) else {},
     }
     agent = defaults.Agent(RelativeDamping if is_relative else TRPO, n_envs, True, settings, is_in_envpool=True)
     return defaults.Job(task.name, n_steps, name, agent, seed)
+
+
+def _spending(budget: float, n_dims: int, n_samples: int, n_steps: int) -> LinearSchedule:
+    """The ``target_kl`` that falls to zero and adds up to a budget per action dimension."""
+    return LinearSchedule(2 * budget * n_dims * n_samples / n_steps, 0.0, 1.0)
 
 
 def _of_class(name: str, task: Task, seed: int, given: dict[str, float]) -> defaults.Job:
@@ -85,10 +94,15 @@ def _of_class(name: str, task: Task, seed: int, given: dict[str, float]) -> defa
         half_range = float(space.high.flat[0] - space.low.flat[0]) / 2
         settings["policy_kwargs"] = {"log_std_init": math.log(given["std"] * half_range)}
     if "gae_lambda" in given:
-        settings["gae_lambda"] = given["gae_lambda"]
+        settings |= {"gae_lambda": given["gae_lambda"], "vf_lambda": None}
+    if "vf_lambda" in given:
+        settings["vf_lambda"] = given["vf_lambda"]
+    n_steps = int(given.get("steps", task.n_steps))
+    if "budget" in given:
+        settings["target_kl"] = _spending(given["budget"], get_action_dim(space), class_defaults.N_SAMPLES, n_steps)
     n_envs, is_normalized = int(given.get("envs", DEFAULTS["envs"])), bool(given.get("vecnormalize", 0))
-    agent = defaults.Agent(TRPO, n_envs, is_normalized, settings, is_in_envpool=True)
-    return defaults.Job(task.name, int(given.get("steps", task.n_steps)), name, agent, seed)
+    agent = defaults.Agent(TRPO, n_envs, is_normalized, settings, is_in_envpool=n_envs > 1)
+    return defaults.Job(task.name, n_steps, name, agent, seed)
 
 
 def tables() -> dict[str, str]:

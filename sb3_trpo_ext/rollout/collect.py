@@ -12,7 +12,8 @@ Differences from ``OnPolicyAlgorithm.collect_rollouts``:
 3. Errors say what the environment did wrong.
 
 Where it is not certain that the contents would be the same, SB3's loop runs instead: see :func:`is_deferrable`. A class that
-always wants it says ``collect_rollouts = OnPolicyAlgorithm.collect_rollouts``; its rewards are not scaled then.
+always wants it says ``collect_rollouts = OnPolicyAlgorithm.collect_rollouts``; its rewards are not scaled then, and its
+returns have the lambda of the advantages.
 """
 
 import functools

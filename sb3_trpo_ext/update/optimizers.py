@@ -43,3 +43,9 @@ def expanded_state(state: dict[str, Any], params: Sequence[th.Tensor], all_param
         "state": {position[id(params[index])]: moments for index, moments in state["state"].items()},
         "param_groups": [{**group, "params": list(range(len(all_params)))}],
     }
+
+
+def n_params(state: Any) -> int:
+    """How many parameters an optimizer held, by its state dict; -1 if there is not exactly one group."""
+    groups: Any = state.get("param_groups", ()) if isinstance(state, dict) else ()
+    return len(groups[0]["params"]) if len(groups) == 1 else -1

@@ -262,7 +262,7 @@ def test_training_is_that_of_sb3s_loop() -> None:
         collect_rollouts = OnPolicyAlgorithm.collect_rollouts
 
     kwargs: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_critic_updates": 2, "seed": 0, "device": "cpu"}
-    kwargs |= {"norm_obs": False, "norm_reward": False}
+    kwargs |= {"vf_lambda": None, "norm_obs": False, "norm_reward": False}
     models = []
     for cls in (TRPO, WithOwnLoop):
         env = DummyVecEnv([lambda: Monitor(RandomEnv())] * 2)

@@ -132,6 +132,8 @@ def test_entry_from_rl_zoo_is_the_same_in_joint_kl_units(env_id: str, zoo_id: st
         "learning_rate": 1e-3,
         "n_steps": 2048,
         "batch_size": 128,
+        "gae_lambda": 0.95,
+        "vf_lambda": None,
         "norm_obs": False,
         "norm_reward": False,
     }
@@ -147,7 +149,7 @@ def test_entry_from_rl_zoo_is_the_same_in_joint_kl_units(env_id: str, zoo_id: st
 def test_defaults_shared_with_sb3_contrib_are_the_same() -> None:
     # Entries "from RL-Zoo" leave out what is a default of both.
     ours, theirs = (cls("MlpPolicy", "CartPole-v1") for cls in (TRPO, sb3_contrib.TRPO))
-    for name in ("gamma", "gae_lambda", "n_critic_updates", "cg_max_steps"):
+    for name in ("gamma", "n_critic_updates", "cg_max_steps"):
         assert getattr(ours, name) == getattr(theirs, name), name
 
 

@@ -1,0 +1,32 @@
+"""Targets of the value function with a lambda of their own."""
+
+import copy
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.utils import obs_as_tensor
+
+
+@th.no_grad()
+def set_returns_(model: OnPolicyAlgorithm, buffer: RolloutBuffer, vf_lambda: float) -> None:
+    """
+    Replace the returns of a full buffer by TD(lambda) returns, and leave its advantages.
+
+    A buffer whose class computes returns in its own way is left alone.
+
+    :param model: after the rollout
+    :param buffer: full, flattened by ``get`` or not
+    :param vf_lambda: from 0 (one reward and the next value) to 1 (rewards alone)
+    """
+    own = RolloutBuffer.compute_returns_and_advantage
+    if getattr(type(buffer), "compute_returns_and_advantage", None) is not own or vf_lambda == buffer.gae_lambda:
+        return
+    scratch = copy.copy(buffer)
+    scratch.gae_lambda = vf_lambda
+    scratch.advantages = np.zeros_like(buffer.rewards)
+    scratch.values = buffer.values.reshape(buffer.rewards.shape[::-1]).T if buffer.generator_ready else buffer.values
+    last_values = model.policy.predict_values(obs_as_tensor(model._last_obs, model.device))  # type: ignore[arg-type]
+    own(scratch, last_values, np.asarray(model._last_episode_starts))
+    buffer.returns = buffer.swap_and_flatten(scratch.returns) if buffer.generator_ready else scratch.returns
