@@ -111,8 +111,10 @@ CHOOSING = (
     _task("Ant-v5", 250_000),
     _task("InvertedPendulum-v5", 50_000),
     _task("Reacher-v5", 100_000),
-    # Rewards are sparse
+    # Rewards are sparse, and all episodes have 1,000 steps
     _task("dm_control/ball_in_cup-catch-v0", 100_000, _dm_control),
+    _task("dm_control/pendulum-swingup-v0", 100_000, _dm_control),
+    _task("dm_control/reacher-easy-v0", 100_000, _dm_control),
 )
 JUDGING = (
     _task("Acrobot-v1", 50_000),
