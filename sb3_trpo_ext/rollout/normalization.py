@@ -9,11 +9,11 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_trpo_ext._checks import ArgumentError
+from sb3_trpo_ext.rollout.returns import ending
 from sb3_trpo_ext.update.batch import rollout_batch, take
 from sb3_trpo_ext.update.normalization import CLIP, NormalizedExtractor, RewardScale, normalized_extractors
 
@@ -205,5 +205,4 @@ def reward_again_(model: OnPolicyAlgorithm, buffer: RolloutBuffer, env: ScaledRe
     for step, index, observation in env.truncated:
         value = model.policy.predict_values(model.policy.obs_to_tensor(observation)[0])
         buffer.rewards[step, index] += model.gamma * float(value)
-    last_values = model.policy.predict_values(obs_as_tensor(model._last_obs, model.device))  # type: ignore[arg-type]
-    buffer.compute_returns_and_advantage(last_values, dones=np.asarray(model._last_episode_starts))
+    buffer.compute_returns_and_advantage(*ending(model))

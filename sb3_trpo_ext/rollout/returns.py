@@ -9,6 +9,12 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import obs_as_tensor
 
 
+def ending(model: OnPolicyAlgorithm) -> tuple[th.Tensor, np.ndarray]:
+    """How a rollout has ended: the values after its last step, and whether episodes ended in it."""
+    values = model.policy.predict_values(obs_as_tensor(model._last_obs, model.device))  # type: ignore[arg-type]
+    return values, np.asarray(model._last_episode_starts)
+
+
 @th.no_grad()
 def set_returns_(model: OnPolicyAlgorithm, buffer: RolloutBuffer, vf_lambda: float) -> None:
     """
@@ -27,6 +33,5 @@ def set_returns_(model: OnPolicyAlgorithm, buffer: RolloutBuffer, vf_lambda: flo
     scratch.gae_lambda = vf_lambda
     scratch.advantages = np.zeros_like(buffer.rewards)
     scratch.values = buffer.values.reshape(buffer.rewards.shape[::-1]).T if buffer.generator_ready else buffer.values
-    last_values = model.policy.predict_values(obs_as_tensor(model._last_obs, model.device))  # type: ignore[arg-type]
-    own(scratch, last_values, np.asarray(model._last_episode_starts))
+    own(scratch, *ending(model))
     buffer.returns = buffer.swap_and_flatten(scratch.returns) if buffer.generator_ready else scratch.returns
