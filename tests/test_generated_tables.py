@@ -2,11 +2,11 @@
 
 import importlib
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripts import importable_benchmarks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -14,13 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def scripts() -> Any:
     """What fills pages with tables, and the tables."""
-    if not (ROOT / "benchmarks").is_dir():
-        pytest.skip("a source distribution has no benchmarks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
+    with importable_benchmarks():
         yield importlib.import_module("benchmarks.markdown"), importlib.import_module("benchmarks.tables").all_tables()
-    for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
-        del sys.modules[name]
 
 
 def test_pages_have_the_tables_of_the_results(scripts: Any) -> None:
