@@ -24,14 +24,13 @@ MIN_STEPS = 16
 NOISY_DIMS = 2.0
 #: Half of the distance between bounds that say what an action may be. Farther ones stand for none.
 MAX_RANGE = 1000.0
-#: KL of a whole training per action dimension, in nats.
+#: KL of so many steps per action dimension, in nats, and of a whole training that is shorter.
 KL_BUDGET = 1.0
+BUDGET_STEPS = 250_000
 #: Damping of the Fisher matrix per action dimension.
 CG_DAMPING = 0.2
 #: KL of one update per action dimension, at most: a training of a few updates does not spend its budget.
 MAX_KL = 0.1
-#: A longer training has the budget for each so many steps, so that one that a callback is to stop learns as fast.
-MAX_TIMESTEPS = 1_000_000
 #: Updates end a little within their region, and some are rejected: how much of what they leave, relative to its own radius, an
 #: update may add to it.
 MAX_CARRY = 0.1
@@ -52,10 +51,13 @@ def n_steps(n_envs: int, batch_size: int) -> int:
 
 def target_kl(action_space: spaces.Space[Any], n_samples: int, total_timesteps: int, progress_remaining: float) -> float:
     """
-    Radius of the trust region for which the KL of a whole training adds up to :data:`KL_BUDGET` per action dimension.
+    Radius of the trust region for which the KL of a training adds up to a budget.
 
-    It falls linearly to zero. An update gets the value in the middle of its rollout: the sum over all updates is then the
-    budget, however few there are.
+    That is :data:`KL_BUDGET` per action dimension for each :data:`BUDGET_STEPS`, and once for a shorter training. So a long
+    one that a callback is to stop learns as fast as others.
+
+    The radius falls linearly to zero. An update gets the value in the middle of its rollout: the sum over all updates is then
+    the budget, however few there are.
 
     :param action_space: of the environment
     :param n_samples: of the rollout, of all processes
@@ -63,8 +65,8 @@ def target_kl(action_space: spaces.Space[Any], n_samples: int, total_timesteps: 
     :param progress_remaining: after the rollout, from 1 to 0
     :return: the radius
     """
-    total_timesteps = total_timesteps or MAX_TIMESTEPS
-    slope = 2 * KL_BUDGET * n_samples / min(total_timesteps, MAX_TIMESTEPS)
+    total_timesteps = total_timesteps or BUDGET_STEPS
+    slope = 2 * KL_BUDGET * n_samples / min(total_timesteps, BUDGET_STEPS)
     return get_action_dim(action_space) * min(slope * (progress_remaining + n_samples / total_timesteps / 2), MAX_KL)
 
 

@@ -8,8 +8,10 @@ action dimension in nats (``budget``), the standard deviation at the start (``st
 distance between the bounds), the damping of the Fisher matrix per action dimension (``damping``) or in units of its mean
 diagonal (``relative``), the number of environments (``envs``), steps in each (``rollout``), the learning rate of the critic
 (``lr``), ``gae_lambda`` (of the advantages, and unless ``vf_lambda`` says otherwise of the critic's targets), and the length
-of the training (``steps``). All train in EnvPool where it has the task, unless they have a single environment.
-``results/one_setting.csv`` has a row per run, and ``python -m benchmarks.tables`` writes the table.
+of the training (``steps``). With "defaults" there are also the minibatches of the critic (``batch``), the units of its two
+hidden layers (``critic``), ``clip_advantage``, and ``constant``, a budget of which every update has the same part. All train
+in EnvPool where it has the task, unless they have a single environment. ``results/one_setting.csv`` has a row per run, and
+``python -m benchmarks.tables`` writes the table.
 
 Candidates of which no code is kept: "noise 1/f^0.5" and "noise AR(1) 0.5" draw the noise of actions correlated in time, and
 "VecNormalize for observations" or "for rewards" leaves the other to the agent. "8 rollouts" fits the critic to the last eight
@@ -37,6 +39,8 @@ from sb3_trpo_ext.update.surrogate import Surrogate
 
 FILE = ROOT / "results" / "one_setting.csv"
 DEFAULTS = {"damping": 0.2, "envs": 16, "rollout": 128, "lr": 3e-4}
+#: Arguments of the class by the words for them.
+ARGUMENTS = {"lr": "learning_rate", "clip_advantage": "clip_advantage", "vf_lambda": "vf_lambda"}
 
 
 class RelativeDamping(TRPO):
@@ -96,11 +100,16 @@ def _of_class(name: str, task: Task, seed: int, given: dict[str, float]) -> defa
         settings["policy_kwargs"] = {"log_std_init": math.log(given["std"] * half_range)}
     if "gae_lambda" in given:
         settings |= {"gae_lambda": given["gae_lambda"], "vf_lambda": None}
-    if "vf_lambda" in given:
-        settings["vf_lambda"] = given["vf_lambda"]
-    n_steps = int(given.get("steps", task.n_steps))
+    settings |= {ARGUMENTS[word]: number for word, number in given.items() if word in ARGUMENTS}
+    if "batch" in given:
+        settings["batch_size"] = int(given["batch"])
+    if "critic" in given:
+        settings["policy_kwargs"] = {"net_arch": {"pi": [64, 64], "vf": [int(given["critic"])] * 2}}
+    n_steps, n_dims = int(given.get("steps", task.n_steps)), get_action_dim(space)
     if "budget" in given:
-        settings["target_kl"] = _spending(given["budget"], get_action_dim(space), class_defaults.N_SAMPLES, n_steps)
+        settings["target_kl"] = _spending(given["budget"], n_dims, class_defaults.N_SAMPLES, n_steps)
+    if "constant" in given:
+        settings["target_kl"] = given["constant"] * n_dims * class_defaults.N_SAMPLES / n_steps
     n_envs, is_normalized = int(given.get("envs", DEFAULTS["envs"])), bool(given.get("vecnormalize", 0))
     agent = defaults.Agent(TRPO, n_envs, is_normalized, settings, is_in_envpool=n_envs > 1)
     return defaults.Job(task.name, n_steps, name, agent, seed)
