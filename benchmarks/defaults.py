@@ -337,14 +337,16 @@ def main() -> None:
     train.add_argument("--tasks", nargs="+", default=["judging"], metavar="TASK")
     train.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     train.add_argument("--workers", type=int, default=2)
+    train.add_argument("--steps", type=int, help="length of the training, which is added to the agent's name")
     commands.add_parser("show", help="print the tables of the judging half")
     args = parser.parse_args()
     if args.command == "show":
         print("\n".join(tables().values()))
         return
     with_tuned = tuned_settings()
+    suffix = f"-{args.steps}" if args.steps else ""
     jobs = [
-        Job(task, TASKS[task].n_steps if AGENTS[agent].algorithm else 0, agent, AGENTS[agent], seed)
+        Job(task, (args.steps or TASKS[task].n_steps) if AGENTS[agent].algorithm else 0, agent + suffix, AGENTS[agent], seed)
         for seed in args.seeds
         for task in selected_tasks(args.tasks)
         for agent in args.agents
