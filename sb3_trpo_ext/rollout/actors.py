@@ -1,9 +1,7 @@
 """How a policy acts during a rollout: with a module call per step, or for a plain MLP with the bare products."""
 
 import math
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 
 import numpy as np
 import torch as th
@@ -24,6 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from sb3_trpo_ext.optim.mlp import ELEMENTWISE_ACTIVATIONS
 from sb3_trpo_ext.update.normalization import NormalizedExtractor, RunningNormalization
+from sb3_trpo_ext.update.settings import threads_for
 from sb3_trpo_ext.update.structure import (
     PLAIN_DISTRIBUTIONS,
     MlpStructure,
@@ -47,32 +46,6 @@ _PURE_MODULES: tuple[type[nn.Module], ...] = (
     *(nn.LayerNorm, nn.GroupNorm, nn.Sigmoid, nn.Softplus, nn.SELU, nn.Mish, *ELEMENTWISE_ACTIVATIONS),
 )
 _NAN = "The actor's network returns a NaN: its parameters or the observations are not finite."
-#: Multiplications per step up to which a network runs on one thread, for about 0.2 ms at most.
-_MAX_SIZE_FOR_ONE_THREAD = 2**22
-#: With PyTorch's other backend the number of threads cannot be changed once they run.
-_CAN_SET_THREADS = "ATen parallel backend: OpenMP" in th.__config__.parallel_info()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """
-    Let PyTorch compute with one thread for a while, at the cost of a microsecond.
-
-    The results are the same to the last bit. Small products are hardly faster on two threads, but OpenMP's threads spin after
-    them, on the cores that the processes of ``SubprocVecEnv`` need.
-
-    The number of threads belongs to the whole process, so only the main thread changes it: two trainings that overlap would
-    each restore what the other one has set.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = th.get_num_threads()
-    th.set_num_threads(1)
-    try:
-        yield
-    finally:
-        th.set_num_threads(before)
 
 
 def is_deferrable_policy(policy: ActorCriticPolicy) -> bool:
@@ -154,15 +127,13 @@ class MlpActor(Actor):
         self._log_std = structure.log_std
         self._draw = _sampler(policy, structure)
         self._outputs: list[th.Tensor] = []
-        size = sum(weight.numel() for weight, _ in self._layers)
-        is_on_cpu = _CAN_SET_THREADS and policy.device.type == "cpu"
-        self._max_envs_for_one_thread = _MAX_SIZE_FOR_ONE_THREAD // size if is_on_cpu else 0
+        self._size = sum(weight.numel() for weight, _ in self._layers)
 
     def _sample(self, observations: PyTorchObs) -> th.Tensor:
         """Sample actions; raises a ``ValueError`` if the network returns a NaN."""
         space, normalize_images = self._policy.observation_space, self._policy.normalize_images
         hidden = self._features(preprocess_obs(observations, space, normalize_images=normalize_images))
-        with one_thread() if len(hidden) <= self._max_envs_for_one_thread else nullcontext():
+        with threads_for(len(hidden) * self._size, hidden.device):
             output = self._output(hidden)
         # What the checks of `torch.distributions` are there for. A sum that is finite has no NaN in it
         if output.device.type == "cpu" and not math.isfinite(output.sum()) and bool(output.isnan().any()):

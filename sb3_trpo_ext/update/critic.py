@@ -16,6 +16,7 @@ from sb3_trpo_ext.optim.transaction import Transaction
 from sb3_trpo_ext.optim.vectors import flat_gradient_
 from sb3_trpo_ext.parallel.reductions import Shares, all_true, average_
 from sb3_trpo_ext.update.batch import Batch, take
+from sb3_trpo_ext.update.settings import threads_for
 from sb3_trpo_ext.update.structure import MlpStructure, critic_structure
 
 #: Losses by name; each maps values and targets to a scalar, or to one number per sample with ``reduction="none"``.
@@ -128,14 +129,17 @@ def _run_epochs(
         minibatches = _gradients_by_autograd(policy, critic_params, gradient, batch, fit, sizes, losses)
     else:
         minibatches = _gradients_by_hand(policy, structure, batch, fit, sizes, losses)
-    for _, weight in zip(minibatches, itertools.cycle(weights), strict=False):
-        average_(gradient, weight)
-        if fit.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(critic_params, fit.max_grad_norm)
-        policy.optimizer.step()
-        # An optimizer, or a hook of one, may have replaced them
-        for param, part in zip(critic_params, gradients, strict=True):
-            param.grad = part
+    # One multiplication per sample and weight of a linear layer; convolutions use each weight many times
+    size = math.inf if structure is None else max(sizes) * len(gradient)
+    with threads_for(size, gradient.device):
+        for _, weight in zip(minibatches, itertools.cycle(weights), strict=False):
+            average_(gradient, weight)
+            if fit.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(critic_params, fit.max_grad_norm)
+            policy.optimizer.step()
+            # An optimizer, or a hook of one, may have replaced them
+            for param, part in zip(critic_params, gradients, strict=True):
+                param.grad = part
     return th.stack(losses).mean()
 
 

@@ -38,6 +38,7 @@ from sb3_trpo_ext.policies import MlpPolicy
 from sb3_trpo_ext.rollout import actors, lazy
 from sb3_trpo_ext.rollout.collect import is_deferrable
 from sb3_trpo_ext.rollout.snapshot import Snapshot
+from sb3_trpo_ext.update import settings
 
 EXACT = ("observations", "actions", "episode_starts")
 CLOSE = ("rewards", "values", "log_probs", "advantages", "returns")
@@ -297,7 +298,7 @@ def test_mlp_actor_draws_sb3s_actions(name: str, n_envs: int) -> None:
 
 @pytest.mark.parametrize(("n_envs", "expected"), [(1, 1), (3, 1), (200_000, 2)])
 def test_small_networks_run_on_one_thread(n_envs: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not actors._CAN_SET_THREADS:
+    if not settings.CAN_SET_THREADS:
         pytest.skip("the number of threads cannot be changed")
     model = CASES["box"].make(1)
     actor = actors.make_actor(model.policy)
@@ -314,7 +315,7 @@ def test_small_networks_run_on_one_thread(n_envs: int, expected: int, monkeypatc
     try:
         actor.act(th.zeros(n_envs, 3))
         assert th.get_num_threads() == 2
-        with pytest.raises(KeyboardInterrupt), actors.one_thread():
+        with pytest.raises(KeyboardInterrupt), settings.one_thread():
             raise KeyboardInterrupt
         assert th.get_num_threads() == 2
     finally:
