@@ -328,6 +328,14 @@ def selected_tasks(names: Sequence[str]) -> list[str]:
     return [task for name in names for task in halves.get(name, [name])]
 
 
+def job_of(task: str, name: str, seed: int, n_steps: int | None) -> Job:
+    """One training, of another length than the task's if ``n_steps`` is one; random actions need none."""
+    agent = AGENTS[name]
+    if agent.algorithm is None:
+        return Job(task, 0, name, agent, seed)
+    return Job(task, n_steps or TASKS[task].n_steps, f"{name}-{n_steps}" if n_steps else name, agent, seed)
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -344,9 +352,8 @@ def main() -> None:
         print("\n".join(tables().values()))
         return
     with_tuned = tuned_settings()
-    suffix = f"-{args.steps}" if args.steps else ""
     jobs = [
-        Job(task, (args.steps or TASKS[task].n_steps) if AGENTS[agent].algorithm else 0, agent + suffix, AGENTS[agent], seed)
+        job_of(task, agent, seed, args.steps)
         for seed in args.seeds
         for task in selected_tasks(args.tasks)
         for agent in args.agents

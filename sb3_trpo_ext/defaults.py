@@ -24,9 +24,10 @@ MIN_STEPS = 16
 NOISY_DIMS = 2.0
 #: Half of the distance between bounds that say what an action may be. Farther ones stand for none.
 MAX_RANGE = 1000.0
-#: KL of so many steps per action dimension, in nats, and of a whole training that is shorter.
-KL_BUDGET = 1.0
+#: Steps that have a budget of KL; a shorter training has all of it.
 BUDGET_STEPS = 250_000
+#: The budget per action dimension, in nats.
+KL_BUDGET = 1.0
 #: Damping of the Fisher matrix per action dimension.
 CG_DAMPING = 0.2
 #: KL of one update per action dimension, at most: a training of a few updates does not spend its budget.

@@ -78,8 +78,8 @@ class TRPO(OnPolicyAlgorithm):
     :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
     :param normalize_advantage: Whether to normalize the advantage
     :param target_kl: Radius of the trust region, a number or a schedule; ``"auto"`` for one that falls linearly to zero, so
-        that the KL of all updates of a training adds up to one nat per action dimension, once for each 250,000 steps of a
-        longer one
+        that the KL of all updates of a training adds up to one nat per action dimension, or in a longer training to one for
+        each 250,000 steps
     :param sub_sampling_factor: Take the Fisher matrix on every k-th sample only. Gradient, objective and KL always see
         the whole rollout (sb3-contrib thins them too)
     :param stats_window_size: Number of episodes that the reported means are taken over

@@ -39,6 +39,21 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     th.set_default_dtype(before)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """PyTorch computes with two threads, and does so again when the test is over."""
+    import torch as th
+
+    from sb3_trpo_ext.update import settings
+
+    if not settings.CAN_SET_THREADS:
+        pytest.skip("the number of threads cannot be changed")
+    before = th.get_num_threads()
+    th.set_num_threads(2)
+    yield
+    th.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def sb3_interpreter() -> Iterator[Interpreter]:
     """An interpreter that has imported SB3 and nothing of ours."""

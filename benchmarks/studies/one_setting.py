@@ -95,16 +95,19 @@ def _of_class(name: str, task: Task, seed: int, given: dict[str, float]) -> defa
     """The defaults of the class but for what is given."""
     space = task.make().action_space
     settings: dict[str, Any] = {}
+    policy_kwargs: dict[str, Any] = {}
     if "std" in given and isinstance(space, spaces.Box):
         half_range = float(space.high.flat[0] - space.low.flat[0]) / 2
-        settings["policy_kwargs"] = {"log_std_init": math.log(given["std"] * half_range)}
+        policy_kwargs["log_std_init"] = math.log(given["std"] * half_range)
     if "gae_lambda" in given:
         settings |= {"gae_lambda": given["gae_lambda"], "vf_lambda": None}
     settings |= {ARGUMENTS[word]: number for word, number in given.items() if word in ARGUMENTS}
     if "batch" in given:
         settings["batch_size"] = int(given["batch"])
     if "critic" in given:
-        settings["policy_kwargs"] = {"net_arch": {"pi": [64, 64], "vf": [int(given["critic"])] * 2}}
+        policy_kwargs["net_arch"] = {"pi": [64, 64], "vf": [int(given["critic"])] * 2}
+    if policy_kwargs:
+        settings["policy_kwargs"] = policy_kwargs
     n_steps, n_dims = int(given.get("steps", task.n_steps)), get_action_dim(space)
     if "budget" in given:
         settings["target_kl"] = _spending(given["budget"], n_dims, class_defaults.N_SAMPLES, n_steps)

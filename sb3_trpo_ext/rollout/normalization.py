@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_trpo_ext._checks import ArgumentError
-from sb3_trpo_ext.rollout.returns import ending
+from sb3_trpo_ext.rollout.returns import by_step, ending
 from sb3_trpo_ext.update.batch import rollout_batch, take
 from sb3_trpo_ext.update.normalization import CLIP, NormalizedExtractor, RewardScale, normalized_extractors
 
@@ -186,8 +186,7 @@ def evaluate_again_(model: OnPolicyAlgorithm, buffer: RolloutBuffer) -> None:
     parts = [slice(start, start + _CHUNK) for start in range(0, batch.n_samples, _CHUNK)]
     outputs = [model.policy.evaluate_actions(take(batch.observations, part), batch.actions[part])[:2] for part in parts]
     for array, column in zip((buffer.values, buffer.log_probs), zip(*outputs, strict=True), strict=True):
-        # SB3 flattens a buffer environment by environment
-        array[:] = th.cat(column).reshape(array.shape[::-1]).T.cpu().numpy()
+        array[:] = by_step(th.cat(column), array.shape).cpu().numpy()
 
 
 @th.no_grad()

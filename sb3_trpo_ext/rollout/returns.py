@@ -1,12 +1,18 @@
 """Targets of the value function with a lambda of their own."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import obs_as_tensor
+
+
+def by_step(flat: Any, shape: tuple[int, ...]) -> Any:
+    """Undo SB3's ``swap_and_flatten``, which goes environment by environment: the shape ``(n_steps, n_envs)`` again."""
+    return flat.reshape(shape[::-1]).T
 
 
 def ending(model: OnPolicyAlgorithm) -> tuple[th.Tensor, np.ndarray]:
@@ -32,6 +38,6 @@ def set_returns_(model: OnPolicyAlgorithm, buffer: RolloutBuffer, vf_lambda: flo
     scratch = copy.copy(buffer)
     scratch.gae_lambda = vf_lambda
     scratch.advantages = np.zeros_like(buffer.rewards)
-    scratch.values = buffer.values.reshape(buffer.rewards.shape[::-1]).T if buffer.generator_ready else buffer.values
+    scratch.values = by_step(buffer.values, buffer.rewards.shape) if buffer.generator_ready else buffer.values
     own(scratch, *ending(model))
     buffer.returns = buffer.swap_and_flatten(scratch.returns) if buffer.generator_ready else scratch.returns

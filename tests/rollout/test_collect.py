@@ -296,10 +296,9 @@ def test_mlp_actor_draws_sb3s_actions(name: str, n_envs: int) -> None:
         np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("n_envs", "expected"), [(1, 1), (3, 1), (200_000, 2)])
 def test_small_networks_run_on_one_thread(n_envs: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not settings.CAN_SET_THREADS:
-        pytest.skip("the number of threads cannot be changed")
     model = CASES["box"].make(1)
     actor = actors.make_actor(model.policy)
     assert isinstance(actor, actors.MlpActor)
@@ -310,16 +309,11 @@ def test_small_networks_run_on_one_thread(n_envs: int, expected: int, monkeypatc
         return run(hidden)
 
     monkeypatch.setattr(actor, "_output", output)
-    before = th.get_num_threads()
-    th.set_num_threads(2)
-    try:
-        actor.act(th.zeros(n_envs, 3))
-        assert th.get_num_threads() == 2
-        with pytest.raises(KeyboardInterrupt), settings.one_thread():
-            raise KeyboardInterrupt
-        assert th.get_num_threads() == 2
-    finally:
-        th.set_num_threads(before)
+    actor.act(th.zeros(n_envs, 3))
+    assert th.get_num_threads() == 2
+    with pytest.raises(KeyboardInterrupt), settings.one_thread():
+        raise KeyboardInterrupt
+    assert th.get_num_threads() == 2
     assert seen == [expected]
 
 

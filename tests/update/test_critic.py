@@ -11,7 +11,7 @@ from torch import nn
 
 from sb3_trpo_ext.optim.vectors import flatten
 from sb3_trpo_ext.policies import CnnPolicy, MlpPolicy
-from sb3_trpo_ext.update import critic, settings
+from sb3_trpo_ext.update import critic
 from sb3_trpo_ext.update.batch import Batch
 from sb3_trpo_ext.update.structure import critic_structure, split_policy
 
@@ -49,19 +49,13 @@ def test_fit_by_hand_is_the_fit_by_autograd(name: str, monkeypatch: pytest.Monke
     assert result.status is expected.status is critic.CriticStatus.FITTED
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("kwargs", "expected"), [({}, 1), ({"net_arch": [1024, 1024]}, 2), ({"activation_fn": nn.ELU}, 2)])
 def test_small_fits_run_on_one_thread(kwargs: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not settings.CAN_SET_THREADS:
-        pytest.skip("the number of threads cannot be changed")
     seen: set[int] = set()
     monkeypatch.setattr(critic, "average_", lambda *_: seen.add(th.get_num_threads()))
-    before = th.get_num_threads()
-    th.set_num_threads(2)
-    try:
-        fitted(make_policy(**kwargs))
-        assert th.get_num_threads() == 2
-    finally:
-        th.set_num_threads(before)
+    fitted(make_policy(**kwargs))
+    assert th.get_num_threads() == 2
     assert seen == {expected}
 
 
