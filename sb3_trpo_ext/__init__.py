@@ -1,5 +1,8 @@
 """TRPO for Stable-Baselines3: exact, fast, and pleasant to use."""
 
+import importlib
+from typing import Any
+
 from gymnasium import register
 
 from sb3_trpo_ext.callbacks import TrainingRecorder
@@ -15,6 +18,9 @@ from sb3_trpo_ext.trpo import TRPO
 from sb3_trpo_ext.update.distributions import Family, register_family
 
 __version__ = "0.2.0"
+
+#: Classes that need sb3-contrib, which is loaded when one of them is used.
+_LAZY = {"MaskableTRPO": "sb3_trpo_ext.maskable"}
 
 # By name, so that the environment is imported only when it is made
 register(
@@ -38,3 +44,18 @@ __all__ = [
     "__version__",
     "register_family",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "sb3_contrib":
+            raise
+        raise ImportError(f"{name} needs sb3-contrib: pip install 'sb3-trpo-ext[contrib]'.") from error
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

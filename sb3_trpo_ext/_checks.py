@@ -65,3 +65,8 @@ def closest(name: str, names: Iterable[str]) -> str:
     known = sorted(names)
     matches = difflib.get_close_matches(name, known, n=3)
     return f"did you mean {' or '.join(matches)}?" if matches else f"there are {', '.join(known[:20])}"
+
+
+def is_known(kind: type) -> bool:
+    """Whether a class is of Stable-Baselines3 or of a package around it, and not of a user's own."""
+    return kind.__module__.partition(".")[0] in ("stable_baselines3", "sb3_contrib", "rl_zoo3", "sb3_trpo_ext")

@@ -6,13 +6,12 @@ from typing import Any
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import DiagGaussianDistribution
-from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import nn
 
-from sb3_trpo_ext._checks import ArgumentError
-from sb3_trpo_ext.policies import POLICY_ALIASES
+from sb3_trpo_ext._checks import ArgumentError, is_known
 from sb3_trpo_ext.update.normalization import NormalizedExtractor, normalized_parts
 
 #: Samples of one rollout.
@@ -71,12 +70,6 @@ def target_kl(action_space: spaces.Space[Any], n_samples: int, total_timesteps: 
     return get_action_dim(action_space) * min(slope * (progress_remaining + n_samples / total_timesteps / 2), MAX_KL)
 
 
-def is_stock(policy: type) -> bool:
-    """Whether a class of policies is one of ours or of Stable-Baselines3."""
-    sb3s = (ActorCriticPolicy, ActorCriticCnnPolicy, MultiInputActorCriticPolicy)
-    return policy in (*POLICY_ALIASES.values(), *sb3s)
-
-
 def normalizes_observations(norm_obs: bool | str, policy: type, policy_kwargs: dict[str, Any], env: VecEnv | None) -> bool:
     """
     Whether a policy normalizes its observations.
@@ -91,7 +84,7 @@ def normalizes_observations(norm_obs: bool | str, policy: type, policy_kwargs: d
     :raises ValueError: if it was asked for and cannot be done
     """
     if norm_obs != "auto":
-        if norm_obs and not is_stock(policy):
+        if norm_obs and not is_known(policy):
             raise ArgumentError(
                 f"`norm_obs=True` needs a policy of Stable-Baselines3, and {policy.__name__} may have features extractors of "
                 "its own: use VecNormalize."
@@ -100,7 +93,7 @@ def normalizes_observations(norm_obs: bool | str, policy: type, policy_kwargs: d
             raise ArgumentError(f"`norm_obs=True` has no vector to normalize in {env.observation_space}: leave it out.")
         return bool(norm_obs)
     parts = {} if env is None else normalized_parts(env.observation_space)
-    if not parts or not is_stock(policy) or "features_extractor_class" in policy_kwargs:
+    if not parts or not is_known(policy) or "features_extractor_class" in policy_kwargs:
         return False
     assert env is not None
     wrapper = unwrap_vec_normalize(env)

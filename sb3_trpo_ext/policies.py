@@ -11,7 +11,7 @@ from stable_baselines3.common.type_aliases import Schedule
 MlpPolicy = ActorCriticPolicy
 
 
-class _OwnExtractorsMixin(ActorCriticPolicy):
+class OwnExtractorsMixin:
     """
     Actor and critic have a features extractor each by default.
 
@@ -20,10 +20,10 @@ class _OwnExtractorsMixin(ActorCriticPolicy):
     """
 
     def __init__(self, *args: Any, share_features_extractor: bool = False, **kwargs: Any):
-        super().__init__(*args, **kwargs, share_features_extractor=share_features_extractor)  # type: ignore[misc]
+        super().__init__(*args, **kwargs, share_features_extractor=share_features_extractor)  # type: ignore[call-arg]
 
 
-class CnnPolicy(_OwnExtractorsMixin, ActorCriticCnnPolicy):
+class CnnPolicy(OwnExtractorsMixin, ActorCriticCnnPolicy):
     """
     SB3's ``CnnPolicy`` whose actor and critic have a features extractor each by default.
 
@@ -33,7 +33,7 @@ class CnnPolicy(_OwnExtractorsMixin, ActorCriticCnnPolicy):
     """
 
 
-class MultiInputPolicy(_OwnExtractorsMixin, MultiInputActorCriticPolicy):
+class MultiInputPolicy(OwnExtractorsMixin, MultiInputActorCriticPolicy):
     """
     SB3's ``MultiInputPolicy`` whose actor and critic have a features extractor each by default.
 

@@ -1,10 +1,7 @@
 """TRPO for Stable-Baselines3: the glue between SB3 and the mathematics in :mod:`sb3_trpo_ext.optim`."""
 
-import io
 import math
-import pathlib
 import time
-from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
 import torch as th
@@ -14,14 +11,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.save_util import load_from_zip_file
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext import arguments, defaults
-from sb3_trpo_ext._checks import ArgumentError, check_seed
-from sb3_trpo_ext._files import replacing
-from sb3_trpo_ext.contrib import is_contrib_model, joint_kl_arguments, saved_attributes
+from sb3_trpo_ext._checks import ArgumentError, check_seed, is_known
 from sb3_trpo_ext.optim import AdaptiveKLPenalty, KLConstraint, PolicyUpdate, UpdateResult, UpdateStatus
 from sb3_trpo_ext.parallel import launch
 from sb3_trpo_ext.parallel.reductions import Shares, is_parallel, rank, world_size
@@ -30,22 +24,22 @@ from sb3_trpo_ext.rollout.collect import collect_rollouts
 from sb3_trpo_ext.rollout.normalization import Normalization
 from sb3_trpo_ext.rollout.returns import set_returns_
 from sb3_trpo_ext.rollout.snapshot import Snapshot
+from sb3_trpo_ext.saving import SavingAlgorithm
 from sb3_trpo_ext.update.batch import Batch, rollout_batch
 from sb3_trpo_ext.update.clipping import action_bounds
 from sb3_trpo_ext.update.critic import CriticFit, fit_critic
 from sb3_trpo_ext.update.distributions import family_of
 from sb3_trpo_ext.update.log import record_update, warn_if_rejected
 from sb3_trpo_ext.update.normalization import RewardScale, normalized_extractors
-from sb3_trpo_ext.update.optimizers import expanded_state, n_params
 from sb3_trpo_ext.update.settings import no_argument_checks, twice_differentiable_attention
-from sb3_trpo_ext.update.structure import PolicyParts, drop_graph_, unfrozen_parts
+from sb3_trpo_ext.update.structure import PolicyParts, drop_graph_
 from sb3_trpo_ext.update.surrogate import Surrogate
 from sb3_trpo_ext.update.watch import PolicyWatch
 
 SelfTRPO = TypeVar("SelfTRPO", bound="TRPO")
 
 
-class TRPO(OnPolicyAlgorithm):
+class TRPO(SavingAlgorithm):
     """
     Trust Region Policy Optimization (Schulman et al. 2015, https://arxiv.org/abs/1502.05477).
 
@@ -241,9 +235,9 @@ class TRPO(OnPolicyAlgorithm):
         self.norm_obs = defaults.normalizes_observations(self.norm_obs, self.policy_class, self.policy_kwargs, self.env)
         self.norm_reward = defaults.normalizes_rewards(self.norm_reward, self.env)
         given, self.policy_kwargs = self.policy_kwargs, defaults.policy_kwargs(self.policy_kwargs, self.norm_obs)
-        super()._setup_model()
+        self._setup_policy()
         self.policy_kwargs = given
-        if defaults.is_stock(self.policy_class):
+        if is_known(self.policy_class):
             defaults.spread_over_bounds_(self.policy, with_std="log_std_init" not in given)
         self.reward_scale = RewardScale(self.gamma)
         self._normalization = Normalization(self.policy, self.reward_scale if self.norm_reward else None)
@@ -266,9 +260,13 @@ class TRPO(OnPolicyAlgorithm):
                     "register a family for it with `sb3_trpo_ext.register_family`."
                 )
             self.kl_penalty = AdaptiveKLPenalty(list(self.policy.parameters()), **self.trust_region_kwargs)
-        self._watch = PolicyWatch()
+        self._watch = PolicyWatch(self.calls_class)
         self._watch.parts(self.policy)
         self._acted = None
+
+    def _setup_policy(self) -> None:
+        """Create buffer, policy and optimizer as SB3 does."""
+        super()._setup_model()
 
     @property
     def _parts(self) -> PolicyParts:
@@ -312,12 +310,18 @@ class TRPO(OnPolicyAlgorithm):
         """
         self._check_ready()
         env = self._normalization.environment(env, self.policy)
-        is_full, self._acted = collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)
+        is_full, self._acted = self._collect(env, callback, rollout_buffer, n_rollout_steps)
         if is_full and self._normalization.after_rollout(self, rollout_buffer, self._acted.is_of(self.policy)):
             self._acted = Snapshot(self.policy)
         if is_full and self.vf_lambda is not None:
             set_returns_(self, rollout_buffer, self.vf_lambda)
         return is_full and not (isinstance(callback, launch.RankCallback) and callback.is_over)
+
+    def _collect(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> tuple[bool, Snapshot]:
+        """Fill the buffer; returns whether it is full, and the policy that acted first."""
+        return collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
@@ -348,7 +352,8 @@ class TRPO(OnPolicyAlgorithm):
         # As during the rollout: dropout or BatchNorm in training mode would make the ratio differ from 1 before any step
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
-        batch = self._full_batch()
+        calls = self.calls_class(self.policy)
+        batch = calls.with_context(self._full_batch(), self.rollout_buffer)
         started = time.perf_counter()
         result, entropy, std = self._no_update(UpdateStatus.NOTHING_TO_TRAIN), math.nan, math.nan
         # The likelihood of clipped actions is not in the buffer: it is that of the policy now, if that is the one that acted
@@ -364,11 +369,12 @@ class TRPO(OnPolicyAlgorithm):
                     noise_seed=self._n_updates * world_size() + rank(),
                     bounds=action_bounds(self.policy) if is_clipped else None,
                     shares=shares,
+                    calls=calls,
                 )
                 result = self._update_policy(surrogate, target_kl + self._carried_kl(target_kl), cg_damping)
                 entropy, std = surrogate.summary()
         policy_done = time.perf_counter()
-        critic = fit_critic(self.policy, parts.critic_params, parts.critic_modules, batch, fit, shares)
+        critic = fit_critic(self.policy, parts.critic_params, parts.critic_modules, batch, fit, shares, calls)
         critic_done = time.perf_counter()
         drop_graph_(self.policy.action_dist)
         self._normalization.after_update(self)
@@ -483,83 +489,6 @@ class TRPO(OnPolicyAlgorithm):
             self.reward_scale.start_episodes()
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
-    def _excluded_save_params(self) -> list[str]:
-        """Attributes that are not pickled."""
-        return [*super()._excluded_save_params(), "_acted", "_watch", "kl_penalty", "reward_scale", "_normalization"]
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        """What is saved as state dicts: policy, its optimizer, the scale of rewards, and the penalty's beta and optimizer."""
-        state_dicts, tensors = super()._get_torch_save_params()
-        state_dicts = [*state_dicts, *(["reward_scale"] if self.norm_reward else [])]
-        return state_dicts + ([] if self.kl_penalty is None else ["kl_penalty"]), tensors
-
-    def save(
-        self,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """
-        Save the model; a file is replaced in one go, so that an interruption cannot leave half of one.
-
-        Under ``torchrun`` the first process alone writes a file: all have the same model.
-
-        :param path: path to the file (".zip" is added if it has no suffix), or a file-like
-        :param exclude: names of attributes to leave out in addition to the default ones
-        :param include: names of attributes to save although they are left out by default
-        """
-        if not isinstance(path, (str, pathlib.Path)):
-            super().save(path, exclude, include)
-            return
-        if rank() > 0:
-            return
-        target = pathlib.Path(path)
-        if target.suffix == "":
-            target = pathlib.Path(f"{target}.zip")
-        with replacing(target) as partial:
-            super().save(partial, exclude, include)
-
-    @classmethod
-    def load(
-        cls: type[SelfTRPO],
-        path: str | pathlib.Path | io.BufferedIOBase,
-        env: GymEnv | None = None,
-        device: th.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        print_system_info: bool = False,
-        force_reset: bool = True,
-        **kwargs: Any,
-    ) -> SelfTRPO:
-        """
-        Load a model that this class saved, or one that sb3-contrib's TRPO saved.
-
-        The latter's ``target_kl`` and ``cg_damping`` are converted to joint units, unless others are given, with a warning
-        that says so.
-
-        :param path: path to the file (or a file-like)
-        :param env: the new environment to run the model on (can be ``None`` for prediction)
-        :param device: Device on which the code should run
-        :param custom_objects: objects to use instead of those in the file
-        :param print_system_info: Whether to print system info from the saved model and of this system
-        :param force_reset: Whether to reset the environment before training
-        :param kwargs: attributes to change when loading, such as ``target_kl``
-        :return: new model instance
-        :raises TypeError: for an attribute that neither the constructor nor the saved model has
-        """
-        device = launch.rank_device(device)
-        saved = saved_attributes(path)
-        arguments.check_attributes(cls, kwargs, saved)
-        if "n_steps" in {**kwargs, **(custom_objects or {})}:
-            # Not what it had come to by itself, even if it is the same number
-            kwargs = {**kwargs, "_auto_n_steps": None}
-        kwargs = {name: value for name, value in arguments.EARLIER.items() if name not in saved} | kwargs
-        if is_contrib_model(saved):
-            kwargs.update(joint_kl_arguments(path, custom_objects, given=kwargs))
-        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-        # SB3 draws the noise of gSDE with a graph
-        drop_graph_(model.policy.action_dist)
-        return model
-
     def observe(self, observations: Any) -> None:
         """
         Add observations to the statistics that normalize them, such as those of demonstrations before a pretraining.
@@ -569,54 +498,6 @@ class TRPO(OnPolicyAlgorithm):
         """
         for extractor in normalized_extractors(self.policy):
             extractor.update(observations)
-
-    def get_parameters(self) -> dict[str, dict[str, Any]]:
-        """
-        Return the parameters of the policy, the optimizers and the scale of rewards.
-
-        :return: names and state dicts
-        """
-        self._normalization.protect_(self.policy)
-        return super().get_parameters()
-
-    def set_parameters(
-        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
-    ) -> None:
-        """
-        Load parameters from a file or from what :meth:`get_parameters` returned; sb3-contrib's TRPO will do as well.
-
-        :param load_path_or_dict: path of a saved model, or a dict from names to state dicts
-        :param exact_match: whether all of the model's parameters must be there
-        :param device: Device on which the code should run
-        :raises RuntimeError: if the parameters do not fit the policy, or if the state of an optimizer is none
-        """
-        if isinstance(load_path_or_dict, dict):
-            params: dict[str, Any] = dict(load_path_or_dict)
-        else:
-            _, loaded, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
-            params = dict(loaded)
-        # Earlier versions had optimizers of the critic's parameters alone, and of the actor's
-        all_params = list(self.policy.parameters())
-        penalty = params.get("kl_penalty") or {}
-        states: list[Any] = [params.get("policy.optimizer"), penalty.get("optimizer")]
-        if any(0 <= n_params(state) < len(all_params) for state in states):
-            parts = unfrozen_parts(self.policy)
-            if n_params(states[0]) == len(parts.critic_params):
-                params["policy.optimizer"] = expanded_state(states[0], parts.critic_params, all_params)
-            if n_params(states[1]) == len(parts.actor_params):
-                params["kl_penalty"] = {**penalty, "optimizer": expanded_state(states[1], parts.actor_params, all_params)}
-        # The form of the trust region can be changed when loading: a penalty is not the policy's, and starts afresh
-        if self.kl_penalty is None:
-            params.pop("kl_penalty", None)
-        else:
-            params.setdefault("kl_penalty", self.kl_penalty.state_dict())
-        if not self.norm_reward:
-            params.pop("reward_scale", None)
-        if exact_match:
-            arguments.check_normalization(self.policy, params.get("policy") or {})
-        arguments.check_optimizer_states(params)
-        super().set_parameters(params, exact_match, device)
-        self._normalization = Normalization(self.policy, self._normalization.rewards)
 
 
 def _fused(policy: ActorCriticPolicy) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch as th
 from stable_baselines3.common.distributions import (
     CategoricalDistribution,
     DiagGaussianDistribution,
+    Distribution,
     MultiCategoricalDistribution,
     SquashedDiagGaussianDistribution,
     StateDependentNoiseDistribution,
@@ -31,9 +32,6 @@ from sb3_trpo_ext.update.structure import (
     has_stock_methods,
 )
 
-#: SB3's distributions, whose log-probability depends on the action and the networks alone. That of gSDE too: the noise matrix
-#: decides about the action, but given the state the action is a plain Gaussian.
-_DISTRIBUTIONS = (*PLAIN_DISTRIBUTIONS, StateDependentNoiseDistribution)
 #: What `forward` consists of, and what is called in its place.
 _METHODS = (
     *("forward", "__call__", "get_distribution", "predict_values", "evaluate_actions", "extract_features"),
@@ -60,7 +58,9 @@ def is_deferrable_policy(policy: ActorCriticPolicy) -> bool:
     )
     return (
         has_stock_methods(policy, *_METHODS)
-        and type(policy.action_dist) in _DISTRIBUTIONS
+        # Their log-probability depends on the action and the networks alone. That of gSDE too: the noise matrix decides about
+        # the action, but given the state the action is a plain Gaussian
+        and type(policy.action_dist) in (*PLAIN_DISTRIBUTIONS, StateDependentNoiseDistribution)
         and not has_own_extractors
         and not _has_any_global_hook()
         and not any(
@@ -116,16 +116,18 @@ class MlpActor(Actor):
 
     :param policy: in evaluation mode
     :param structure: of its actor
+    :param distribution: whose statistics the outputs are; ``None`` for the policy's
     """
 
-    def __init__(self, policy: ActorCriticPolicy, structure: MlpStructure):
+    def __init__(self, policy: ActorCriticPolicy, structure: MlpStructure, distribution: Distribution | None = None):
         super().__init__(policy)
+        self._distribution = policy.action_dist if distribution is None else distribution
         # Without a graph, so that there is no need for `no_grad` in each step
         self._layers = [(layer.weight.detach(), layer.bias.detach()) for layer in structure.layers]
         self._activations = [activation.forward for activation in structure.activations]
         self._features = policy.pi_features_extractor
         self._log_std = structure.log_std
-        self._draw = _sampler(policy, structure)
+        self._draw = _sampler(self._distribution, structure)
         self._outputs: list[th.Tensor] = []
         self._size = sum(weight.numel() for weight, _ in self._layers)
 
@@ -162,7 +164,7 @@ class MlpActor(Actor):
         """Values, and log-probabilities from the outputs that have been kept."""
         outputs = th.cat(self._outputs[begin:end])
         statistics = (outputs,) if self._log_std is None else (outputs, self._log_std)
-        distribution = self._policy.action_dist.proba_distribution(*statistics)
+        distribution = self._distribution.proba_distribution(*statistics)
         return self._policy.predict_values(observations), distribution.log_prob(th.cat(self._actions[begin:end]))
 
 
@@ -172,14 +174,13 @@ def make_actor(policy: ActorCriticPolicy) -> Actor:
     return Actor(policy) if structure is None else MlpActor(policy, structure)
 
 
-def _sampler(policy: ActorCriticPolicy, structure: MlpStructure) -> Callable[[th.Tensor], th.Tensor]:
+def _sampler(distribution: Distribution, structure: MlpStructure) -> Callable[[th.Tensor], th.Tensor]:
     """
     How actions are drawn from the outputs of an MLP: the same numbers from the same generator as SB3's distributions.
 
     Operation by operation what `torch.distributions` does, to the last bit: one action that differs would make two runs with
     the same seed diverge.
     """
-    distribution = policy.action_dist
     if isinstance(distribution, DiagGaussianDistribution):
         assert structure.log_std is not None
         std = structure.log_std.detach().exp()

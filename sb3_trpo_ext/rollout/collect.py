@@ -17,13 +17,14 @@ returns have the lambda of the advantages.
 """
 
 import functools
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -31,6 +32,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_trpo_ext._checks import is_known
 from sb3_trpo_ext.rollout.actors import Actor, is_deferrable_policy, make_actor
 from sb3_trpo_ext.rollout.errors import explain_dead_worker, explain_observation, parts_of
 from sb3_trpo_ext.rollout.lazy import lazy_class, lazy_pair, may_look
@@ -46,6 +48,8 @@ def collect_rollouts(
     callback: BaseCallback,
     rollout_buffer: RolloutBuffer,
     n_rollout_steps: int,
+    rollout_class: "type[LeanRollout] | None" = None,
+    loop: Callable[..., bool] = OnPolicyAlgorithm.collect_rollouts,
 ) -> tuple[bool, Snapshot]:
     """
     Fill the buffer with experience of the current policy.
@@ -55,17 +59,19 @@ def collect_rollouts(
     :param callback: called at each step, and at the beginning and the end
     :param rollout_buffer: buffer to fill
     :param n_rollout_steps: number of steps to collect per environment
+    :param rollout_class: how a rollout is collected whose values can wait; ``None`` for :class:`LeanRollout`
+    :param loop: collects any other, with the arguments of SB3's
     :return: False if the callback ended the training; the policy that acted first
     :raises ValueError: if the environment returned a NaN that the policy cannot digest, or an observation of a wrong shape
     :raises RuntimeError: if a process of the environment has died
     """
     try:
         if is_deferrable(model, rollout_buffer):
-            rollout = _LeanRollout(model, env, callback, rollout_buffer)
+            rollout = (rollout_class or LeanRollout)(model, env, callback, rollout_buffer)
             return rollout.collect(n_rollout_steps), rollout.snapshot
         snapshot = Snapshot(model.policy)
         with snapshot.watching():
-            is_full = OnPolicyAlgorithm.collect_rollouts(model, env, callback, rollout_buffer, n_rollout_steps)
+            is_full = loop(model, env, callback, rollout_buffer, n_rollout_steps)
         return is_full, snapshot
     except (ValueError, RuntimeError) as error:
         explain_observation(model, env, error)
@@ -86,7 +92,7 @@ def is_deferrable(model: OnPolicyAlgorithm, buffer: RolloutBuffer) -> bool:
     :param buffer: to be filled
     :return: false if SB3's loop has to be used
     """
-    if type(buffer) not in (RolloutBuffer, DictRolloutBuffer):
+    if not is_known(type(buffer)):
         return False
     observations = parts_of(model._last_obs)
     for key, stored in parts_of(buffer.observations).items():
@@ -97,8 +103,15 @@ def is_deferrable(model: OnPolicyAlgorithm, buffer: RolloutBuffer) -> bool:
     return is_deferrable_policy(model.policy)
 
 
-class _LeanRollout:
-    """One rollout."""
+class LeanRollout:
+    """
+    One rollout.
+
+    :param model: whose policy acts
+    :param env: the training environment
+    :param callback: called at each step
+    :param buffer: to be filled
+    """
 
     #: The policy that acts first.
     snapshot: Snapshot
@@ -155,7 +168,7 @@ class _LeanRollout:
             if model.sde_sample_freq > 0 and n_steps % model.sde_sample_freq == 0:
                 self._reset_noise()
             obs_tensor = obs_as_tensor(model._last_obs, model.device)  # type: ignore[arg-type]
-            actions = self._actor.act(obs_tensor)
+            actions = self._act(obs_tensor)
             clipped_actions = self._clipped(actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             model.num_timesteps += env.num_envs
@@ -173,7 +186,7 @@ class _LeanRollout:
             if not goes_on:
                 return False
             model._update_info_buffer(infos, dones)
-            buffer.add(model._last_obs, actions, rewards, model._last_episode_starts, unknown, unknown)  # type: ignore[arg-type]
+            self._store(model._last_obs, actions, rewards, model._last_episode_starts, unknown, unknown)
             self._n_stored += 1
             model._last_obs = new_obs  # type: ignore[assignment]
             model._last_episode_starts = dones
@@ -187,6 +200,18 @@ class _LeanRollout:
             if self._is_eager:
                 self._evaluate()
         return True
+
+    def _make_actor(self) -> Actor:
+        """How the policy acts as it is now."""
+        return make_actor(self.policy)
+
+    def _act(self, observations: PyTorchObs) -> np.ndarray:
+        """Choose the actions of one step."""
+        return self._actor.act(observations)
+
+    def _store(self, *transition: Any) -> None:
+        """Put one step into the buffer: what SB3's ``add`` takes."""
+        self.buffer.add(*transition)
 
     def _clipped(self, actions: np.ndarray) -> np.ndarray:
         """Actions as the environment gets them."""
@@ -217,7 +242,7 @@ class _LeanRollout:
         # In the place of the one before: a callback may change the policy in every step
         self._watching.close()
         self._watching.enter_context(self._snapshot.watching())
-        self._actor: Actor = make_actor(self.policy)
+        self._actor = self._make_actor()
         #: The first step that this actor makes.
         self._first_step = self._n_stored
 

@@ -9,6 +9,8 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from torch.utils._pytree import tree_map_only
 
+from sb3_trpo_ext._checks import is_known
+
 
 class LazyTensor(th.Tensor):
     """A placeholder for a tensor that is computed when it is first used."""
@@ -48,7 +50,7 @@ def may_look(callback: Any) -> bool:
     """Whether a callback may look at values and log-probabilities: those of SB3, RL-Zoo and this package do not."""
     if isinstance(callback, ConvertCallback) and callback.callback is not None:
         return True
-    if type(callback).__module__.partition(".")[0] not in ("stable_baselines3", "sb3_contrib", "rl_zoo3", "sb3_trpo_ext"):
+    if not is_known(type(callback)):
         return True
     inner = [value for name, value in vars(callback).items() if name != "parent"]
     inner += [part for value in inner if isinstance(value, list) for part in value]

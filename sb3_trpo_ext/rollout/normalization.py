@@ -6,15 +6,16 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
-from sb3_trpo_ext._checks import ArgumentError
+from sb3_trpo_ext._checks import ArgumentError, is_known
 from sb3_trpo_ext.rollout.returns import by_step, ending
-from sb3_trpo_ext.update.batch import rollout_batch, take
+from sb3_trpo_ext.update.batch import rollout_batch
+from sb3_trpo_ext.update.calls import PolicyCalls
 from sb3_trpo_ext.update.normalization import CLIP, NormalizedExtractor, RewardScale, normalized_extractors
 
 _PRETRAINED = (
@@ -138,8 +139,7 @@ class Normalization:
         env, self._env = self._env, None
         if env is None or env.scale is not None or not isinstance(buffer, RolloutBuffer) or buffer.generator_ready:
             return False
-        is_stock = type(buffer) in (RolloutBuffer, DictRolloutBuffer)
-        extractors = normalized_extractors(model.policy) if has_acted and is_stock else []
+        extractors = normalized_extractors(model.policy) if has_acted and is_known(type(buffer)) else []
         fresh = [extractor for extractor in extractors if extractor.is_fresh]
         for extractor in fresh:
             extractor.update(buffer.observations)
@@ -172,7 +172,7 @@ def _are_equal(first: dict[str, th.Tensor], second: dict[str, th.Tensor]) -> boo
 
 
 @th.no_grad()
-def evaluate_again_(model: OnPolicyAlgorithm, buffer: RolloutBuffer) -> None:
+def evaluate_again_(model: Any, buffer: RolloutBuffer) -> None:
     """
     Give a rollout the values and log-probabilities of the policy with its first statistics.
 
@@ -182,9 +182,12 @@ def evaluate_again_(model: OnPolicyAlgorithm, buffer: RolloutBuffer) -> None:
     :param buffer: full
     """
     is_discrete = isinstance(model.action_space, spaces.Discrete)
-    batch = rollout_batch(buffer, is_discrete, normalize_advantage=False)
-    parts = [slice(start, start + _CHUNK) for start in range(0, batch.n_samples, _CHUNK)]
-    outputs = [model.policy.evaluate_actions(take(batch.observations, part), batch.actions[part])[:2] for part in parts]
+    calls: PolicyCalls = model.calls_class(model.policy)
+    batch = calls.with_context(rollout_batch(buffer, is_discrete, normalize_advantage=False), buffer)
+    outputs = [
+        (calls.values(batch, part), calls.distribution(batch, part).log_prob(batch.actions[part]))
+        for part, _ in calls.cut(batch, _CHUNK)
+    ]
     for array, column in zip((buffer.values, buffer.log_probs), zip(*outputs, strict=True), strict=True):
         array[:] = by_step(th.cat(column), array.shape).cpu().numpy()
 

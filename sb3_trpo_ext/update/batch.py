@@ -1,13 +1,15 @@
 """One rollout as one batch."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.type_aliases import PyTorchObs
 
+from sb3_trpo_ext._checks import is_known
 from sb3_trpo_ext.optim.devices import sent_to
 from sb3_trpo_ext.parallel.moments import all_moments
 from sb3_trpo_ext.parallel.reductions import all_max
@@ -27,6 +29,8 @@ class Batch(NamedTuple):
     returns: th.Tensor
     #: Values at the time of the rollout, shape ``(n_batch,)``.
     old_values: th.Tensor
+    #: What the policy needs beside observations, if anything: see :mod:`sb3_trpo_ext.update.calls`.
+    context: Any = None
 
     @property
     def n_samples(self) -> int:
@@ -38,8 +42,7 @@ def rollout_batch(
     buffer: RolloutBuffer, is_discrete: bool, normalize_advantage: bool, clip_advantage: float | None = None
 ) -> Batch:
     """The whole rollout in a full buffer: in the order of time within each environment if the buffer is SB3's own."""
-    is_stock = type(buffer) in (RolloutBuffer, DictRolloutBuffer)
-    data = _in_order(buffer) if is_stock else next(iter(buffer.get(buffer.buffer_size * buffer.n_envs)))
+    data = _in_order(buffer) if is_known(type(buffer)) else next(iter(buffer.get(buffer.buffer_size * buffer.n_envs)))
     advantages = _normalized(data.advantages) if normalize_advantage else data.advantages
     if clip_advantage is not None:
         # Normalized again: the mean of what is left is a baseline at no cost, and the objective keeps its unit
@@ -55,13 +58,15 @@ def rollout_batch(
     )
 
 
+def in_order(buffer: RolloutBuffer, array: np.ndarray) -> th.Tensor:
+    """An array of SB3's own buffer, sample by sample: environment by environment, in the order of time."""
+    # A callback that has called `get` has left flat arrays
+    return sent_to(buffer.device, th.as_tensor(array if buffer.generator_ready else buffer.swap_and_flatten(array)))
+
+
 def _in_order(buffer: RolloutBuffer) -> Batch:
     """The contents of SB3's own buffer as they are: its ``get`` would shuffle them."""
-
-    def tensor(array: np.ndarray) -> th.Tensor:
-        # A callback that has called `get` has left flat arrays
-        return sent_to(buffer.device, th.as_tensor(array if buffer.generator_ready else buffer.swap_and_flatten(array)))
-
+    tensor = functools.partial(in_order, buffer)
     return Batch(
         observations=_mapped(tensor, buffer.observations),
         # As in SB3, which needs it for MultiBinary

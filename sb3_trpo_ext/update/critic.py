@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch as th
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,7 +15,8 @@ from sb3_trpo_ext.optim.devices import sent_to
 from sb3_trpo_ext.optim.transaction import Transaction
 from sb3_trpo_ext.optim.vectors import flat_gradient_
 from sb3_trpo_ext.parallel.reductions import Shares, all_true, average_
-from sb3_trpo_ext.update.batch import Batch, take
+from sb3_trpo_ext.update.batch import Batch
+from sb3_trpo_ext.update.calls import PolicyCalls
 from sb3_trpo_ext.update.settings import threads_for
 from sb3_trpo_ext.update.structure import MlpStructure, critic_structure
 
@@ -64,6 +65,7 @@ def fit_critic(
     batch: Batch,
     fit: CriticFit,
     shares: Shares = Shares(),  # noqa: B008 it is immutable
+    calls: PolicyCalls | None = None,
 ) -> CriticResult:
     """
     Fit the values to the returns by minibatch gradient descent.
@@ -80,8 +82,10 @@ def fit_critic(
     :param batch: the rollout
     :param fit: how
     :param shares: what each process counts in the means over samples
+    :param calls: how the policy is asked for its values; ``None`` for one that needs nothing but observations
     :return: mean loss and status
     """
+    calls = PolicyCalls(policy) if calls is None else calls
     if fit.n_epochs == 0:
         return CriticResult(math.nan, CriticStatus.NO_EPOCHS)
     held = {id(param) for group in policy.optimizer.param_groups for param in group["params"]}
@@ -94,7 +98,7 @@ def fit_critic(
         module.training = True
     try:
         with Transaction([*critic_params, *buffers], policy.optimizer) as transaction:
-            mean_loss = shares.mean(_run_epochs(policy, critic_params, batch, fit, shares))
+            mean_loss = shares.mean(_run_epochs(calls, critic_params, batch, fit, shares))
             # Running statistics of a BatchNorm are the only thing here that each process has for itself
             statistics = [buffer for buffer in buffers if buffer.is_floating_point()]
             for tensor, mean in zip(statistics, shares.means(statistics), strict=True):
@@ -114,9 +118,10 @@ def fit_critic(
 
 
 def _run_epochs(
-    policy: ActorCriticPolicy, critic_params: Sequence[nn.Parameter], batch: Batch, fit: CriticFit, shares: Shares
+    calls: PolicyCalls, critic_params: Sequence[nn.Parameter], batch: Batch, fit: CriticFit, shares: Shares
 ) -> th.Tensor:
     """Make the steps; returns the mean loss, which stays on the device: reading it would stop an accelerator."""
+    policy = calls.policy
     # A gradient of the actor, left from pretraining, would make the optimizer move the actor too
     policy.optimizer.zero_grad(set_to_none=True)
     gradient = flat_gradient_(critic_params)
@@ -126,7 +131,7 @@ def _run_epochs(
     losses: list[th.Tensor] = []
     structure = critic_structure(policy, critic_params)
     if structure is None:
-        minibatches = _gradients_by_autograd(policy, critic_params, gradient, batch, fit, sizes, losses)
+        minibatches = _gradients_by_autograd(calls, critic_params, gradient, batch, fit, sizes, losses)
     else:
         minibatches = _gradients_by_hand(policy, structure, batch, fit, sizes, losses)
     # One multiplication per sample and weight of a linear layer; convolutions use each weight many times
@@ -144,7 +149,7 @@ def _run_epochs(
 
 
 def _gradients_by_autograd(
-    policy: ActorCriticPolicy,
+    calls: PolicyCalls,
     params: Sequence[nn.Parameter],
     gradient: th.Tensor,
     batch: Batch,
@@ -161,8 +166,8 @@ def _gradients_by_autograd(
     :param losses: where the loss of each minibatch goes
     """
     for _ in range(fit.n_epochs):
-        for indices in _shuffled_order(batch).split(sizes):
-            values = policy.predict_values(take(batch.observations, indices)).flatten()
+        for indices in calls.minibatches(batch, sizes):
+            values = calls.values(batch, indices)
             loss = _value_losses(values, batch.returns[indices], batch.old_values[indices], fit).mean()
             gradient.zero_()
             loss.backward(inputs=list(params))
@@ -183,7 +188,7 @@ def _gradients_by_hand(
     regression = MlpRegression(structure.layers, structure.activations)
     with th.no_grad():
         # As `predict_values` does, but once for all epochs
-        features = super(ActorCriticPolicy, policy).extract_features(batch.observations, policy.vf_features_extractor)
+        features = BasePolicy.extract_features(policy, batch.observations, policy.vf_features_extractor)
     # Shuffled once per epoch and cut into slices, which costs less than gathering each minibatch
     sources = [features, batch.returns[:, None], batch.old_values[:, None]]
     shuffled = inputs, targets, old_values = [th.empty_like(source) for source in sources]
@@ -192,7 +197,7 @@ def _gradients_by_hand(
     # Of each sample in the mean over minibatches of their mean losses: those of a small minibatch count more
     weights = th.cat([th.full_like(part[1], 1 / (len(part[1]) * len(sizes))) for part in minibatches])
     for _ in range(fit.n_epochs):
-        order = _shuffled_order(batch)
+        order = sent_to(batch.returns.device, th.randperm(batch.n_samples))
         for source, tensor in zip(sources, shuffled, strict=True):
             th.index_select(source, 0, order, out=tensor)
         for some_inputs, some_values, some_targets, some_old_values in minibatches:
@@ -200,11 +205,6 @@ def _gradients_by_hand(
             regression.backward(_slope(some_values, some_targets, some_old_values, fit))
             yield
         losses.append((_value_losses(values, targets, old_values, fit) * weights).sum())
-
-
-def _shuffled_order(batch: Batch) -> th.Tensor:
-    """The indices of all samples in random order."""
-    return sent_to(batch.returns.device, th.randperm(batch.n_samples))
 
 
 def _value_losses(values: th.Tensor, targets: th.Tensor, old_values: th.Tensor, fit: CriticFit) -> th.Tensor:

@@ -176,8 +176,9 @@ class CategoricalFamily(Family[Statistics]):
 
     def statistics(self, distribution: Distribution) -> Statistics:
         """The logits of all categoricals side by side."""
-        inner = distribution.distribution
-        categoricals: Any = inner if isinstance(inner, list) else [inner]
+        # A list of several has this name in sb3-contrib
+        inner: Any = getattr(distribution, "distributions", None) or distribution.distribution
+        categoricals = inner if isinstance(inner, list) else [inner]
         return (th.cat([categorical.logits for categorical in categoricals], dim=1),)
 
     def kl(self, old: Statistics, new: Statistics) -> th.Tensor:

@@ -10,10 +10,11 @@ from stable_baselines3.common.distributions import (
     BernoulliDistribution,
     CategoricalDistribution,
     DiagGaussianDistribution,
+    Distribution,
     MultiCategoricalDistribution,
     SquashedDiagGaussianDistribution,
 )
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
@@ -22,6 +23,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from sb3_trpo_ext.optim.mlp import ELEMENTWISE_ACTIVATIONS
 from sb3_trpo_ext.optim.regression import REGRESSION_ACTIVATIONS
+from sb3_trpo_ext.update.calls import PolicyCalls
 from sb3_trpo_ext.update.distributions import BernoulliFamily, CategoricalFamily, GaussianFamily, family_of
 from sb3_trpo_ext.update.normalization import NormalizedExtractor
 
@@ -49,15 +51,17 @@ def _recorded_modules(policy: nn.Module) -> Iterator[set[nn.Module]]:
         yield called
 
 
-def split_policy(policy: ActorCriticPolicy) -> PolicyParts:
+def split_policy(policy: ActorCriticPolicy, calls: PolicyCalls | None = None) -> PolicyParts:
     """
     Tell the actor's parameters from the critic's by what reaches the outputs, never by their names.
 
     Parameters that require no gradient are left out, so either list may be empty.
 
-    :param policy: any policy with ``get_distribution`` and ``predict_values``
+    :param policy: any policy
+    :param calls: how it is asked; ``None`` for one that needs nothing but observations
     :return: its parts
     """
+    calls = PolicyCalls(policy) if calls is None else calls
     was_training = policy.training
     # In training mode a BatchNorm layer would learn from, and fail on, this one observation
     policy.set_training_mode(False)
@@ -65,11 +69,11 @@ def split_policy(policy: ActorCriticPolicy) -> PolicyParts:
     observation = obs_as_tensor(zeros, policy.device)
     with th.enable_grad():
         with _recorded_modules(policy) as actor_modules:
-            distribution = policy.get_distribution(observation)
+            distribution = calls.distribution_at(observation)
             # Whatever the statistics of the family are, the log-probability of an action depends on all of them
             for_actor = _reached_from(distribution.log_prob(distribution.mode()))
         with _recorded_modules(policy) as critic_modules:
-            for_critic = _reached_from(policy.predict_values(observation)) - for_actor
+            for_critic = _reached_from(calls.values_at(observation)) - for_actor
     policy.set_training_mode(was_training)
     drop_graph_(distribution)
     params = [param for param in policy.parameters() if param.requires_grad]
@@ -81,12 +85,12 @@ def split_policy(policy: ActorCriticPolicy) -> PolicyParts:
     )
 
 
-def unfrozen_parts(policy: ActorCriticPolicy) -> PolicyParts:
+def unfrozen_parts(policy: ActorCriticPolicy, calls: PolicyCalls | None = None) -> PolicyParts:
     """The parts that a policy would have if nothing were frozen."""
     frozen = [param for param in policy.parameters() if not param.requires_grad]
     policy.requires_grad_(True)
     try:
-        return split_policy(policy)
+        return split_policy(policy, calls)
     finally:
         for param in frozen:
             param.requires_grad_(False)
@@ -142,13 +146,15 @@ class MlpStructure(NamedTuple):
 
 
 #: Distributions of which the last layer's output and the log std are the statistics. Not gSDE, whose std needs the features.
-PLAIN_DISTRIBUTIONS = (
+PLAIN_DISTRIBUTIONS: list[type[Distribution]] = [
     DiagGaussianDistribution,
     SquashedDiagGaussianDistribution,
     CategoricalDistribution,
     MultiCategoricalDistribution,
     BernoulliDistribution,
-)
+]
+#: Classes of policies whose methods are known. A module for further policies adds its own to both lists.
+STOCK_POLICIES: list[type[BasePolicy]] = [ActorCriticPolicy]
 #: Families whose statistics these are. Exact types: a user's family, a subclass too, may describe the same distribution by
 #: other numbers, and the products of `MlpJacobian` would be of the wrong ones.
 _PLAIN_FAMILIES = (GaussianFamily, CategoricalFamily, BernoulliFamily)
@@ -190,10 +196,9 @@ def critic_structure(policy: ActorCriticPolicy, critic_params: Sequence[th.Tenso
 
 
 def has_stock_methods(policy: ActorCriticPolicy, *names: str) -> bool:
-    """Whether a policy does what SB3's does when these methods are called."""
-    return all(
-        name not in vars(policy) and getattr(type(policy), name, None) is getattr(ActorCriticPolicy, name) for name in names
-    )
+    """Whether a policy does what one of :data:`STOCK_POLICIES` does when these methods are called."""
+    stock = next((base for base in type(policy).__mro__ if base in STOCK_POLICIES), ActorCriticPolicy)
+    return all(name not in vars(policy) and getattr(type(policy), name, None) is getattr(stock, name) for name in names)
 
 
 def _plain_network(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch as th
 from stable_baselines3.common.distributions import Distribution
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
@@ -24,7 +24,8 @@ from sb3_trpo_ext.optim import (
 )
 from sb3_trpo_ext.optim.vectors import gradient_by_backward
 from sb3_trpo_ext.parallel.reductions import Shares
-from sb3_trpo_ext.update.batch import Batch, numbers_per_sample, take
+from sb3_trpo_ext.update.batch import Batch, take
+from sb3_trpo_ext.update.calls import PolicyCalls
 from sb3_trpo_ext.update.clipping import ActionBounds, clipped_log_prob
 from sb3_trpo_ext.update.distributions import Family, family_of, standard_normal
 from sb3_trpo_ext.update.structure import MlpStructure, has_gradient_hooks, mlp_structure
@@ -63,6 +64,7 @@ class Surrogate(Problem):
     :param bounds: to which the actions were clipped before the environment got them, if the ratio is to be that of the
         clipped actions (:func:`~sb3_trpo_ext.update.clipping.clipped_log_prob`). The policy must then be that of the rollout
     :param shares: what each process counts in the means over samples
+    :param calls: how the policy is asked for its distribution; ``None`` for one that needs nothing but observations
     """
 
     def __init__(
@@ -75,8 +77,10 @@ class Surrogate(Problem):
         noise_seed: int = 0,
         bounds: ActionBounds | None = None,
         shares: Shares = Shares(),  # noqa: B008 it is immutable
+        calls: PolicyCalls | None = None,
     ):
         self.policy = policy
+        self._calls = PolicyCalls(policy) if calls is None else calls
         self.params = list(params)
         self.batch = batch
         self.n_samples = batch.n_samples
@@ -89,14 +93,14 @@ class Surrogate(Problem):
         self._has_gradient_hooks = any(has_gradient_hooks(param) for param in self.params)
         self._generator = th.Generator().manual_seed(noise_seed)
         with th.no_grad():
-            self.family: Family[Any] = family_of(policy.get_distribution(take(batch.observations, slice(1))))
+            self.family: Family[Any] = family_of(self._calls.distribution(batch, slice(1)))
         limits = _CPU_LIMITS if policy.device.type == "cpu" else _ACCELERATOR_LIMITS
         #: Of how many samples the graph is kept for the Fisher-vector products.
-        self._n_kept = max(limits.n_numbers // numbers_per_sample(batch.observations), 1)
+        self._n_kept = max(limits.n_numbers // self._calls.numbers_per_sample(batch), 1)
         n_at_once = min(limits.n_samples, self._n_kept)
         if not self.family.is_batched:
             n_at_once = self._n_kept = batch.n_samples
-        self._chunks = _cut(batch.n_samples, n_at_once)
+        self._chunks = self._calls.cut(batch, n_at_once)
         self._noise: th.Tensor | None = None
         if self.family.needs_noise:
             self._noise = th.cat([standard_normal(batch.actions[chunk], self._generator) for chunk, _ in self._chunks])
@@ -111,7 +115,7 @@ class Surrogate(Problem):
         statistics, objectives, gradients = [], [], []
         for chunk, share in self._chunks:
             with th.enable_grad():
-                jacobian, leaves, distribution = self._outputs(take(self.batch.observations, chunk))
+                jacobian, leaves, distribution = self._outputs(chunk)
                 new = self.family.statistics(distribution)
                 log_prob = self._log_prob(distribution, chunk)
                 if self._bounds is not None:
@@ -129,34 +133,34 @@ class Surrogate(Problem):
             old = tuple(th.cat(columns).detach() for columns in zip(*statistics, strict=True))
         else:
             with th.no_grad():
-                old = self.family.statistics(self.policy.get_distribution(self.batch.observations))
+                old = self.family.statistics(self._calls.distribution(self.batch, slice(None)))
         # In place, and one after the other: a gradient is as large as the policy
         return old, (sum(objectives, start=th.zeros_like(objectives[0])), functools.reduce(th.Tensor.add_, gradients))
 
-    def _outputs(self, observations: PyTorchObs) -> tuple[MlpJacobian | None, Sequence[th.Tensor], Distribution]:
+    def _outputs(self, part: th.Tensor | slice) -> tuple[MlpJacobian | None, Sequence[th.Tensor], Distribution]:
         """
         The action distribution, and what its graph starts at.
 
         For an MLP actor autograd goes from the objective to the network's output and no further: the rest is the Jacobian's.
         For any other actor it goes to the parameters.
 
-        :param observations: a chunk
+        :param part: the samples of a chunk
         :return: Jacobian, if the actor is an MLP; leaves; distribution
         """
         structure = None if self._has_gradient_hooks else self._structure
         if structure is None:
-            return None, self.params, self.policy.get_distribution(observations)
-        jacobian = self._mlp_jacobian(structure, observations)
+            return None, self.params, self._calls.distribution(self.batch, part)
+        jacobian = self._mlp_jacobian(structure, take(self.batch.observations, part))
         leaves = [jacobian.output.detach().requires_grad_()]
         if structure.log_std is not None:
             leaves.append(structure.log_std.detach().expand_as(leaves[0]).clone().requires_grad_())
-        return jacobian, leaves, self.policy.action_dist.proba_distribution(*leaves)
+        return jacobian, leaves, self._calls.distribution_of(leaves, self.batch, part)
 
     def _mlp_jacobian(self, structure: MlpStructure, observations: PyTorchObs) -> MlpJacobian:
         """The hand-written Jacobian at the current parameters on some observations."""
         # As `get_distribution` does: `ActorCriticPolicy.extract_features` would run the critic's extractor too
         with th.no_grad():
-            features = super(ActorCriticPolicy, self.policy).extract_features(observations, self.policy.pi_features_extractor)
+            features = BasePolicy.extract_features(self.policy, observations, self.policy.pi_features_extractor)
         # Contiguous samples are worth a copy to the products to come
         return MlpJacobian(features.contiguous(), structure.layers, structure.activations, self.params, structure.log_std)
 
@@ -170,7 +174,7 @@ class Surrogate(Problem):
 
     def _evaluate_part(self, part: th.Tensor | slice) -> tuple[th.Tensor, th.Tensor]:
         """Objective and mean KL(old || new) of some samples, given by indices or a slice."""
-        distribution = self.policy.get_distribution(take(self.batch.observations, part))
+        distribution = self._calls.distribution(self.batch, part)
         new = self.family.statistics(distribution)
         objective = self._objective(self._log_prob(distribution, part), part, new)
         return objective, self.family.kl(self._old_at(part), new).mean()
@@ -228,7 +232,7 @@ class Surrogate(Problem):
         if self._structure is not None:
             fisher: LinearOperator = self._mlp_fisher(self._structure)
         else:
-            parts = _cut(self.n_samples, self._n_kept, self.fisher_stride)
+            parts = self._calls.cut(self.batch, self._n_kept, self.fisher_stride)
             operators = [functools.partial(self._autograd_fisher, part) for part, _ in parts]
             fisher = operators[0]() if len(parts) == 1 else ChunkedOperator(operators, [share for _, share in parts])
         if not self._has_gradient_hooks:
@@ -252,32 +256,31 @@ class Surrogate(Problem):
             self.shares,
         )
 
-    def _autograd_fisher(self, part: slice) -> LinearOperator:
+    def _autograd_fisher(self, part: th.Tensor | slice) -> LinearOperator:
         """By automatic differentiation, on some samples."""
-        observations = take(self.batch.observations, part)
-        outputs, params = _Outputs(self.policy, self.family), list[th.Tensor](self.params)
+        outputs, params = _Outputs(self._calls, self.batch, self.family), list[th.Tensor](self.params)
         with th.enable_grad():
             if self._has_gradient_hooks:
                 # The same numbers in other leaves, which have no hooks
                 params = [param.detach().requires_grad_() for param in params]
                 names = {id(param): name for name, param in outputs.named_parameters()}
                 aliases = {names[id(param)]: alias for param, alias in zip(self.params, params, strict=True)}
-                statistics = th.func.functional_call(outputs, aliases, (observations,))
+                statistics = th.func.functional_call(outputs, aliases, (part,))
             else:
-                statistics = outputs(observations)
+                statistics = outputs(part)
             if self.family.has_fisher:
                 jacobian = AutogradJacobian(statistics, params)
                 return GaussNewtonFisher(jacobian, functools.partial(self.family.fisher, self._old_at(part)))
             with th.no_grad():
-                old = outputs(observations)
+                old = outputs(part)
             return HessianFisher(self.family.kl(old, statistics).mean(), params)
 
     @th.no_grad()
     def summary(self) -> tuple[float, float]:
         """Entropy and std at the policy's current parameters, for logging, over about 256 samples of each process."""
         # With 1,024 samples it took 7% of an update on 2,048; the numbers hardly differ between samples
-        every = slice(None, None, max(self.batch.n_samples // 256, 1))
-        new = self.family.statistics(self.policy.get_distribution(take(self.batch.observations, every)))
+        (every, _), *_ = self._calls.cut(self.batch, self.batch.n_samples, max(self.batch.n_samples // 256, 1))
+        new = self.family.statistics(self._calls.distribution(self.batch, every))
         unknown = self.batch.advantages.new_full((), math.nan)
         entropy_and_std = self._entropy(new, every), self.family.std(new)
         means = th.stack([unknown if values is None else values.mean() for values in entropy_and_std]).tolist()
@@ -286,20 +289,13 @@ class Surrogate(Problem):
 
 
 class _Outputs(nn.Module):
-    """From observations to the statistics of the action distribution, as a module."""
+    """From samples of a batch to the statistics of the action distribution, as a module."""
 
-    def __init__(self, policy: ActorCriticPolicy, family: Family[Any]):
+    def __init__(self, calls: PolicyCalls, batch: Batch, family: Family[Any]):
         super().__init__()
-        self.policy = policy
-        self._family = family
+        self.policy = calls.policy
+        self._calls, self._batch, self._family = calls, batch, family
 
-    def forward(self, observations: PyTorchObs) -> Any:
+    def forward(self, part: th.Tensor | slice) -> Any:
         """The statistics, with their graph."""
-        return self._family.statistics(self.policy.get_distribution(observations))
-
-
-def _cut(n_samples: int, size: int, stride: int = 1) -> list[tuple[slice, float]]:
-    """Cut every k-th sample of a batch into slices of at most ``size`` samples; each slice comes with its share of them."""
-    samples = range(0, n_samples, stride)
-    parts = [slice(start, start + size * stride, stride) for start in samples[::size]]
-    return [(part, len(range(n_samples)[part]) / len(samples)) for part in parts]
+        return self._family.statistics(self._calls.distribution(self._batch, part))

@@ -8,14 +8,20 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
+from sb3_trpo_ext.update.calls import PolicyCalls
 from sb3_trpo_ext.update.optimizers import follow_
 from sb3_trpo_ext.update.structure import PolicyParts, split_policy
 
 
 class PolicyWatch:
-    """Tells a policy's actor from its critic, and does so again whenever the policy has changed."""
+    """
+    Tells a policy's actor from its critic, and does so again whenever the policy has changed.
 
-    def __init__(self) -> None:
+    :param calls_class: how the policy is asked for its distribution and values
+    """
+
+    def __init__(self, calls_class: type[PolicyCalls] = PolicyCalls) -> None:
+        self._calls_class = calls_class
         self._contents: list[Any] = []
         self._named: dict[str, nn.Parameter] = {}
         self._parts: PolicyParts | None = None
@@ -25,7 +31,7 @@ class PolicyWatch:
         """Actor and critic as they are now. After a change optimizers follow, and what will not be trained is warned of."""
         now = contents(policy)
         if self._parts is None or list(map(id, now)) != list(map(id, self._contents)):
-            self._parts, self._contents = split_policy(policy), now
+            self._parts, self._contents = split_policy(policy, self._calls_class(policy)), now
             before, self._named = self._named, dict(policy.named_parameters())
             for optimizer in optimizers:
                 follow_(optimizer, before, self._named)
