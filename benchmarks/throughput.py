@@ -203,7 +203,7 @@ def shares(contestant: Contestant) -> dict[str, float]:
     targets += [(BaseCallback, name, "callbacks") for name in ("update_locals", "on_step")]
     targets += [(buffer, "add", "buffer")]
     if isinstance(model, TRPO):
-        targets += [(actors.Actor, "act", "actor_step"), (collect._LeanRollout, "_evaluate", "values_and_gae")]
+        targets += [(actors.Actor, "act", "actor_step"), (collect.LeanRollout, "_evaluate", "values_and_gae")]
         targets += [(model, "_full_batch", "policy_update")]
         module = sys.modules[TRPO.__module__]
         targets += [(module, "Surrogate", "policy_update"), (model, "_update_policy", "policy_update")]

@@ -23,7 +23,7 @@ from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_suppo
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import CategoricalDistribution, Distribution, MultiCategoricalDistribution
-from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import MaybeCallback, PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv
@@ -87,12 +87,22 @@ def apply_masks(logits: th.Tensor, masks: th.Tensor | None) -> th.Tensor:
 
 
 class MaskedCalls(PolicyCalls):
-    """The calls of a policy with action masks: the context of a batch is its masks, of shape ``(n_samples, n_choices)``."""
+    """
+    The calls of a policy with action masks.
 
-    def with_context(self, batch: Batch, buffer: RolloutBuffer) -> Batch:
-        """Add the masks, if the buffer has any."""
-        masks = getattr(buffer, "action_masks", None)
-        return batch if masks is None else batch._replace(context=in_order(buffer, masks) > 0.5)
+    :param policy: the policy
+    :param masks: of the samples of a rollout, bools of shape ``(n_samples, n_choices)``; ``None`` if all choices are valid
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, masks: th.Tensor | None = None):
+        super().__init__(policy)
+        self.masks = masks
+
+    @classmethod
+    def on(cls, policy: ActorCriticPolicy, buffer: RolloutBuffer) -> "MaskedCalls":
+        """The calls with the masks of a buffer."""
+        assert isinstance(buffer, (MaskableRolloutBuffer, MaskableDictRolloutBuffer))
+        return cls(policy, in_order(buffer, buffer.action_masks) > 0.5)
 
     def distribution(self, batch: Batch, part: th.Tensor | slice) -> Distribution:
         """The masked distribution at some samples."""
@@ -100,7 +110,7 @@ class MaskedCalls(PolicyCalls):
 
     def distribution_of(self, statistics: Sequence[th.Tensor], batch: Batch, part: th.Tensor | slice) -> Distribution:
         """The masked distribution, given logits."""
-        logits = apply_masks(statistics[0], None if batch.context is None else batch.context[part])
+        logits = apply_masks(statistics[0], None if self.masks is None else self.masks[part])
         return plain_distribution(self.policy.action_space).proba_distribution(logits)
 
     def logits(self, observations: PyTorchObs) -> th.Tensor:

@@ -352,8 +352,7 @@ class TRPO(SavingAlgorithm):
         # As during the rollout: dropout or BatchNorm in training mode would make the ratio differ from 1 before any step
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
-        calls = self.calls_class(self.policy)
-        batch = calls.with_context(self._full_batch(), self.rollout_buffer)
+        batch, calls = self._full_batch(), self.calls_class.on(self.policy, self.rollout_buffer)
         started = time.perf_counter()
         result, entropy, std = self._no_update(UpdateStatus.NOTHING_TO_TRAIN), math.nan, math.nan
         # The likelihood of clipped actions is not in the buffer: it is that of the policy now, if that is the one that acted

@@ -109,10 +109,16 @@ def make_surrogate(space: spaces.Space[Any], activation: type[nn.Module] = nn.Ta
         distribution = policy.get_distribution(observations, masks)
         actions = distribution.get_actions()
         log_prob = distribution.log_prob(actions)
-    advantages, returns, values = th.randn(3, N_SAMPLES)
-    batch = Batch(observations, actions, log_prob, advantages, returns, values, masks)
-    calls = MaskedCalls(policy)
+    batch = Batch(observations, actions, log_prob, *th.randn(3, N_SAMPLES))
+    calls = MaskedCalls(policy, masks)
     return Surrogate(policy, split_policy(policy, calls).actor_params, batch, calls=calls, **kwargs)
+
+
+def masks_of(surrogate: Surrogate) -> th.Tensor:
+    calls = surrogate._calls
+    assert isinstance(calls, MaskedCalls)
+    assert calls.masks is not None
+    return calls.masks
 
 
 def numbers(model: TRPO) -> list[bytes]:
@@ -151,11 +157,11 @@ def test_gradient_is_the_slope_of_the_objective(space: spaces.Space[Any], activa
 def test_objective_kl_and_entropy_are_those_of_sb3_contribs_distribution(space: spaces.Space[Any]) -> None:
     surrogate = make_surrogate(space, ent_coef=0.3)
     policy: Any = surrogate.policy
-    batch = surrogate.batch
-    old = [part.probs for part in parts_of(policy.get_distribution(batch.observations, batch.context))]
+    batch, masks = surrogate.batch, masks_of(surrogate)
+    old = [part.probs for part in parts_of(policy.get_distribution(batch.observations, masks))]
     assign_(surrogate.params, flatten(surrogate.params) + 0.3 * th.randn(sum(p.numel() for p in surrogate.params)))
     with th.no_grad():
-        distribution = policy.get_distribution(batch.observations, batch.context)
+        distribution = policy.get_distribution(batch.observations, masks)
         objective, kl = surrogate.evaluate()
     ratio = (distribution.log_prob(batch.actions) - batch.old_log_prob).exp()
     expected = (ratio * batch.advantages).mean() + 0.3 * distribution.entropy().mean()
@@ -187,11 +193,11 @@ def test_accepted_step_fills_the_region_of_the_masked_kl(space: spaces.Space[Any
 def test_states_with_a_single_valid_action_count_nothing(space: spaces.Space[Any], activation: type[nn.Module]) -> None:
     surrogate = make_surrogate(space, activation)
     starts = np.cumsum([0, *choices(space)[:-1]])
-    masks = th.zeros_like(surrogate.batch.context)
+    masks = th.zeros_like(masks_of(surrogate))
     masks[:, starts] = True
     actions = th.zeros_like(surrogate.batch.actions)
-    batch = surrogate.batch._replace(context=masks, actions=actions, old_log_prob=th.zeros(N_SAMPLES))
-    alone = Surrogate(surrogate.policy, surrogate.params, batch, calls=MaskedCalls(surrogate.policy))
+    batch = surrogate.batch._replace(actions=actions, old_log_prob=th.zeros(N_SAMPLES))
+    alone = Surrogate(surrogate.policy, surrogate.params, batch, calls=MaskedCalls(surrogate.policy, masks))
     _, gradient = alone.objective_and_gradient()
     assert gradient.abs().max() == 0
     assert (alone.fisher() @ th.randn(len(gradient))).abs().max() == 0

@@ -182,8 +182,8 @@ def evaluate_again_(model: Any, buffer: RolloutBuffer) -> None:
     :param buffer: full
     """
     is_discrete = isinstance(model.action_space, spaces.Discrete)
-    calls: PolicyCalls = model.calls_class(model.policy)
-    batch = calls.with_context(rollout_batch(buffer, is_discrete, normalize_advantage=False), buffer)
+    calls: PolicyCalls = model.calls_class.on(model.policy, buffer)
+    batch = rollout_batch(buffer, is_discrete, normalize_advantage=False)
     outputs = [
         (calls.values(batch, part), calls.distribution(batch, part).log_prob(batch.actions[part]))
         for part, _ in calls.cut(batch, _CHUNK)

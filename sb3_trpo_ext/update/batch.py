@@ -29,8 +29,6 @@ class Batch(NamedTuple):
     returns: th.Tensor
     #: Values at the time of the rollout, shape ``(n_batch,)``.
     old_values: th.Tensor
-    #: What the policy needs beside observations, if anything: see :mod:`sb3_trpo_ext.update.calls`.
-    context: Any = None
 
     @property
     def n_samples(self) -> int:

@@ -24,14 +24,15 @@ class PolicyCalls:
     def __init__(self, policy: ActorCriticPolicy):
         self.policy = policy
 
-    def with_context(self, batch: Batch, buffer: RolloutBuffer) -> Batch:
+    @classmethod
+    def on(cls, policy: ActorCriticPolicy, buffer: RolloutBuffer) -> "PolicyCalls":
         """
-        Add to a batch what the policy needs beside observations.
+        The calls for the samples of a rollout.
 
-        :param batch: the rollout
-        :param buffer: that it comes from
+        :param policy: the policy
+        :param buffer: with what the policy needs beside observations
         """
-        return batch
+        return cls(policy)
 
     def distribution_at(self, observations: PyTorchObs) -> Distribution:
         """The action distribution at observations that are no part of a rollout."""
