@@ -12,6 +12,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext import arguments, defaults
@@ -322,6 +323,14 @@ class TRPO(SavingAlgorithm):
     ) -> tuple[bool, Snapshot]:
         """Fill the buffer; returns whether it is full, and the policy that acted first."""
         return collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)
+
+    def _last_values(self) -> th.Tensor:
+        """The values after the last step of a rollout, shape ``(n_envs, 1)``."""
+        return self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
+
+    def _terminal_value(self, buffer: RolloutBuffer, step: int, index: int, observation: Any) -> float:
+        """The value of the last observation of an episode that a time limit ended in a step of a rollout."""
+        return float(self.policy.predict_values(self.policy.obs_to_tensor(observation)[0]))
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """

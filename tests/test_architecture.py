@@ -46,7 +46,7 @@ LAYERS = (
     ("policies", "arguments", "contrib"),
     ("defaults", "saving"),
     ("trpo",),
-    ("maskable",),
+    ("maskable", "recurrent"),
     ("callbacks",),
     ("",),  # the package itself: what users import
     ("zoo",),
@@ -162,7 +162,7 @@ def test_reductions_import_torch_and_the_standard_library_alone(module: str) -> 
 @pytest.mark.parametrize("module", FILES)
 def test_only_rl_zoo_and_the_tools_import_the_extras(module: str) -> None:
     forbidden = () if layer_of(module) in ("zoo", "tools") else EXTRAS
-    allowed = {ALONE: ("envpool",), "maskable": ("sb3_contrib",)}.get(layer_of(module), ())
+    allowed = {ALONE: ("envpool",), "maskable": ("sb3_contrib",), "recurrent": ("sb3_contrib",)}.get(layer_of(module), ())
     assert not [name for name in imports_of(module) if is_within(name, forbidden) and not is_within(name, allowed)]
 
 

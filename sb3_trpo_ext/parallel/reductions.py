@@ -45,8 +45,7 @@ class Shares(NamedTuple):
         """Mean of a tensor without a graph over all processes; ``tensor`` itself on one process."""
         if not is_parallel():
             return tensor
-        share = 1 / world_size() if self.counts is None else self.counts[rank()] / sum(self.counts)
-        return _reduced_(tensor * share, dist.ReduceOp.SUM)
+        return _reduced_(tensor * self.own(), dist.ReduceOp.SUM)
 
     def means(self, tensors: Sequence[th.Tensor]) -> Sequence[th.Tensor]:
         """Means of several tensors of one dtype and device in one exchange; ``tensors`` itself on one process."""
@@ -55,6 +54,10 @@ class Shares(NamedTuple):
         flat = self.mean(th.cat([tensor.detach().reshape(-1) for tensor in tensors]))
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+    def own(self) -> float:
+        """What this process counts."""
+        return 1 / world_size() if self.counts is None else self.counts[rank()] / sum(self.counts)
 
     def minibatch_sizes(self, n_samples: int, batch_size: int) -> list[int]:
         """

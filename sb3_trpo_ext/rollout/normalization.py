@@ -193,7 +193,7 @@ def evaluate_again_(model: Any, buffer: RolloutBuffer) -> None:
 
 
 @th.no_grad()
-def reward_again_(model: OnPolicyAlgorithm, buffer: RolloutBuffer, env: ScaledRewards, rewards: RewardScale | None) -> None:
+def reward_again_(model: Any, buffer: RolloutBuffer, env: ScaledRewards, rewards: RewardScale | None) -> None:
     """
     Give a rollout the rewards in the first scale, and advantages and returns of these.
 
@@ -205,6 +205,5 @@ def reward_again_(model: OnPolicyAlgorithm, buffer: RolloutBuffer, env: ScaledRe
     raw = np.array(env.rewards)
     buffer.rewards[:] = raw if rewards is None else np.clip(raw / rewards.scale, -CLIP, CLIP)
     for step, index, observation in env.truncated:
-        value = model.policy.predict_values(model.policy.obs_to_tensor(observation)[0])
-        buffer.rewards[step, index] += model.gamma * float(value)
+        buffer.rewards[step, index] += model.gamma * model._terminal_value(buffer, step, index, observation)
     buffer.compute_returns_and_advantage(*ending(model))

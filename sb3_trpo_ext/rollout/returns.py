@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.utils import obs_as_tensor
 
 
 def by_step(flat: Any, shape: tuple[int, ...]) -> Any:
@@ -15,14 +13,13 @@ def by_step(flat: Any, shape: tuple[int, ...]) -> Any:
     return flat.reshape(shape[::-1]).T
 
 
-def ending(model: OnPolicyAlgorithm) -> tuple[th.Tensor, np.ndarray]:
+def ending(model: Any) -> tuple[th.Tensor, np.ndarray]:
     """How a rollout has ended: the values after its last step, and whether episodes ended in it."""
-    values = model.policy.predict_values(obs_as_tensor(model._last_obs, model.device))  # type: ignore[arg-type]
-    return values, np.asarray(model._last_episode_starts)
+    return model._last_values(), np.asarray(model._last_episode_starts)
 
 
 @th.no_grad()
-def set_returns_(model: OnPolicyAlgorithm, buffer: RolloutBuffer, vf_lambda: float) -> None:
+def set_returns_(model: Any, buffer: RolloutBuffer, vf_lambda: float) -> None:
     """
     Replace the returns of a full buffer by TD(lambda) returns, and leave its advantages.
 

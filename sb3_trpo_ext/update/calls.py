@@ -9,6 +9,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_trpo_ext.optim.devices import sent_to
+from sb3_trpo_ext.parallel.reductions import Shares
 from sb3_trpo_ext.update.batch import Batch, numbers_per_sample, take
 
 
@@ -89,12 +90,24 @@ class PolicyCalls:
         parts = [slice(start, start + size * stride, stride) for start in samples[::size]]
         return [(part, len(range(batch.n_samples)[part]) / len(samples)) for part in parts]
 
+    def plan(self, batch: Batch, batch_size: int, shares: Shares) -> tuple[list[int], list[float]]:
+        """
+        How many minibatches there are, and how large they are: the same number in all processes.
+
+        :param batch: the rollout
+        :param batch_size: samples in a minibatch per process
+        :param shares: what each process counts
+        :return: sizes, which add up to the number of samples, and what this process counts in each
+        """
+        sizes = shares.minibatch_sizes(batch.n_samples, batch_size)
+        return sizes, shares.minibatch_weights(batch.n_samples, batch_size)
+
     def minibatches(self, batch: Batch, sizes: Sequence[int]) -> list[th.Tensor]:
         """
         Shuffle the samples, and cut them into minibatches.
 
         :param batch: the rollout
-        :param sizes: of the minibatches, which add up to the number of samples
+        :param sizes: of the minibatches, from :meth:`plan`
         :return: the indices of each
         """
         order = sent_to(batch.returns.device, th.randperm(batch.n_samples))

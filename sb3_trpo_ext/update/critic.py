@@ -126,8 +126,7 @@ def _run_epochs(
     policy.optimizer.zero_grad(set_to_none=True)
     gradient = flat_gradient_(critic_params)
     gradients = [param.grad for param in critic_params]
-    sizes = shares.minibatch_sizes(batch.n_samples, fit.batch_size)
-    weights = shares.minibatch_weights(batch.n_samples, fit.batch_size)
+    sizes, weights = calls.plan(batch, fit.batch_size, shares)
     losses: list[th.Tensor] = []
     structure = critic_structure(policy, critic_params)
     if structure is None:

@@ -1,0 +1,351 @@
+"""TRPO through time, for policies with an LSTM: the policies and buffers are sb3-contrib's."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from sb3_contrib import RecurrentPPO
+from sb3_contrib.common.recurrent.buffers import RecurrentDictRolloutBuffer, RecurrentRolloutBuffer
+from sb3_contrib.common.recurrent.policies import (
+    RecurrentActorCriticCnnPolicy,
+    RecurrentActorCriticPolicy,
+    RecurrentMultiInputActorCriticPolicy,
+)
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.vec_env import VecEnv
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+
+from sb3_trpo_ext._checks import ArgumentError
+from sb3_trpo_ext.optim.devices import sent_to
+from sb3_trpo_ext.parallel.reductions import Shares, all_max
+from sb3_trpo_ext.rollout.collect import collect_rollouts
+from sb3_trpo_ext.rollout.errors import parts_of
+from sb3_trpo_ext.rollout.snapshot import Snapshot
+from sb3_trpo_ext.trpo import TRPO
+from sb3_trpo_ext.update.batch import Batch, in_order, take
+from sb3_trpo_ext.update.calls import PolicyCalls
+
+#: Hidden state and cell of an LSTM, each of shape ``(n_layers, n_sequences, hidden_size)``.
+States = tuple[th.Tensor, th.Tensor]
+#: What `RecurrentCalls` stands in for: a policy that has another one of these is not understood.
+_METHODS = ("get_distribution", "predict_values", "_process_sequence", "_get_action_dist_from_latent")
+
+
+class Sequences:
+    """
+    A rollout cut into the sequences that a recurrent network sees: one per episode and environment.
+
+    :param starts: for each sequence its first sample; the samples of a sequence follow each other
+    :param n_samples: of the rollout
+    :param actor_states: those that the actor's LSTM begins each sequence with
+    :param critic_states: the same for the critic
+    """
+
+    def __init__(self, starts: th.Tensor, n_samples: int, actor_states: States, critic_states: States):
+        self.starts = starts
+        self.lengths = th.diff(starts, append=th.tensor([n_samples]))
+        self.actor_states, self.critic_states = actor_states, critic_states
+        #: For each sample the number of its sequence.
+        self.numbers = th.repeat_interleave(th.arange(len(starts)), self.lengths)
+
+    @classmethod
+    def of(cls, buffer: RecurrentRolloutBuffer | RecurrentDictRolloutBuffer) -> "Sequences":
+        """
+        Cut the rollout of a full buffer.
+
+        :param buffer: full
+        :return: its sequences, each of which begins with the states that the buffer has, or with zeros in a new episode
+        """
+        n_samples = buffer.buffer_size * buffer.n_envs
+        # Flat in the order of the batch: environment by environment
+        is_start = in_order(buffer, buffer.episode_starts).flatten() > 0
+        first = th.zeros(n_samples, dtype=th.bool)
+        first[:: buffer.buffer_size] = True
+        starts = (is_start.cpu() | first).nonzero().flatten()
+        goes_on = ~is_start[sent_to(is_start.device, starts)]
+
+        def states(*names: str) -> States:
+            hidden, cell = (_states_at(buffer, getattr(buffer, name), starts) * goes_on[:, None] for name in names)
+            return hidden, cell
+
+        actor, critic = states("hidden_states_pi", "cell_states_pi"), states("hidden_states_vf", "cell_states_vf")
+        return cls(starts, n_samples, actor, critic)
+
+    def indices(self, which: th.Tensor) -> th.Tensor:
+        """The samples of some sequences, one sequence after the other."""
+        return th.cat([th.arange(start, start + n) for start, n in zip(*self._bounds(which), strict=True)])
+
+    def _bounds(self, which: th.Tensor) -> tuple[list[int], list[int]]:
+        return self.starts[which].tolist(), self.lengths[which].tolist()
+
+    def packing(self, part: th.Tensor | slice) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        How PyTorch wants sequences of different lengths: step by step, the longest first.
+
+        :param part: indices or slice of samples, whose sequences are whole or cut off at the end
+        :return: the numbers of the sequences, the order of the samples, and how many sequences there are at each step
+        """
+        which, lengths = th.unique_consecutive(
+            self.numbers[part if isinstance(part, slice) else part.cpu()], return_counts=True
+        )
+        begins = lengths.cumsum(0) - lengths
+        lengths, by_length = lengths.sort(descending=True, stable=True)
+        steps = th.arange(int(lengths[0]))[:, None]
+        is_there = steps < lengths
+        return which[by_length], (begins[by_length] + steps)[is_there], is_there.sum(1)
+
+
+def _states_at(buffer: Any, states: np.ndarray, samples: th.Tensor) -> th.Tensor:
+    """States of shape ``(n_layers, n_samples, hidden_size)`` before some samples of the batch."""
+    if buffer.generator_ready:
+        # `get` has made one row per sample of them
+        rows = states[samples.numpy()]
+    else:
+        environments, steps = np.divmod(samples.numpy(), buffer.buffer_size)
+        rows = states[steps, :, environments]
+    return sent_to(buffer.device, th.as_tensor(rows.swapaxes(0, 1).copy()))
+
+
+class RecurrentCalls(PolicyCalls):
+    """
+    The calls of a policy with an LSTM: the samples that go through it together are whole sequences.
+
+    :param policy: the policy
+    :param sequences: of a rollout; ``None`` if there is none yet
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, sequences: Sequences | None = None):
+        super().__init__(policy)
+        self._sequences = sequences
+
+    @classmethod
+    def on(cls, policy: ActorCriticPolicy, buffer: RolloutBuffer) -> "RecurrentCalls":
+        """The calls for the sequences of a buffer."""
+        assert isinstance(buffer, (RecurrentRolloutBuffer, RecurrentDictRolloutBuffer))
+        return cls(policy, Sequences.of(buffer))
+
+    @property
+    def sequences(self) -> Sequences:
+        """Those of the rollout."""
+        assert self._sequences is not None, "there is no rollout"
+        return self._sequences
+
+    def distribution_at(self, observations: PyTorchObs) -> Distribution:
+        """The action distribution at the first observations of episodes."""
+        policy: Any = self.policy
+        return policy.get_distribution(observations, *self._zeros(observations))[0]
+
+    def values_at(self, observations: PyTorchObs) -> th.Tensor:
+        """The values of the first observations of episodes."""
+        policy: Any = self.policy
+        return policy.predict_values(observations, *self._zeros(observations))
+
+    def _zeros(self, observations: PyTorchObs) -> tuple[States, th.Tensor]:
+        n_samples = len(next(iter(parts_of(observations).values())))
+        n_layers, _, hidden_size = self.policy.lstm_hidden_state_shape  # type: ignore[misc]
+        state = th.zeros(n_layers, n_samples, hidden_size, device=self.policy.device)
+        return (state, state), th.ones(n_samples, device=self.policy.device)
+
+    def distribution(self, batch: Batch, part: th.Tensor | slice) -> Distribution:
+        """The action distribution at the samples of some sequences."""
+        policy: Any = self.policy
+        features = BasePolicy.extract_features(policy, take(batch.observations, part), policy.pi_features_extractor)
+        latent = self._run(policy.lstm_actor, features, part, self.sequences.actor_states)
+        return policy._get_action_dist_from_latent(policy.mlp_extractor.forward_actor(latent))
+
+    def values(self, batch: Batch, part: th.Tensor | slice) -> th.Tensor:
+        """The values at the samples of some sequences."""
+        policy: Any = self.policy
+        features = BasePolicy.extract_features(policy, take(batch.observations, part), policy.vf_features_extractor)
+        if policy.lstm_critic is not None:
+            latent = self._run(policy.lstm_critic, features, part, self.sequences.critic_states)
+        elif policy.shared_lstm:
+            latent = self._run(policy.lstm_actor, features, part, self.sequences.actor_states).detach()
+        else:
+            latent = policy.critic(features)
+        return policy.value_net(policy.mlp_extractor.forward_critic(latent)).flatten()
+
+    def _run(self, lstm: nn.LSTM, features: th.Tensor, part: th.Tensor | slice, states: States) -> th.Tensor:
+        """The outputs of an LSTM at the samples of some sequences, in the order of the samples."""
+        which, order, counts = self.sequences.packing(part)
+        which, order = (sent_to(features.device, index) for index in (which, order))
+        begin = tuple(state[:, which].to(features.dtype).contiguous() for state in states)
+        # cuDNN's LSTM cannot be differentiated twice, as products with the Fisher matrix are
+        with th.backends.cudnn.flags(enabled=False):
+            outputs, _ = lstm(PackedSequence(features[order], counts), begin)
+        return outputs.data[th.argsort(order)]
+
+    def numbers_per_sample(self, batch: Batch) -> int:
+        """Those of the observation, and what the LSTM keeps for the derivatives: about ten numbers per unit."""
+        lstm: nn.LSTM = self.policy.lstm_actor  # type: ignore[assignment]
+        return super().numbers_per_sample(batch) + 10 * lstm.num_layers * lstm.hidden_size
+
+    def cut(self, batch: Batch, size: int, stride: int = 1) -> list[tuple[th.Tensor | slice, float]]:
+        """Cut a batch into parts of whole sequences, of about ``size`` samples; with a stride, of every k-th sequence."""
+        which = th.arange(len(self.sequences.starts))[::stride]
+        groups, n_samples = list[list[int]](), size
+        lengths = self.sequences.lengths[which].tolist()
+        for number, length in zip(which.tolist(), lengths, strict=True):
+            if n_samples + length > size:
+                groups.append([])
+                n_samples = 0
+            groups[-1].append(number)
+            n_samples += length
+        parts = [self.sequences.indices(th.tensor(group)) for group in groups]
+        shares = [len(part) / sum(lengths) for part in parts]
+        if stride == 1:
+            # The same samples, without a copy of them
+            return [(slice(int(part[0]), int(part[-1]) + 1), share) for part, share in zip(parts, shares, strict=True)]
+        return [(sent_to(batch.returns.device, part), share) for part, share in zip(parts, shares, strict=True)]
+
+    def plan(self, batch: Batch, batch_size: int, shares: Shares) -> tuple[list[int], list[float]]:
+        """As for any policy, but no minibatch has less than one sequence."""
+        n_wanted = len(shares.minibatch_sizes(batch.n_samples, batch_size))
+        n_sequences = -int(all_max(th.tensor(-len(self.sequences.starts))))
+        n_minibatches = min(n_wanted, n_sequences)
+        small, n_large = divmod(batch.n_samples, n_minibatches)
+        sizes = [small + (number < n_large) for number in range(n_minibatches)]
+        return sizes, [shares.own()] * n_minibatches
+
+    def minibatches(self, batch: Batch, sizes: Sequence[int]) -> list[th.Tensor]:
+        """Shuffle the sequences, and divide them among minibatches of about the same number of samples."""
+        order = th.randperm(len(self.sequences.starts))
+        ends = list(itertools.accumulate(sizes))
+        groups, n_samples = [list[int]()], 0.0
+        for place, (number, length) in enumerate(zip(order.tolist(), self.sequences.lengths[order].tolist(), strict=True)):
+            n_missing, n_left = len(sizes) - len(groups), len(order) - place
+            is_full = n_samples + length / 2 > ends[len(groups) - 1]
+            # None of those to come may stay empty
+            if groups[-1] and n_missing > 0 and (is_full or n_left == n_missing):
+                groups.append([])
+            groups[-1].append(number)
+            n_samples += length
+        return [sent_to(batch.returns.device, self.sequences.indices(th.tensor(group))) for group in groups]
+
+
+class _OwnExtractors:
+    """Actor and critic have a features extractor each by default, unless they share the LSTM."""
+
+    def __init__(self, *args: Any, share_features_extractor: bool | None = None, shared_lstm: bool = False, **kwargs: Any):
+        share = shared_lstm if share_features_extractor is None else share_features_extractor
+        super().__init__(*args, **kwargs, share_features_extractor=share, shared_lstm=shared_lstm)  # type: ignore[call-arg]
+
+
+class CnnLstmPolicy(_OwnExtractors, RecurrentActorCriticCnnPolicy):
+    """sb3-contrib's policy for images, whose actor and critic have a features extractor each by default."""
+
+
+class MultiInputLstmPolicy(_OwnExtractors, RecurrentMultiInputActorCriticPolicy):
+    """sb3-contrib's policy for Dict observations, whose actor and critic have a features extractor each by default."""
+
+
+class RecurrentTRPO(TRPO):
+    """
+    TRPO for policies with an LSTM, for tasks where an observation does not tell the whole state.
+
+    Objective, KL and Fisher matrix are means over the steps of whole episodes, or of what a rollout has of them, and their
+    derivatives go back through time to the beginning of an episode or of the rollout. Nothing is padded.
+
+    Arguments are those of :class:`~sb3_trpo_ext.trpo.TRPO`. ``batch_size`` and ``sub_sampling_factor`` are about whole
+    sequences: a minibatch has at least one, and the Fisher matrix is taken on every k-th. Policies are sb3-contrib's for its
+    ``RecurrentPPO``, with ``lstm_hidden_size``, ``n_lstm_layers``, ``shared_lstm`` and ``enable_critic_lstm`` in
+    ``policy_kwargs``; ``predict`` takes and returns their states.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpLstmPolicy": RecurrentActorCriticPolicy,
+        "CnnLstmPolicy": CnnLstmPolicy,
+        "MultiInputLstmPolicy": MultiInputLstmPolicy,
+    }
+    calls_class: ClassVar[type[PolicyCalls]] = RecurrentCalls
+
+    def _setup_model(self) -> None:
+        """Check that the policy is one with an LSTM, and create buffer, policy and optimizer."""
+        kind = self.policy_class
+        if not issubclass(kind, RecurrentActorCriticPolicy):
+            raise ArgumentError(
+                f"`policy` must be a subclass of sb3-contrib's RecurrentActorCriticPolicy, got {kind.__name__}: use TRPO."
+            )
+        own = [name for name in _METHODS if getattr(kind, name) is not getattr(RecurrentActorCriticPolicy, name)]
+        if own:
+            raise ArgumentError(
+                f"`policy`: {kind.__name__} has a method {own[0]!r} of its own, which an update through time would not call: "
+                "change the features extractor or the networks instead."
+            )
+        super()._setup_model()
+
+    def _setup_policy(self) -> None:
+        """Create policy and buffer; in this order, because the buffer holds the states of the LSTM."""
+        if self.n_steps == 1:
+            raise ArgumentError(
+                "`n_steps` must be at least 2 for a recurrent policy, got 1: there is no sequence in one step."
+            )
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        policy: Any = self.policy_class(
+            self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
+        )
+        self.policy = policy.to(self.device)
+        shape = (policy.lstm_actor.num_layers, self.n_envs, policy.lstm_actor.hidden_size)
+        if self.rollout_buffer_class is None:
+            is_dict = isinstance(self.observation_space, spaces.Dict)
+            self.rollout_buffer_class = RecurrentDictRolloutBuffer if is_dict else RecurrentRolloutBuffer
+        if not issubclass(self.rollout_buffer_class, (RecurrentRolloutBuffer, RecurrentDictRolloutBuffer)):
+            raise ArgumentError(
+                "`rollout_buffer_class` must be one of sb3-contrib's for recurrent policies, got "
+                f"{self.rollout_buffer_class.__name__}."
+            )
+        self.rollout_buffer = self.rollout_buffer_class(
+            self.n_steps,
+            self.observation_space,
+            self.action_space,
+            hidden_state_shape=(self.n_steps, *shape),
+            device=self.device,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+            n_envs=self.n_envs,
+            **self.rollout_buffer_kwargs,
+        )
+        zeros = th.zeros(shape, device=self.device)
+        #: After the last step, of each environment.
+        self._last_lstm_states = RNNStates((zeros, zeros), (zeros, zeros))
+
+    def _collect(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> tuple[bool, Snapshot]:
+        loop = RecurrentPPO.collect_rollouts
+        return collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps, loop=loop)
+
+    def _last_values(self) -> th.Tensor:
+        policy: Any = self.policy
+        starts = th.as_tensor(self._last_episode_starts, dtype=th.float32, device=self.device)
+        return policy.predict_values(obs_as_tensor(self._last_obs, self.device), self._last_lstm_states.vf, starts)  # type: ignore[arg-type]
+
+    def _terminal_value(self, buffer: Any, step: int, index: int, observation: Any) -> float:
+        policy: Any = self.policy
+        lstm = policy.lstm_actor if policy.shared_lstm else policy.lstm_critic
+        arrays = (buffer.hidden_states_vf[step], buffer.cell_states_vf[step])
+        states = tuple(th.as_tensor(array[:, [index]], device=self.device) for array in arrays)
+        if lstm is not None:
+            # Those of the buffer are from before the step
+            stored = {key: array[step, index] for key, array in parts_of(buffer.observations).items()}
+            last = policy.obs_to_tensor(stored if isinstance(self.observation_space, spaces.Dict) else stored[""])[0]
+            start = th.as_tensor(buffer.episode_starts[step, [index]], device=self.device)
+            features = BasePolicy.extract_features(policy, last, policy.vf_features_extractor)
+            _, states = policy._process_sequence(features, states, start, lstm)
+        terminal = policy.obs_to_tensor(observation)[0]
+        return float(policy.predict_values(terminal, states, th.zeros(1, device=self.device)))
+
+    def _excluded_save_params(self) -> list[str]:
+        """Attributes that are not pickled."""
+        return [*super()._excluded_save_params(), "_last_lstm_states"]
