@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,6 +48,17 @@ class Problem(ABC):
 
         Call it before the parameters move.
         """
+
+    def minibatches(self, batch_size: int) -> Iterable[tuple[th.Tensor, float]]:
+        """
+        Shuffle the samples, and cut them into minibatches.
+
+        :param batch_size: samples in a minibatch per process
+        :return: the indices of each, with what this process counts in it
+        """
+        sizes = self.shares.minibatch_sizes(self.n_samples, batch_size)
+        order = sent_to(self.params[0].device, th.randperm(self.n_samples))
+        return zip(order.split(sizes), self.shares.minibatch_weights(self.n_samples, batch_size), strict=True)
 
     def objective_and_gradient(self) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -278,11 +289,8 @@ class AdaptiveKLPenalty(PolicyUpdate):
     def _run_epochs(self, problem: Problem) -> None:
         """Maximize the penalized objective over shuffled minibatches."""
         self.optimizer.zero_grad(set_to_none=True)
-        sizes = problem.shares.minibatch_sizes(problem.n_samples, self.batch_size)
-        weights = problem.shares.minibatch_weights(problem.n_samples, self.batch_size)
         for _ in range(self.n_epochs):
-            order = sent_to(problem.params[0].device, th.randperm(problem.n_samples))
-            for indices, weight in zip(order.split(sizes), weights, strict=True):
+            for indices, weight in problem.minibatches(self.batch_size):
                 objective, kl = problem.evaluate(indices)
                 gradient = gradient_by_backward(self.beta * kl - objective, problem.params)
                 average_(gradient, weight)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch as th
@@ -186,6 +186,11 @@ class Surrogate(Problem):
         (The constructor of TRPO refuses the combination of a penalty, which needs minibatches, with such a distribution.)
         """
         return tuple(statistic[part] for statistic in self._old) if self.family.is_batched else self._old
+
+    def minibatches(self, batch_size: int) -> Iterable[tuple[th.Tensor, float]]:
+        """Those of the policy's calls."""
+        sizes, weights = self._calls.plan(self.batch, batch_size, self.shares)
+        return zip(self._calls.minibatches(self.batch, sizes), weights, strict=True)
 
     def objective_and_gradient(self) -> tuple[th.Tensor, th.Tensor]:
         """From the first pass through the batch, in which the old statistics were computed too."""
