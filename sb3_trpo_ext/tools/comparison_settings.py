@@ -17,7 +17,7 @@ from sb3_trpo_ext import TRPO
 from sb3_trpo_ext._checks import closest
 from sb3_trpo_ext.arguments import AUTO
 from sb3_trpo_ext.contrib import joint_kl_factor
-from sb3_trpo_ext.zoo.settings import KEY, linear_schedule, load_hyperparams
+from sb3_trpo_ext.zoo.settings import KEY, KEYS, linear_schedule, load_hyperparams
 
 
 class Settings(NamedTuple):
@@ -47,7 +47,7 @@ def nearest_version(env_id: str, entries: dict[str, Any]) -> str | None:
 
 def find_settings(algo: str, env_id: str) -> Settings:
     """
-    The settings that come with an algorithm: this package's for ``trpo_ext``, RL-Zoo's for all others.
+    The settings that come with an algorithm: this package's for its own, RL-Zoo's for all others.
 
     :param algo: key of RL-Zoo
     :param env_id: the task
@@ -56,8 +56,8 @@ def find_settings(algo: str, env_id: str) -> Settings:
     """
     if algo not in ALGOS:
         raise ValueError(f"--algos: there is no algorithm {algo!r}; {closest(algo, ALGOS)}")
-    if algo == KEY:
-        owner, entries = "sb3-trpo-ext", load_hyperparams()
+    if algo in KEYS:
+        owner, entries = "sb3-trpo-ext", load_hyperparams(algo)
     else:
         path = Path(rl_zoo3.__path__[0]) / "hyperparams" / f"{algo}.yml"
         owner, entries = "RL-Zoo", yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -34,10 +34,12 @@ from sb3_trpo_ext.callbacks import TimedEvalCallback
 from sb3_trpo_ext.envs import EnvPoolVecEnv
 from sb3_trpo_ext.parallel.launch import attempt, is_launched, is_one_machine
 from sb3_trpo_ext.parallel.reductions import rank, world_size
+from sb3_trpo_ext.recurrent import RecurrentTRPO
+from sb3_trpo_ext.zoo.masks import MaskedAgent, remember, watch_scripts
 from sb3_trpo_ext.zoo.options import Training
 from sb3_trpo_ext.zoo.resume import Checkpoint, folder_of_launch, last_checkpoint, mark_folder, restore_evaluations
-from sb3_trpo_ext.zoo.search_space import convert_trpo_params, sample_trpo_params
-from sb3_trpo_ext.zoo.settings import KEY, SCHEDULED, check_names, linear_schedule
+from sb3_trpo_ext.zoo.search_space import convert_trpo_params, sample_recurrent_params, sample_trpo_params
+from sb3_trpo_ext.zoo.settings import KEY, LSTM_KEY, MASK_KEY, SCHEDULED, check_names, linear_schedule
 
 if TYPE_CHECKING:
     import optuna
@@ -158,7 +160,8 @@ class Manager(ExperimentManager):
         if self.training.in_envpool:
             in_envpool: Any = functools.partial(self._make_envpool, None if no_log else f"{self.save_path}/0")
             self.vec_env_class = DummyVecEnv if eval_env else in_envpool
-        return super().create_envs(n_envs, eval_env, no_log)
+        env = super().create_envs(n_envs, eval_env, no_log)
+        return remember(env) if eval_env else env
 
     def _make_envpool(self, monitor_file: str | None, env_fns: Sequence[Any]) -> VecEnv:
         """Stand in for the class of RL-Zoo's ``VecEnv``, which is given a function for each environment."""
@@ -195,12 +198,14 @@ class Manager(ExperimentManager):
 
 def register(key: str = KEY, training: Training | None = None) -> None:
     """
-    Make the TRPO of this package known to RL-Zoo: the class, its search space for Optuna, and the manager that trains it.
+    Make the classes of this package known to RL-Zoo, with their search spaces for Optuna and the manager that trains them.
 
-    :param key: the name for ``--algo``; an existing one is replaced in this process
+    :param key: the name of TRPO for ``--algo``; an existing one is replaced in this process
     :param training: what our own options ask for
     """
-    ALGOS[key] = TRPO
-    HYPERPARAMS_SAMPLER[key] = sample_trpo_params
-    HYPERPARAMS_CONVERTER[key] = convert_trpo_params
+    for name, algorithm in {key: TRPO, MASK_KEY: MaskedAgent, LSTM_KEY: RecurrentTRPO}.items():
+        ALGOS[name] = algorithm
+        HYPERPARAMS_SAMPLER[name] = sample_recurrent_params if algorithm is RecurrentTRPO else sample_trpo_params
+        HYPERPARAMS_CONVERTER[name] = convert_trpo_params
+    watch_scripts()
     vars(rl_zoo3.train)["ExperimentManager"] = functools.partial(Manager, training=training)

@@ -22,7 +22,7 @@ from sb3_trpo_ext._checks import closest
 from sb3_trpo_ext.parallel.launch import broadcast, is_launched, join_process_group
 from sb3_trpo_ext.parallel.reductions import rank
 from sb3_trpo_ext.zoo.display import check_window, prepare_film
-from sb3_trpo_ext.zoo.settings import KEY, as_option, check_pair, hyperparams_path, quoted
+from sb3_trpo_ext.zoo.settings import KEY, KEYS, as_option, check_pair, hyperparams_path, quoted
 
 #: Scripts of RL-Zoo that load an agent.
 LOADING = ("enjoy", "record-video", "record-training")
@@ -116,8 +116,8 @@ def with_defaults(options: Options) -> Options:
     """Fill in our algorithm, our settings and the folder that ``train`` writes to, where they are not given."""
     read = _READ.get(options.name, ())
     defaults = {"algo": KEY, "algos": [KEY]}
-    if options.algo in (None, KEY):
-        defaults |= {"conf_file": str(hyperparams_path()), "folder": "logs"}
+    if options.algo in (None, *KEYS):
+        defaults |= {"conf_file": str(hyperparams_path(options.algo or KEY)), "folder": "logs"}
     for name, value in defaults.items():
         if name in read and getattr(options, name) is None:
             setattr(options, name, value)
@@ -202,8 +202,9 @@ def join_processes(options: Options) -> None:
     :param options: of ``train``
     :raises ValueError: if the algorithm is not ours, or for a search
     """
-    if options.algo not in (None, KEY):
-        raise ValueError(f"`--algo`: only {KEY} trains in several processes, got {options.algo!r}: start it without torchrun.")
+    if options.algo not in (None, *KEYS):
+        known = f"only {' and '.join(KEYS)} train in several processes"
+        raise ValueError(f"`--algo`: {known}, got {options.algo!r}: start it without torchrun.")
     if options.optimize:
         raise ValueError("`-optimize`: a search runs in one process: start it without torchrun.")
     join_process_group()

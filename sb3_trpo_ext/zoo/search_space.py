@@ -9,6 +9,9 @@ from typing import Any
 import optuna
 from rl_zoo3.hyperparams_opt import convert_onpolicy_params
 
+#: What goes into ``policy_kwargs`` beside what RL-Zoo puts there.
+_OF_POLICY = ("log_std_init", "lstm_hidden_size", "enable_critic_lstm")
+
 
 def convert_trpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """
@@ -18,10 +21,9 @@ def convert_trpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     :return: arguments of TRPO
     """
     params = dict(sampled_params)
-    log_std_init = params.pop("log_std_init", None)
+    policy_kwargs = {name: params.pop(name) for name in _OF_POLICY if name in params}
     hyperparams = convert_onpolicy_params(params)
-    if log_std_init is not None:
-        hyperparams["policy_kwargs"]["log_std_init"] = log_std_init
+    hyperparams["policy_kwargs"] |= policy_kwargs
     return hyperparams
 
 
@@ -57,9 +59,29 @@ def sample_trpo_params(
     }
     if n_actions > 0:
         params["log_std_init"] = trial.suggest_float("log_std_init", -2.0, 0.5)
+    return _converted(trial, params)
 
+
+def sample_recurrent_params(
+    trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """
+    Sample arguments of RecurrentTRPO: those of TRPO, and the size of the LSTM.
+
+    :param trial: as for :func:`sample_trpo_params`, and so are the others
+    :return: arguments
+    """
+    hyperparams = sample_trpo_params(trial, n_actions, n_envs, additional_args)
+    hyperparams["policy_kwargs"] |= {
+        "lstm_hidden_size": trial.suggest_categorical("lstm_hidden_size", [32, 64, 128]),
+        "enable_critic_lstm": trial.suggest_categorical("enable_critic_lstm", [False, True]),
+    }
+    return hyperparams
+
+
+def _converted(trial: optuna.Trial, params: dict[str, Any]) -> dict[str, Any]:
+    """Arguments, of which the report shows some beside the powers and complements that were sampled."""
     hyperparams = convert_trpo_params(params)
-    # Show the values themselves in RL-Zoo's report, next to the powers and complements above.
     for name in ("gamma", "gae_lambda", "n_steps", "batch_size"):
         trial.set_user_attr(name, hyperparams[name])
     return hyperparams

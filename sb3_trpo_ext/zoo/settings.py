@@ -11,6 +11,9 @@ from sb3_trpo_ext._checks import closest
 
 #: The name of our TRPO for ``--algo``. RL-Zoo's own key ``trpo`` keeps meaning sb3-contrib's class.
 KEY = "trpo_ext"
+#: The same with action masks, and with memory.
+MASK_KEY, LSTM_KEY = "trpo_ext_mask", "trpo_ext_lstm"
+KEYS = (KEY, MASK_KEY, LSTM_KEY)
 #: Arguments of TRPO that ``lin_0.1`` in the settings turns into a schedule. RL-Zoo itself does that for ``learning_rate``,
 #: ``clip_range``, ``clip_range_vf`` and ``delta_std``.
 SCHEDULED = ("target_kl", "cg_damping", "ent_coef")
@@ -32,18 +35,18 @@ OF_RL_ZOO = (
 OPTIONS = ("device", "env", "seed", "tensorboard_log", "verbose")
 
 
-def hyperparams_path() -> Path:
-    """Path of ``trpo_ext.yml``, the settings for RL-Zoo: in the package if installed, else in the repository's top level."""
+def hyperparams_path(key: str = KEY) -> Path:
+    """Path of our settings for RL-Zoo: in the package if installed, else in the repository's top level."""
     package = Path(__file__).resolve().parents[1]
-    installed = package / "hyperparams" / "trpo_ext.yml"
-    return installed if installed.is_file() else package.parent / "hyperparams" / "trpo_ext.yml"
+    installed = package / "hyperparams" / f"{key}.yml"
+    return installed if installed.is_file() else package.parent / "hyperparams" / f"{key}.yml"
 
 
-def load_hyperparams() -> dict[str, dict[str, Any]]:
+def load_hyperparams(key: str = KEY) -> dict[str, dict[str, Any]]:
     """Our settings for RL-Zoo: hyperparameters by environment id."""
     import yaml
 
-    with hyperparams_path().open(encoding="utf-8") as file:
+    with hyperparams_path(key).open(encoding="utf-8") as file:
         return yaml.safe_load(file)
 
 

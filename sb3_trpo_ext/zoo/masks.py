@@ -1,0 +1,66 @@
+"""Action masks in RL-Zoo, whose scripts know none: an agent asks the environment in which it is evaluated."""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import rl_zoo3.utils
+from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_trpo_ext.maskable import MaskableTRPO
+
+#: Where a script may have its function already.
+_MODULES = ("rl_zoo3", "rl_zoo3.utils", "rl_zoo3.enjoy")
+
+
+class MaskedAgent(MaskableTRPO):
+    """
+    A ``MaskableTRPO`` for RL-Zoo's scripts, whose ``predict`` gets no masks: they are those of :attr:`evaluation_env` then.
+
+    Its files are those of the parent class.
+    """
+
+    #: The environments that RL-Zoo has made last to evaluate an agent in.
+    evaluation_env: VecEnv | None = None
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """As in the parent class, with masks in any case."""
+        env = MaskedAgent.evaluation_env
+        if action_masks is None and self._use_masking and env is not None:
+            action_masks = get_action_masks(env)
+        return super().predict(observation, state, episode_start, deterministic, action_masks)
+
+
+def remember(env: VecEnv) -> VecEnv:
+    """Note the environments in which an agent is evaluated, if they have masks."""
+    MaskedAgent.evaluation_env = env if is_masking_supported(env) else None
+    return env
+
+
+def _remembering(make_env: Callable[..., VecEnv]) -> Callable[..., VecEnv]:
+    @functools.wraps(make_env)
+    def make(*args: Any, **kwargs: Any) -> VecEnv:
+        return remember(make_env(*args, **kwargs))
+
+    return make
+
+
+def watch_scripts() -> None:
+    """Let RL-Zoo's ``create_test_env``, with which its scripts make their environments, tell us of them; once is enough."""
+    original = rl_zoo3.utils.create_test_env
+    if hasattr(original, "__wrapped__"):
+        return
+    watched = _remembering(original)
+    for name in _MODULES:
+        if name in sys.modules:
+            vars(sys.modules[name])["create_test_env"] = watched
