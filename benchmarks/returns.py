@@ -30,7 +30,15 @@ RESULTS = ROOT / "results"
 SUITE = RESULTS / "suite.csv"
 MUJOCO = ("Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Swimmer-v5", "Walker2d-v5")
 CLASSIC = ("CartPole-v1", "Pendulum-v1", "LunarLander-v3", "LunarLanderContinuous-v3")
-LABELS = {"trpo_ext": "sb3-trpo-ext", "trpo": "sb3-contrib TRPO", "ppo": "SB3 PPO"}
+#: Without velocities, which an agent has to remember positions for.
+MEMORY = ("CartPoleNoVel-v1", "PendulumNoVel-v1")
+LABELS = {
+    "trpo_ext_lstm": "sb3-trpo-ext, LSTM",
+    "ppo_lstm": "sb3-contrib RecurrentPPO",
+    "trpo_ext": "sb3-trpo-ext",
+    "trpo": "sb3-contrib TRPO",
+    "ppo": "SB3 PPO",
+}
 COLORS = {"trpo_ext": "tab:orange", "trpo": "tab:blue", "ppo": "tab:green"}
 EVALUATION_SEED = 1000
 N_ENVS = 10
@@ -165,6 +173,7 @@ def tables() -> dict[str, str]:
         "humanoid endings": table(ending, endings),
         "mujoco": table(suite, (row for task in MUJOCO for row in suite_rows(task))),
         "classic": table(suite, (row for task in CLASSIC for row in suite_rows(task))),
+        "memory": table(suite, (row for task in MEMORY for row in suite_rows(task))),
     }
 
 

@@ -30,6 +30,7 @@ register(
     # Full force towards the goal, a brake in time and a spring within the goal gets 606, the mean of 300 episodes
     reward_threshold=550,
 )
+register("sb3_trpo_ext/Blocks-v0", entry_point="sb3_trpo_ext.envs.blocks:Blocks")
 
 __all__ = [
     "TRPO",

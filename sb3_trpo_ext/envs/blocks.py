@@ -25,13 +25,14 @@ PIECES = tuple(
 )
 
 
-class Blocks(gym.Env[np.ndarray, int]):
+class Blocks(gym.Env[np.ndarray, Any]):
     """
     Put pieces on a board of 6 x 6 cells; rows and columns that are full become empty.
 
-    An action is the cell, counted row by row, that the top left corner of the piece goes to. A piece must lie on empty cells of
-    the board: :meth:`action_masks` tells where it does. The reward is 1 for a piece and 5 for each row or column that it
-    fills; the episode ends when the next piece fits nowhere, with an invalid action, or after 200 pieces.
+    An action is the cell, counted row by row, that the top left corner of the piece goes to. A piece must lie on empty cells
+    of the board: :meth:`action_masks` tells where it does. The reward is 1 for a piece and 5 for each row or column that it
+    fills. The episode ends when the next piece fits nowhere, with an invalid action, or after 200 pieces. Its id is
+    ``sb3_trpo_ext/Blocks-v0``.
 
     The observation has a 1 for each cell that is full, and for the piece that comes next.
 
