@@ -6,7 +6,7 @@ python -m benchmarks.tables
 import json
 from typing import Any
 
-from benchmarks import returns
+from benchmarks import masks_and_memory, returns
 from benchmarks.markdown import ROOT, filled, pages, table
 from benchmarks.studies import one_setting, traffic, tried
 
@@ -289,6 +289,7 @@ def all_tables() -> dict[str, str]:
     """Every generated table, by its name."""
     return {
         **returns.tables(),
+        **masks_and_memory.tables(),
         **tried.tables(),
         **one_setting.tables(),
         **update_tables(),

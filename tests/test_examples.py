@@ -30,6 +30,8 @@ BUDGETS = {
     "entropy_bonus": (2048, 8),
     "humanoid": (4096, 50),
     "kl_penalty": (2048, 8),
+    "masks": (2048, 15),
+    "memory": (2048, 8),
     "pendulum": (2048, -2000),
     "point_mass": (4800, None),
     "pretrain": (1024, 30),
@@ -43,6 +45,8 @@ THRESHOLDS = {
     "dict_observation": -3,  # 0
     "entropy_bonus": 400,  # 500 and 500
     "kl_penalty": 475,  # 500 and 500
+    "masks": 45,  # 61
+    "memory": 400,  # 500
     "pendulum": -300,  # -160
     "pretrain": 475,  # 500
     "squashed_policy": -400,  # -243

@@ -14,7 +14,7 @@ from interpreters import Interpreter
 import sb3_trpo_ext
 from sb3_trpo_ext.envs import EnvPoolVecEnv
 from sb3_trpo_ext.zoo.command import main
-from sb3_trpo_ext.zoo.settings import hyperparams_path
+from sb3_trpo_ext.zoo.settings import KEYS, hyperparams_path
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE = {"gymnasium", "numpy", "stable-baselines3", "torch"}
@@ -47,14 +47,14 @@ def test_console_script_is_installed() -> None:
 
 
 def test_settings_are_found() -> None:
-    assert hyperparams_path().is_file()
+    assert all(hyperparams_path(key).is_file() for key in KEYS)
 
 
 def test_wheel_ships_settings_and_types(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        settings = archive.read("sb3_trpo_ext/hyperparams/trpo_ext.yml")
-    assert settings == (ROOT / "hyperparams" / "trpo_ext.yml").read_bytes()
+        settings = {key: archive.read(f"sb3_trpo_ext/hyperparams/{key}.yml") for key in KEYS}
+    assert settings == {key: (ROOT / "hyperparams" / f"{key}.yml").read_bytes() for key in KEYS}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sb3_trpo_ext").rglob("*.py")}
     assert sources | {"sb3_trpo_ext/py.typed"} <= names
     assert not any(name.startswith(("tests/", "benchmarks/", "hyperparams/")) for name in names)

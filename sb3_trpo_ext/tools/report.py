@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 
 from sb3_trpo_ext._files import replacing
 from sb3_trpo_ext.tools.plots import Panel, draw_learning_curve, return_lines
+from sb3_trpo_ext.zoo.masks import remember
 from sb3_trpo_ext.zoo.runs import evaluation_curve, latest_run, read_settings, training_curve
 from sb3_trpo_ext.zoo.settings import KEY
 
@@ -146,7 +147,7 @@ def load_run(
         env_kwargs={**kwargs_in_training, **(env_kwargs or {})},
         vec_env_cls=ExperimentManager.default_vec_env_cls or DummyVecEnv,
     )
-    return Run(ALGOS[algo].load(model_path, device=device), Path(model_path), env)
+    return Run(ALGOS[algo].load(model_path, device=device), Path(model_path), remember(env))
 
 
 def summarize(run: Run, episodes: Episodes) -> dict[str, Any]:

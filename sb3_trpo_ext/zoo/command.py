@@ -14,12 +14,13 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 from sb3_trpo_ext import __version__
 from sb3_trpo_ext.zoo.errors import FAULTS, one_line
 from sb3_trpo_ext.zoo.options import PASSED_ON, Options, Training, parse, prepared, with_defaults
-from sb3_trpo_ext.zoo.settings import KEY, as_option
+from sb3_trpo_ext.zoo.settings import KEY, LSTM_KEY, MASK_KEY, as_option
 
 
 class Command(NamedTuple):
@@ -47,6 +48,7 @@ COMMANDS = {
 USAGE = f"""usage: sb3-trpo COMMAND [OPTION ...]
 
 RL-Zoo's scripts for the TRPO of sb3-trpo-ext. All of RL-Zoo's options work; --algo is {KEY} if it is not given.
+`--algo {MASK_KEY}` is MaskableTRPO, and `--algo {LSTM_KEY}` is RecurrentTRPO.
 `sb3-trpo train --vec-env envpool` trains in EnvPool's environments.
 `sb3-trpo train --resume FOLDER` continues the run in that folder from its last checkpoint.
 
@@ -118,11 +120,12 @@ def run(options: Options, training: Training) -> None:
         options = with_defaults(options) if needs_help else prepared(options, training)
         # RL-Zoo's scripts read `sys.argv`; its first entry is the name in their usage message
         sys.argv = [f"sb3-trpo {options.name}", *options.to_arguments()]
-        if command.function is not None:
-            getattr(importlib.import_module(command.module), command.function)()
-        else:
-            vars(subprocess)["call"] = functools.partial(call_ours, subprocess.call, options)
-            runpy.run_module(command.module, run_name="__main__")
+        with _masks() if options.algo == MASK_KEY else nullcontext():
+            if command.function is not None:
+                getattr(importlib.import_module(command.module), command.function)()
+            else:
+                vars(subprocess)["call"] = functools.partial(call_ours, subprocess.call, options)
+                runpy.run_module(command.module, run_name="__main__")
     except SystemExit:
         if needs_help:
             print(TRAIN_HELP * (options.name == "train") + "\noptions of every command:", end="")
@@ -130,6 +133,12 @@ def run(options: Options, training: Training) -> None:
         raise
     finally:
         sys.argv, sys.path, subprocess.call = before
+
+
+def _masks() -> AbstractContextManager[None]:
+    from sb3_trpo_ext.zoo.masks import scripts_watched
+
+    return scripts_watched()
 
 
 def call_ours(call: Callable[..., int], options: Options, command: list[str], **kwargs: Any) -> int:

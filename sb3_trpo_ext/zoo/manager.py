@@ -6,6 +6,7 @@ What is replaced in RL-Zoo, all of it:
 * ``rl_zoo3.train.ExperimentManager``, by :class:`Manager`. RL-Zoo's ``train`` looks the name up when it makes its manager, so
   that a plugin can set it after the script has started.
 * Entries of RL-Zoo's public dictionaries ``ALGOS``, ``HYPERPARAMS_SAMPLER`` and ``HYPERPARAMS_CONVERTER``.
+* ``create_test_env``, by ``sb3-trpo`` while it runs a script with ``--algo trpo_ext_mask``: see :mod:`sb3_trpo_ext.zoo.masks`.
 * ``subprocess.call``, by ``sb3-trpo record-training`` alone while it runs: RL-Zoo's script starts ``python -m
   rl_zoo3.record_video``, which knows neither our class nor the modules of ``--gym-packages``, and may be another Python.
 """
@@ -35,7 +36,7 @@ from sb3_trpo_ext.envs import EnvPoolVecEnv
 from sb3_trpo_ext.parallel.launch import attempt, is_launched, is_one_machine
 from sb3_trpo_ext.parallel.reductions import rank, world_size
 from sb3_trpo_ext.recurrent import RecurrentTRPO
-from sb3_trpo_ext.zoo.masks import MaskedAgent, remember, watch_scripts
+from sb3_trpo_ext.zoo.masks import MaskedAgent, remember
 from sb3_trpo_ext.zoo.options import Training
 from sb3_trpo_ext.zoo.resume import Checkpoint, folder_of_launch, last_checkpoint, mark_folder, restore_evaluations
 from sb3_trpo_ext.zoo.search_space import convert_trpo_params, sample_recurrent_params, sample_trpo_params
@@ -207,5 +208,4 @@ def register(key: str = KEY, training: Training | None = None) -> None:
         ALGOS[name] = algorithm
         HYPERPARAMS_SAMPLER[name] = sample_recurrent_params if algorithm is RecurrentTRPO else sample_trpo_params
         HYPERPARAMS_CONVERTER[name] = convert_trpo_params
-    watch_scripts()
     vars(rl_zoo3.train)["ExperimentManager"] = functools.partial(Manager, training=training)

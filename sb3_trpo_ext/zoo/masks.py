@@ -2,7 +2,8 @@
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -47,20 +48,20 @@ def remember(env: VecEnv) -> VecEnv:
     return env
 
 
-def _remembering(make_env: Callable[..., VecEnv]) -> Callable[..., VecEnv]:
-    @functools.wraps(make_env)
-    def make(*args: Any, **kwargs: Any) -> VecEnv:
-        return remember(make_env(*args, **kwargs))
-
-    return make
-
-
-def watch_scripts() -> None:
-    """Let RL-Zoo's ``create_test_env``, with which its scripts make their environments, tell us of them; once is enough."""
+@contextmanager
+def scripts_watched() -> Iterator[None]:
+    """Within the block RL-Zoo's ``create_test_env``, with which its scripts make their environments, tells us of them."""
     original = rl_zoo3.utils.create_test_env
-    if hasattr(original, "__wrapped__"):
-        return
-    watched = _remembering(original)
-    for name in _MODULES:
-        if name in sys.modules:
-            vars(sys.modules[name])["create_test_env"] = watched
+
+    @functools.wraps(original)
+    def create_test_env(*args: Any, **kwargs: Any) -> VecEnv:
+        return remember(original(*args, **kwargs))
+
+    modules = [vars(sys.modules[name]) for name in _MODULES if name in sys.modules]
+    for module in modules:
+        module["create_test_env"] = create_test_env
+    try:
+        yield
+    finally:
+        for module in modules:
+            module["create_test_env"] = original

@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -24,7 +25,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
 
-from sb3_trpo_ext import TRPO, TrainingRecorder, __version__
+from sb3_trpo_ext import TRPO, MaskableTRPO, RecurrentTRPO, TrainingRecorder, __version__
 from sb3_trpo_ext.callbacks import TimedEvalCallback
 from sb3_trpo_ext.zoo import search_space
 from sb3_trpo_ext.zoo.command import COMMANDS, main
@@ -158,6 +159,8 @@ def test_defaults_shared_with_sb3_contrib_are_the_same() -> None:
 
 def test_register_leaves_trpo_to_sb3_contrib() -> None:
     assert ALGOS["trpo_ext"] is TRPO
+    assert issubclass(ALGOS["trpo_ext_mask"], MaskableTRPO)
+    assert ALGOS["trpo_ext_lstm"] is RecurrentTRPO
     assert ALGOS["trpo"] is sb3_contrib.TRPO
     assert HYPERPARAMS_SAMPLER["trpo_ext"] is search_space.sample_trpo_params
     assert HYPERPARAMS_CONVERTER["trpo_ext"] is search_space.convert_trpo_params
@@ -238,6 +241,8 @@ def test_linear_schedule_names_the_argument_and_the_value(text: str) -> None:
     [
         ("train", ["--env", "A"], ["--algo", "trpo_ext", "--conf-file", str(hyperparams_path())]),
         ("train", ["--algo", "trpo_ext"], ["--conf-file", str(hyperparams_path())]),
+        ("train", ["--algo", "trpo_ext_lstm"], ["--conf-file", str(hyperparams_path("trpo_ext_lstm"))]),
+        ("enjoy", ["--algo", "trpo_ext_mask"], ["-f", "logs"]),
         ("train", ["--algo", "trpo"], []),
         ("train", ["--algo", "trpo_ext", "--conf-file", "a.yml"], []),
         ("train", ["--conf-file", "a.yml"], ["--algo", "trpo_ext"]),
@@ -362,6 +367,46 @@ def test_our_command_trains_and_enjoys(
     assert "Mean reward" in capsys.readouterr().out
 
 
+def test_masks_are_used_from_training_to_watching(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--algo", "trpo_ext_mask", "--env", "sb3_trpo_ext/Blocks-v0", "--device", "cpu"]
+    evaluation = ["--eval-freq", "64", "--eval-episodes", "2", "--n-eval-envs", "1"]
+    assert main(["train", *options, "-n", "256", "--seed", "0", *evaluation, *TINY]) == 0
+    folder = tmp_path / "logs" / "trpo_ext_mask" / "sb3_trpo_ext-Blocks-v0_1"
+    # An invalid action ends an episode. Without masks an agent that has learned nothing rarely gets beyond five
+    assert np.load(folder / "evaluations.npz")["ep_lengths"].mean() > 7
+    for command in (["enjoy", "--no-render", "-n", "100"], ["report", "--n-eval-episodes", "5", "-f", "logs"]):
+        assert main([command[0], *options, *command[1:]]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    lengths = [float(re.split(r"\s+", line.replace(":", ""))[3]) for line in lines if "ean episode length" in line]
+    lengths += [float(line.split()[2]) for line in lines if "  episode length" in line]
+    assert len(lengths) == 2
+    assert min(lengths) > 7
+
+
+def test_memory_is_carried_from_training_to_watching(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--algo", "trpo_ext_lstm", "--env", "CartPoleNoVel-v1", "--device", "cpu"]
+    small = ["policy_kwargs:dict(lstm_hidden_size=8)"]
+    assert main(["train", *options, "-n", "256", "--seed", "0", "--eval-freq", "128", *TINY, *small]) == 0
+    states: list[Any] = []
+    predict = RecurrentTRPO.predict
+
+    def watched(self: Any, observation: Any, state: Any = None, **kwargs: Any) -> Any:
+        states.append(state)
+        return predict(self, observation, state, **kwargs)
+
+    monkeypatch.setattr(RecurrentTRPO, "predict", watched)
+    assert main(["enjoy", *options, "--no-render", "-n", "50"]) == 0
+    assert "Mean reward" in capsys.readouterr().out
+    assert states[0] is None
+    assert all(np.abs(state[0]).max() > 0 for state in states[1:])
+
+
 def test_stock_command_trains_and_enjoys_our_class(rl_zoo_interpreter: Interpreter, tmp_path: Path) -> None:
     def rl_zoo3(*arguments: str) -> str:
         # What the installed command does, which has imported `main`
@@ -455,6 +500,9 @@ def test_sampled_and_reloaded_arguments_are_the_same(n_envs: int, n_actions: int
         assert ("log_std_init" in sampled["policy_kwargs"]) == (n_actions > 0)
         assert sampled["policy_kwargs"]["activation_fn"] in (nn.Tanh, nn.ReLU)
         assert trial.user_attrs["gamma"] == sampled["gamma"]
+        recurrent = search_space.sample_recurrent_params(trial, n_actions, n_envs)
+        assert search_space.convert_trpo_params(trial.params) == recurrent
+        assert set(recurrent["policy_kwargs"]) == {*sampled["policy_kwargs"], "lstm_hidden_size", "enable_critic_lstm"}
 
 
 def test_sampled_arguments_construct_our_model() -> None:
