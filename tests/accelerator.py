@@ -23,10 +23,54 @@ NAME = "sim"
 _TRANSFERS = ("aten::_to_copy", "aten::copy_", "aten::_copy_from")
 #: Operators whose result, or the shape of it, the host has to know.
 _READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select")
-#: The names under which PyTorch looks for the convolution of a backend that it does not know, and its own.
-_CONVOLUTIONS = {
+
+
+def _lstm_cell(
+    inputs: th.Tensor,
+    hidden: th.Tensor,
+    cell: th.Tensor,
+    input_bias: th.Tensor | None = None,
+    hidden_bias: th.Tensor | None = None,
+) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    """One step of an LSTM, as the kernel of a GPU without cuDNN makes it: hidden state, cell, and gates for the derivative."""
+    gates = inputs + hidden + sum(bias for bias in (input_bias, hidden_bias) if bias is not None)
+    entry, forget, new, out = gates.chunk(4, dim=1)
+    entry, forget, new, out = entry.sigmoid(), forget.sigmoid(), new.tanh(), out.sigmoid()
+    cell = forget * cell + entry * new
+    return out * cell.tanh(), cell, th.cat([entry, forget, new, out], dim=1)
+
+
+def _lstm_cell_backward(
+    slope: th.Tensor | None,
+    cell_slope: th.Tensor | None,
+    before: th.Tensor,
+    after: th.Tensor,
+    gates: th.Tensor,
+    has_bias: bool,
+) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+    """The gradient in gates, cell and bias."""
+    entry, forget, new, out = gates.chunk(4, dim=1)
+    slope = th.zeros_like(before) if slope is None else slope
+    cell_slope = th.zeros_like(before) if cell_slope is None else cell_slope
+    inner = cell_slope + slope * out * (1 - after.tanh().square())
+    gradient = th.cat(
+        [
+            inner * new * entry * (1 - entry),
+            inner * before * forget * (1 - forget),
+            inner * entry * (1 - new.square()),
+            slope * after.tanh() * out * (1 - out),
+        ],
+        dim=1,
+    )
+    return gradient, inner * forget, gradient.sum(0) if has_bias else None
+
+
+#: Operators of which PyTorch expects a backend to have its own.
+_KERNELS: dict[str, Callable[..., Any]] = {
     "aten::convolution_overrideable": th.ops.aten.convolution.default,
     "aten::convolution_backward_overrideable": th.ops.aten.convolution_backward.default,
+    "aten::_thnn_fused_lstm_cell": _lstm_cell,
+    "aten::_thnn_fused_lstm_cell_backward_impl": _lstm_cell_backward,
 }
 
 
@@ -171,7 +215,7 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     kwargs = {key: _mapped(unwrapped, value) for key, value in kwargs.items()}
     if device is not None:
         kwargs["device"] = "cpu"
-    return _mapped(wrapped, _CONVOLUTIONS.get(name, function)(*_mapped(unwrapped, args), **kwargs))
+    return _mapped(wrapped, _KERNELS.get(name, function)(*_mapped(unwrapped, args), **kwargs))
 
 
 _setup_privateuseone_for_python_backend(NAME)

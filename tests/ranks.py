@@ -12,6 +12,7 @@ import torch as th
 import torch._dynamo
 import torch.distributed as dist
 from agents import RandomEnv, UpdateLog, collect, copies, make_model, random_vec_env, train
+from gymnasium.envs.classic_control import CartPoleEnv
 from helpers import cut, make_batch, make_policy
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -20,6 +21,8 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 from torch import nn
 
+from sb3_trpo_ext import TRPO, MaskableTRPO, RecurrentTRPO
+from sb3_trpo_ext.envs.blocks import Blocks
 from sb3_trpo_ext.optim import (
     AdaptiveKLPenalty,
     Averaged,
@@ -308,6 +311,8 @@ def one_process_of_two(rank: int, folder: str) -> None:
         "advantages": advantages_of_rank(rank),
         "clipped_advantages": advantages_of_rank(rank, 0.5),
         "traffic": traffic(),
+        "masks": trained(MaskableTRPO, "MlpPolicy", Blocks, rank),
+        "memory": trained(RecurrentTRPO, "MlpLstmPolicy", CartPoleEnv, rank, policy_kwargs={"lstm_hidden_size": 4}),
     }
     use_float64()
     for name, (n_first, batch_size) in SPLITS.items():
@@ -321,6 +326,13 @@ def one_process_of_two(rank: int, folder: str) -> None:
     th.save(outcome, f"{folder}/{rank}.pt")
     # Without a word to the other one
     os._exit(0)
+
+
+def trained(algorithm: type[TRPO], policy: str, make_env: Any, rank: int, **kwargs: Any) -> tuple[int, th.Tensor]:
+    """Accepted updates and parameters after a training in which the second process has twice the environments."""
+    model = algorithm(policy, make_vec_env(make_env, 1 + rank, seed=rank), n_steps=32, batch_size=16, seed=0, **kwargs)
+    model.learn(3 * 3 * 32)
+    return model._n_accepted, flatten(list(model.policy.parameters()))
 
 
 def on_two_devices(rank: int) -> None:

@@ -8,10 +8,13 @@ import pytest
 import torch as th
 from agents import RandomEnv, log_of, make_model
 from gymnasium import spaces
+from gymnasium.envs.classic_control import CartPoleEnv
 from helpers import BOX_ACTIONS, DICT, IMAGE, VECTOR, make_batch, make_policy, relative_error
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_trpo_ext import TRPO
+from sb3_trpo_ext import TRPO, MaskableTRPO, RecurrentTRPO
+from sb3_trpo_ext.envs.blocks import Blocks
 from sb3_trpo_ext.optim.updates import KLConstraint, UpdateResult
 from sb3_trpo_ext.optim.vectors import flatten
 from sb3_trpo_ext.policies import CnnPolicy, SquashedMlpPolicy
@@ -194,6 +197,28 @@ def test_learn_is_that_of_the_cpu_and_needs_no_double_precision(training: str) -
     # The next update begins with what this one has left
     with accelerator.without_float64():
         models[1].learn(32, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "policy", "make_env", "policy_kwargs"),
+    [
+        (MaskableTRPO, "MlpPolicy", Blocks, {"net_arch": [8]}),
+        (RecurrentTRPO, "MlpLstmPolicy", CartPoleEnv, {"net_arch": [], "lstm_hidden_size": 4}),
+    ],
+    ids=["masks", "memory"],
+)
+def test_masks_and_memory_are_those_of_the_cpu(
+    algorithm: type[TRPO], policy: str, make_env: Any, policy_kwargs: dict[str, Any]
+) -> None:
+    steps = []
+    for device in ("cpu", accelerator.NAME):
+        env = make_vec_env(make_env, 2, seed=0)
+        model = algorithm(policy, env, n_steps=32, policy_kwargs=policy_kwargs, norm_obs=False, seed=0, device=device)
+        before = params_of(model.policy)
+        model.learn(64)
+        assert model._n_accepted == 1
+        steps.append(params_of(model.policy) - before)
+    assert relative_error(steps[1], steps[0]) < 1e-3
 
 
 def test_normalization_needs_no_double_precision_and_is_that_of_the_cpu() -> None:
