@@ -41,6 +41,18 @@ def test_missing_envpool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         EnvPoolVecEnv("Humanoid-v5")
 
 
+@pytest.mark.parametrize(("name", "module"), [("MaskableTRPO", "maskable"), ("RecurrentTRPO", "recurrent")])
+def test_classes_that_need_sb3_contrib_say_so(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert name in dir(sb3_trpo_ext)
+    for imported in ["sb3_contrib", *(each for each in sys.modules if each.startswith("sb3_contrib."))]:
+        monkeypatch.setitem(sys.modules, imported, None)
+    monkeypatch.delitem(sys.modules, f"sb3_trpo_ext.{module}", raising=False)
+    with pytest.raises(ImportError, match=rf"{name} needs sb3-contrib: pip install 'sb3-trpo-ext\[contrib\]'"):
+        getattr(sb3_trpo_ext, name)
+    with pytest.raises(AttributeError, match="no attribute 'Maskable'"):
+        sb3_trpo_ext.Maskable  # noqa: B018
+
+
 def test_console_script_is_installed() -> None:
     (script,) = (entry for entry in metadata.entry_points(group="console_scripts") if entry.name == "sb3-trpo")
     assert script.load() is main
