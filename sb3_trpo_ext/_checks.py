@@ -67,6 +67,6 @@ def closest(name: str, names: Iterable[str]) -> str:
     return f"did you mean {' or '.join(matches)}?" if matches else f"there are {', '.join(known[:20])}"
 
 
-def is_known(kind: type) -> bool:
-    """Whether a class is of Stable-Baselines3 or of a package around it, and not of a user's own."""
+def is_known(kind: type | Callable[..., Any]) -> bool:
+    """Whether a class or a function is of Stable-Baselines3 or of a package around it, and not of a user's own."""
     return kind.__module__.partition(".")[0] in ("stable_baselines3", "sb3_contrib", "rl_zoo3", "sb3_trpo_ext")

@@ -21,11 +21,14 @@ from sb3_trpo_ext._checks import (
     check_number,
     check_seed,
     closest,
+    is_known,
     is_number,
 )
 from sb3_trpo_ext.update.critic import VALUE_LOSSES
 
 ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+#: Which class is for which policies of sb3-contrib.
+CONTRIB_POLICIES = {"MaskableActorCriticPolicy": "MaskableTRPO", "RecurrentActorCriticPolicy": "RecurrentTRPO"}
 #: What stands for an argument that is left to the class.
 AUTO = "auto"
 #: What arguments were before they existed: in models of earlier versions, and of sb3-contrib.
@@ -74,6 +77,16 @@ def check_trust_region(trust_region: Any, options: Any) -> None:
             check_integer(full_name, value, 1)
         else:
             check_number(full_name, value, "positive", lambda x: x > 0)
+
+
+def check_policy(policy: type, base: str | None) -> None:
+    """Check that a policy is of the kind that a class is for: ``base`` is a key of `CONTRIB_POLICIES`, or ``None``."""
+    found = next((kind.__name__ for kind in policy.__mro__ if kind.__name__ in CONTRIB_POLICIES and is_known(kind)), None)
+    if found == base:
+        return
+    use = "TRPO" if found is None else CONTRIB_POLICIES[found]
+    needed = "no policy of sb3-contrib" if base is None else f"a subclass of sb3-contrib's {base}"
+    raise ArgumentError(f"`policy` must be {needed}, got {policy.__name__}: use {use}.")
 
 
 def check_optimizer_states(params: dict[str, Any]) -> None:

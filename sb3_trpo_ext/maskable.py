@@ -1,6 +1,5 @@
 """TRPO where some actions are invalid in some states: the policies, buffers and wrappers are sb3-contrib's."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -19,16 +18,17 @@ from sb3_contrib.common.maskable.policies import (
     MaskableActorCriticPolicy,
     MaskableMultiInputActorCriticPolicy,
 )
-from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
+from sb3_contrib.common.maskable.utils import is_masking_supported
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import CategoricalDistribution, Distribution, MultiCategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import MaybeCallback, PyTorchObs
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
-from sb3_trpo_ext._checks import ArgumentError
+from sb3_trpo_ext._checks import ArgumentError, is_known
 from sb3_trpo_ext.policies import OwnExtractorsMixin
 from sb3_trpo_ext.rollout.actors import Actor, MlpActor
 from sb3_trpo_ext.rollout.collect import LeanRollout, collect_rollouts
@@ -102,7 +102,7 @@ class MaskedCalls(PolicyCalls):
     def on(cls, policy: ActorCriticPolicy, buffer: RolloutBuffer) -> "MaskedCalls":
         """The calls with the masks of a buffer."""
         assert isinstance(buffer, (MaskableRolloutBuffer, MaskableDictRolloutBuffer))
-        return cls(policy, in_order(buffer, buffer.action_masks) > 0.5)
+        return cls(policy, in_order(buffer, buffer.action_masks) != 0)
 
     def distribution(self, batch: Batch, part: th.Tensor | slice) -> Distribution:
         """The masked distribution at some samples."""
@@ -187,6 +187,25 @@ class _MaskedRollout(LeanRollout):
         self.buffer.add(*transition, action_masks=self._masks)  # type: ignore[call-arg]
 
 
+class _CheckedMasks(VecEnvWrapper):
+    """Environments whose masks are checked before sb3-contrib's loop gets them."""
+
+    def __init__(self, venv: VecEnv, model: "MaskableTRPO"):
+        super().__init__(venv)
+        self._model = model
+
+    def reset(self) -> VecEnvObs:
+        return self.venv.reset()
+
+    def step_wait(self) -> VecEnvStepReturn:
+        return self.venv.step_wait()
+
+    def env_method(self, method_name: str, *args: Any, **kwargs: Any) -> list[Any]:
+        if method_name == "action_masks":
+            return list(self._model.action_masks(self.venv))  # type: ignore[arg-type]
+        return self.venv.env_method(method_name, *args, **kwargs)
+
+
 class MaskableCnnPolicy(OwnExtractorsMixin, MaskableActorCriticCnnPolicy):
     """sb3-contrib's policy for images, whose actor and critic have a features extractor each by default."""
 
@@ -212,6 +231,7 @@ class MaskableTRPO(TRPO):
         "CnnPolicy": MaskableCnnPolicy,
         "MultiInputPolicy": MaskableMultiInputPolicy,
     }
+    policy_base: ClassVar[str | None] = MaskableActorCriticPolicy.__name__
     calls_class: ClassVar[type[PolicyCalls]] = MaskedCalls
 
     #: Whether the environment is asked for masks.
@@ -223,10 +243,6 @@ class MaskableTRPO(TRPO):
             names = ", ".join(space.__name__ for space in _SPACES)
             # The first words are SB3's
             raise ArgumentError(f"The algorithm only supports {names} as action spaces, got {self.action_space}: use TRPO.")
-        if not issubclass(self.policy_class, MaskableActorCriticPolicy):
-            raise ArgumentError(
-                f"`policy` must be a subclass of sb3-contrib's MaskableActorCriticPolicy, got {self.policy_class.__name__}."
-            )
         if self.rollout_buffer_class is None:
             is_dict = isinstance(self.observation_space, spaces.Dict)
             self.rollout_buffer_class = MaskableDictRolloutBuffer if is_dict else MaskableRolloutBuffer
@@ -253,16 +269,7 @@ class MaskableTRPO(TRPO):
         if not self._use_masking:
             return None
         sizes = choices(self.action_space)
-        try:
-            masks = np.asarray(get_action_masks(env))
-        except ValueError as error:
-            raise ValueError(f"`action_masks` of the environments have different shapes: {error}.") from error
-        if masks.shape[:1] != (env.num_envs,) or masks.size != env.num_envs * sum(sizes):
-            raise ValueError(
-                f"`action_masks` of the environment must return {sum(sizes)} entries, one per choice of {self.action_space}, "
-                f"got the shape {masks.shape[1:]}."
-            )
-        masks = masks.reshape(env.num_envs, -1).astype(bool)
+        masks = np.stack([self._checked(index, mask, sum(sizes)) for index, mask in enumerate(env.env_method("action_masks"))])
         starts = np.cumsum([0, *sizes[:-1]])
         is_possible = np.logical_or.reduceat(masks, starts, axis=1).all(axis=1)
         if not is_possible.all():
@@ -272,6 +279,20 @@ class MaskableTRPO(TRPO):
                 "episode must end, or one choice of each part of the action must be valid."
             )
         return masks
+
+    def _checked(self, index: int, mask: Any, n_choices: int) -> np.ndarray:
+        """The mask of one environment, flat."""
+        try:
+            array = np.asarray(mask, dtype=bool)
+        except ValueError:
+            # Parts of different lengths
+            array = np.zeros(0, dtype=bool)
+        if array.size != n_choices:
+            raise ValueError(
+                f"`action_masks` of environment {index} must return {n_choices} entries, one for each choice of "
+                f"{self.action_space} (those of all parts of an action side by side), got {mask!r}."
+            )
+        return array.flatten()
 
     def _collect(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
@@ -285,7 +306,15 @@ class MaskableTRPO(TRPO):
                 "The environment has no method `action_masks`: wrap it in sb3-contrib's ActionMasker, or pass "
                 "use_masking=False to `learn`."
             )
-        loop = functools.partial(MaskablePPO.collect_rollouts, use_masking=self._use_masking)
+        own = type(rollout_buffer).get
+        if not is_known(own):
+            raise ArgumentError(f"`rollout_buffer_class`: {own.__qualname__} may shuffle samples away from their masks.")
+
+        def loop(_: Any, env: VecEnv, *args: Any) -> bool:
+            # As a function: it needs nothing of its class
+            collect: Any = MaskablePPO.collect_rollouts
+            return collect(self, _CheckedMasks(env, self), *args, use_masking=self._use_masking)
+
         return collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps, _MaskedRollout, loop)
 
     def predict(

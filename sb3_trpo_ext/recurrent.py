@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
@@ -19,13 +19,14 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.type_aliases import MaybeCallback, PyTorchObs
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from sb3_trpo_ext._checks import ArgumentError
+from sb3_trpo_ext import arguments
+from sb3_trpo_ext._checks import ArgumentError, is_known
 from sb3_trpo_ext.optim.devices import sent_to
 from sb3_trpo_ext.parallel.reductions import Shares, all_max
 from sb3_trpo_ext.rollout.collect import collect_rollouts
@@ -35,10 +36,14 @@ from sb3_trpo_ext.trpo import TRPO
 from sb3_trpo_ext.update.batch import Batch, in_order, take
 from sb3_trpo_ext.update.calls import PolicyCalls
 
+SelfRecurrentTRPO = TypeVar("SelfRecurrentTRPO", bound="RecurrentTRPO")
 #: Hidden state and cell of an LSTM, each of shape ``(n_layers, n_sequences, hidden_size)``.
 States = tuple[th.Tensor, th.Tensor]
 #: What `RecurrentCalls` stands in for: a policy that has another one of these is not understood.
-_METHODS = ("get_distribution", "predict_values", "_process_sequence", "_get_action_dist_from_latent")
+_METHODS = (
+    *("forward", "get_distribution", "predict_values", "evaluate_actions", "extract_features"),
+    *("_process_sequence", "_get_action_dist_from_latent"),
+)
 
 
 class Sequences:
@@ -267,15 +272,13 @@ class RecurrentTRPO(TRPO):
         "CnnLstmPolicy": CnnLstmPolicy,
         "MultiInputLstmPolicy": MultiInputLstmPolicy,
     }
+    policy_base: ClassVar[str | None] = RecurrentActorCriticPolicy.__name__
     calls_class: ClassVar[type[PolicyCalls]] = RecurrentCalls
 
     def _setup_model(self) -> None:
         """Check that the policy is one with an LSTM, and create buffer, policy and optimizer."""
         kind = self.policy_class
-        if not issubclass(kind, RecurrentActorCriticPolicy):
-            raise ArgumentError(
-                f"`policy` must be a subclass of sb3-contrib's RecurrentActorCriticPolicy, got {kind.__name__}: use TRPO."
-            )
+        arguments.check_policy(kind, self.policy_base)
         own = [name for name in _METHODS if getattr(kind, name) is not getattr(RecurrentActorCriticPolicy, name)]
         if own:
             raise ArgumentError(
@@ -296,6 +299,10 @@ class RecurrentTRPO(TRPO):
             self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **self.policy_kwargs
         )
         self.policy = policy.to(self.device)
+        for lstm in (policy.lstm_actor, policy.lstm_critic):
+            if lstm is not None and (lstm.bidirectional or lstm.proj_size or lstm.batch_first):
+                names = "`bidirectional`, `proj_size` and `batch_first`"
+                raise ArgumentError(f"`policy_kwargs['lstm_kwargs']`: {names} change the shapes of an LSTM: leave them out.")
         shape = (policy.lstm_actor.num_layers, self.n_envs, policy.lstm_actor.hidden_size)
         if self.rollout_buffer_class is None:
             is_dict = isinstance(self.observation_space, spaces.Dict)
@@ -305,6 +312,9 @@ class RecurrentTRPO(TRPO):
                 "`rollout_buffer_class` must be one of sb3-contrib's for recurrent policies, got "
                 f"{self.rollout_buffer_class.__name__}."
             )
+        own = self.rollout_buffer_class.get
+        if not is_known(own):
+            raise ArgumentError(f"`rollout_buffer_class`: {own.__qualname__} may take the steps of a sequence apart.")
         self.rollout_buffer = self.rollout_buffer_class(
             self.n_steps,
             self.observation_space,
@@ -326,6 +336,24 @@ class RecurrentTRPO(TRPO):
         loop = RecurrentPPO.collect_rollouts
         return collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps, loop=loop)
 
+    @th.no_grad()
+    def _renew_states(self, buffer: Any) -> None:
+        """Step through the rollout again."""
+        policy: Any = self.policy
+        names = ("hidden_states_pi", "cell_states_pi", "hidden_states_vf", "cell_states_vf")
+        first = [th.as_tensor(getattr(buffer, name)[0], device=self.device) for name in names]
+        states = RNNStates((first[0], first[1]), (first[2], first[3]))
+        for step in range(buffer.buffer_size):
+            for name, state in zip(names, (*states.pi, *states.vf), strict=True):
+                getattr(buffer, name)[step] = state.cpu().numpy()
+            stored = {key: array[step] for key, array in parts_of(buffer.observations).items()}
+            observations = obs_as_tensor(
+                stored if isinstance(self.observation_space, spaces.Dict) else stored[""], self.device
+            )
+            starts = th.as_tensor(buffer.episode_starts[step], device=self.device)
+            *_, states = policy(observations, states, starts)
+        self._last_lstm_states = states
+
     def _last_values(self) -> th.Tensor:
         policy: Any = self.policy
         starts = th.as_tensor(self._last_episode_starts, dtype=th.float32, device=self.device)
@@ -345,6 +373,18 @@ class RecurrentTRPO(TRPO):
             _, states = policy._process_sequence(features, states, start, lstm)
         terminal = policy.obs_to_tensor(observation)[0]
         return float(policy.predict_values(terminal, states, th.zeros(1, device=self.device)))
+
+    def learn(
+        self: SelfRecurrentTRPO,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "RecurrentTRPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfRecurrentTRPO:
+        """Train the model: as :meth:`sb3_trpo_ext.trpo.TRPO.learn`."""
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _excluded_save_params(self) -> list[str]:
         """Attributes that are not pickled."""

@@ -16,7 +16,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext import arguments, defaults
-from sb3_trpo_ext._checks import ArgumentError, check_seed, is_known
+from sb3_trpo_ext._checks import ArgumentError, check_seed, closest, is_known
 from sb3_trpo_ext.optim import AdaptiveKLPenalty, KLConstraint, PolicyUpdate, UpdateResult, UpdateStatus
 from sb3_trpo_ext.parallel import launch
 from sb3_trpo_ext.parallel.reductions import Shares, is_parallel, rank, world_size
@@ -112,6 +112,8 @@ class TRPO(SavingAlgorithm):
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICY_ALIASES
+    #: The class of sb3-contrib whose policies this class is for.
+    policy_base: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -226,8 +228,16 @@ class TRPO(SavingAlgorithm):
         arguments.check_env(env)
         return OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        """The policy of a name; raises a ``ValueError`` if there is none."""
+        if policy_name not in self.policy_aliases:
+            suggestion = closest(policy_name, self.policy_aliases)
+            raise ArgumentError(f"`policy`: {type(self).__name__} has no policy {policy_name!r}; {suggestion}")
+        return super()._get_policy_from_name(policy_name)
+
     def _setup_model(self) -> None:
         """Check the arguments, and create buffer, policy and optimizer."""
+        arguments.check_policy(self.policy_class, self.policy_base)
         arguments.check_settings(self)
         launch.join_process_group()
         if self.n_steps is None or self.n_steps == self._auto_n_steps:
@@ -327,6 +337,9 @@ class TRPO(SavingAlgorithm):
     def _last_values(self) -> th.Tensor:
         """The values after the last step of a rollout, shape ``(n_envs, 1)``."""
         return self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
+
+    def _renew_states(self, buffer: RolloutBuffer) -> None:
+        """Compute what a policy remembers in a rollout again, after the statistics of its observations have changed."""
 
     def _terminal_value(self, buffer: RolloutBuffer, step: int, index: int, observation: Any) -> float:
         """The value of the last observation of an episode that a time limit ended in a step of a rollout."""

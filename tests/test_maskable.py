@@ -22,6 +22,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 from torch import nn
 
@@ -289,13 +290,53 @@ def test_buffer_has_what_sb3_contribs_loop_would_put_there(policy: Any, space: s
     assert (data.returns != data.returns.round()).any()
 
 
-def test_policies_of_users_and_their_buffers_learn() -> None:
+class _Extractor(FlattenExtractor):
+    """A user's, with which sb3-contrib's loop collects the rollouts."""
+
+
+def test_policies_extractors_and_buffers_of_users_learn_with_the_right_masks() -> None:
     class Buffer(MaskableRolloutBuffer):
         pass
 
-    model = MaskableTRPO(_Odd, games(Game, ACTIONS["discrete"]), n_steps=32, batch_size=96, rollout_buffer_class=Buffer)
-    model.learn(2 * 96)
-    assert model._n_accepted == 2
+    kwargs: dict[str, Any] = {"n_steps": 32, "batch_size": 96}
+    for policy, own in (
+        (_Odd, {"rollout_buffer_class": Buffer}),
+        ("MlpPolicy", {"policy_kwargs": {"features_extractor_class": _Extractor}}),
+    ):
+        model = MaskableTRPO(policy, games(Game, ACTIONS["discrete"]), **kwargs, **own)
+        model.learn(2 * 96)
+        assert model._n_accepted == 2
+        masks = MaskedCalls.on(model.policy, model.rollout_buffer).masks
+        assert masks is not None
+        assert masks[th.arange(96), model._full_batch().actions].all()
+        assert not masks.all()
+
+
+def test_buffer_that_shuffles_in_its_own_way_is_refused() -> None:
+    class Buffer(MaskableRolloutBuffer):
+        def get(self, batch_size: int | None = None) -> Any:
+            return super().get(batch_size)
+
+    model = MaskableTRPO("MlpPolicy", games(Game, ACTIONS["discrete"]), n_steps=32, batch_size=96, rollout_buffer_class=Buffer)
+    with pytest.raises(ValueError, match=r"`rollout_buffer_class`: .*Buffer.get may shuffle samples away from their masks"):
+        model.learn(96)
+
+
+class _Truthy(Game):
+    """Masks of numbers that are neither 0 nor 1."""
+
+    def action_masks(self) -> np.ndarray:
+        return 0.3 * super().action_masks()
+
+
+@pytest.mark.parametrize("extractor", [FlattenExtractor, _Extractor], ids=["stock", "users"])
+def test_masks_are_truth_values(extractor: type[FlattenExtractor]) -> None:
+    kwargs: dict[str, Any] = {"policy_kwargs": {"features_extractor_class": extractor}}
+    model = MaskableTRPO("MlpPolicy", games(_Truthy, ACTIONS["discrete"]), n_steps=32, batch_size=96, **kwargs).learn(96)
+    assert model._n_accepted == 1
+    masks = MaskedCalls.on(model.policy, model.rollout_buffer).masks
+    assert masks is not None
+    assert masks[th.arange(96), model._full_batch().actions].all()
 
 
 def test_saved_model_goes_on_with_the_same_bits(tmp_path: Path) -> None:
@@ -403,30 +444,41 @@ class _NoneValid(_Broken):
     [
         (
             functools.partial(_Broken, ACTIONS["discrete"]),
-            r"`action_masks` .* 4 entries, one per choice of Discrete\(4\), got",
+            r"`action_masks` of environment 0 must return 4 entries, one for each choice of Discrete\(4\)",
         ),
         (functools.partial(_NoneValid, ACTIONS["discrete"]), "environment 0 allows no action after 0 timesteps"),
         (functools.partial(gym.make, "CartPole-v1"), "no method `action_masks`: wrap it in sb3-contrib's ActionMasker"),
     ],
     ids=["shape", "none_valid", "no_masks"],
 )
-def test_masks_that_make_no_sense_are_refused(make: Any, message: str) -> None:
-    model = MaskableTRPO("MlpPolicy", make_vec_env(make, 2), n_steps=32)
+@pytest.mark.parametrize("extractor", [FlattenExtractor, _Extractor], ids=["stock", "users"])
+def test_masks_that_make_no_sense_are_refused(make: Any, message: str, extractor: type[FlattenExtractor]) -> None:
+    kwargs = {"features_extractor_class": extractor}
+    model = MaskableTRPO("MlpPolicy", make_vec_env(make, 2), n_steps=32, policy_kwargs=kwargs)
     before = numbers(model)
     with pytest.raises(ValueError, match=message):
         model.learn(64)
     assert numbers(model) == before
 
 
+def test_trpo_says_whose_policy_it_is() -> None:
+    with pytest.raises(ValueError, match=r"`policy` must be no policy of sb3-contrib, got .*: use MaskableTRPO"):
+        TRPO(MaskableActorCriticPolicy, "CartPole-v1")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"policy": ActorCriticPolicy}, "`policy` must be a subclass of sb3-contrib's MaskableActorCriticPolicy"),
+        (
+            {"policy": ActorCriticPolicy},
+            "`policy` must be a subclass of sb3-contrib's MaskableActorCriticPolicy, .*: use TRPO",
+        ),
+        ({"policy": "MlpLstmPolicy"}, "`policy`: MaskableTRPO has no policy 'MlpLstmPolicy'; did you mean MlpPolicy"),
         ({"env": "Pendulum-v1"}, "supports Discrete, MultiDiscrete, MultiBinary as action spaces, got Box"),
         ({"use_sde": True}, "continuous actions"),
         ({"rollout_buffer_class": RolloutBuffer}, "`rollout_buffer_class` must be one of sb3-contrib's with masks"),
     ],
-    ids=["policy", "space", "sde", "buffer"],
+    ids=["policy", "name", "space", "sde", "buffer"],
 )
 def test_bad_arguments_are_named(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

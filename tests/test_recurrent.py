@@ -11,8 +11,11 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from helpers import BOX_ACTIONS, DICT, IMAGE, VECTOR, finite_difference, relative_error
+from sb3_contrib.common.recurrent.buffers import RecurrentRolloutBuffer
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -339,6 +342,44 @@ def test_penalty_goes_through_whole_sequences() -> None:
     assert model.logger.name_to_value["train/kl_divergence_loss"] > 0
 
 
+class _Peek(BaseCallback):
+    """Reads the rollout, which flattens what is in the buffer."""
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        next(iter(self.model.rollout_buffer.get(16)))  # type: ignore[attr-defined]
+
+
+def test_returns_are_right_after_a_callback_has_read_the_rollout() -> None:
+    models = []
+    for callback in (None, _Peek()):
+        VECTOR.seed(0)
+        models.append(make_model(norm_obs=False, norm_reward=False).learn(48, callback=callback))
+    plain, read = (model.rollout_buffer for model in models)
+    assert read.generator_ready
+    assert np.array_equal(plain.swap_and_flatten(plain.returns), read.returns)
+
+
+def test_first_statistics_reach_what_the_network_remembers() -> None:
+    """The states of the first rollout are those of normalized observations, as its values are."""
+    space = spaces.Box(40.0, 60.0, (3,))
+    for policy_kwargs in (SMALL, {**SMALL, "shared_lstm": True, "enable_critic_lstm": False}):
+        model = collected(make_model(env=noises(space), policy_kwargs=policy_kwargs), n_rollouts=1)
+        buffer: Any = model.rollout_buffer
+        policy: Any = model.policy
+        states: Any = RNNStates(*(tuple(th.zeros(1, 3, 4) for _ in range(2)) for _ in range(2)))
+        with th.no_grad():
+            for step in range(model.n_steps):
+                assert np.allclose(buffer.hidden_states_vf[step], states.vf[0], atol=1e-6)
+                starts = th.as_tensor(buffer.episode_starts[step])
+                _, values, _, states = policy(th.as_tensor(buffer.observations[step]), states, starts)
+                assert np.allclose(buffer.values[step], values[:, 0], atol=1e-5)
+        for one, two in zip((*states.pi, *states.vf), (*model._last_lstm_states.pi, *model._last_lstm_states.vf), strict=True):
+            assert th.allclose(one, two, atol=1e-6)
+
+
 def test_truncated_episodes_are_worth_what_comes_after_them() -> None:
     """In the first rollout too, whose rewards are scaled when it is over."""
     model = collected(make_model(norm_obs=False), n_rollouts=1)
@@ -410,15 +451,42 @@ class _Odd(RecurrentActorCriticPolicy):
         return super().get_distribution(*args)
 
 
+class _Doubled(RecurrentActorCriticPolicy):
+    def extract_features(self, *args: Any) -> Any:
+        return super().extract_features(*args)
+
+
+class _Shuffling(RecurrentRolloutBuffer):
+    def get(self, batch_size: int | None = None) -> Any:
+        return super().get(batch_size)
+
+
+class _Buffer(RecurrentRolloutBuffer):
+    pass
+
+
+def test_buffers_of_users_learn() -> None:
+    assert make_model(rollout_buffer_class=_Buffer).learn(96)._n_accepted == 2
+
+
+def test_trpo_says_whose_policy_it_is() -> None:
+    with pytest.raises(ValueError, match=r"`policy` must be no policy of sb3-contrib, got .*: use RecurrentTRPO"):
+        TRPO(RecurrentActorCriticPolicy, "CartPole-v1")
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
+        ({"policy": "MlpPolicy"}, "`policy`: RecurrentTRPO has no policy 'MlpPolicy'; did you mean MlpLstmPolicy"),
+        ({"policy": _Doubled}, "`policy`: _Doubled has a method 'extract_features' of its own"),
+        ({"rollout_buffer_class": _Shuffling}, "`rollout_buffer_class`: _Shuffling.get may take the steps"),
+        ({"policy_kwargs": {"lstm_kwargs": {"batch_first": True}}}, "`batch_first` change the shapes of an LSTM"),
         ({"policy": ActorCriticPolicy}, "`policy` must be a subclass of sb3-contrib's RecurrentActorCriticPolicy"),
         ({"policy": _Odd}, "`policy`: _Odd has a method 'get_distribution' of its own"),
         ({"n_steps": 1}, "`n_steps` must be at least 2 for a recurrent policy, got 1"),
         ({"rollout_buffer_class": RolloutBuffer}, "`rollout_buffer_class` must be one of sb3-contrib's for recurrent"),
     ],
-    ids=["policy", "method", "n_steps", "buffer"],
+    ids=["name", "extractor", "shuffled", "lstm", "policy", "method", "n_steps", "buffer"],
 )
 def test_bad_arguments_are_named(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch as th
 from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
     CategoricalDistribution,
     DiagGaussianDistribution,
     Distribution,
@@ -192,6 +193,7 @@ def _sampler(distribution: Distribution, structure: MlpStructure) -> Callable[[t
     if isinstance(distribution, MultiCategoricalDistribution):
         sizes = [int(size) for size in distribution.action_dims]
         return lambda logits: th.cat([_drawn(part) for part in logits.split(sizes, dim=1)], dim=1)
+    assert isinstance(distribution, BernoulliDistribution), type(distribution)
     # A GPU cannot recover from a NaN here; whether there is one is checked later
     return lambda logits: logits.sigmoid().nan_to_num(0.0).bernoulli()
 

@@ -123,7 +123,7 @@ class Normalization:
             extractor.freeze()
         warnings.warn(_PRETRAINED, stacklevel=4)
 
-    def after_rollout(self, model: OnPolicyAlgorithm, buffer: RolloutBuffer, has_acted: bool) -> bool:
+    def after_rollout(self, model: Any, buffer: RolloutBuffer, has_acted: bool) -> bool:
         """
         Add a rollout to the statistics of rewards, and the first one to those of observations.
 
@@ -145,6 +145,7 @@ class Normalization:
             extractor.update(buffer.observations)
         self._observed = fresh
         if fresh:
+            model._renew_states(buffer)
             evaluate_again_(model, buffer)
         reward_again_(model, buffer, env, self.rewards)
         return bool(fresh)

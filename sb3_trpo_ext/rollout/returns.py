@@ -35,6 +35,9 @@ def set_returns_(model: Any, buffer: RolloutBuffer, vf_lambda: float) -> None:
     scratch = copy.copy(buffer)
     scratch.gae_lambda = vf_lambda
     scratch.advantages = np.zeros_like(buffer.rewards)
-    scratch.values = by_step(buffer.values, buffer.rewards.shape) if buffer.generator_ready else buffer.values
+    for name in ("values", "episode_starts"):
+        # What `get` has flattened: in sb3-contrib's buffers, more than in SB3's
+        array, shape = getattr(buffer, name), buffer.rewards.shape
+        setattr(scratch, name, array if array.shape == shape else by_step(array, shape))
     own(scratch, *ending(model))
     buffer.returns = buffer.swap_and_flatten(scratch.returns) if buffer.generator_ready else scratch.returns

@@ -39,8 +39,8 @@ class Batch(NamedTuple):
 def rollout_batch(
     buffer: RolloutBuffer, is_discrete: bool, normalize_advantage: bool, clip_advantage: float | None = None
 ) -> Batch:
-    """The whole rollout in a full buffer: in the order of time within each environment if the buffer is SB3's own."""
-    data = _in_order(buffer) if is_known(type(buffer)) else next(iter(buffer.get(buffer.buffer_size * buffer.n_envs)))
+    """The whole rollout in a full buffer: in the order of time within each environment, unless it has a ``get`` of its own."""
+    data = _in_order(buffer) if is_known(type(buffer).get) else next(iter(buffer.get(buffer.buffer_size * buffer.n_envs)))
     advantages = _normalized(data.advantages) if normalize_advantage else data.advantages
     if clip_advantage is not None:
         # Normalized again: the mean of what is left is a baseline at no cost, and the objective keeps its unit

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,17 +16,16 @@ from sb3_trpo_ext.maskable import MaskableTRPO
 
 #: Where a script may have its function already.
 _MODULES = ("rl_zoo3", "rl_zoo3.utils", "rl_zoo3.enjoy")
+#: ``env``: the environments that RL-Zoo has made last to evaluate an agent in. A search has a thread for each trial.
+_evaluations = threading.local()
 
 
 class MaskedAgent(MaskableTRPO):
     """
-    A ``MaskableTRPO`` for RL-Zoo's scripts, whose ``predict`` gets no masks: they are those of :attr:`evaluation_env` then.
+    A ``MaskableTRPO`` for RL-Zoo's scripts, whose ``predict`` gets no masks: it asks the environments of :func:`remember`.
 
     Its files are those of the parent class.
     """
-
-    #: The environments that RL-Zoo has made last to evaluate an agent in.
-    evaluation_env: VecEnv | None = None
 
     def predict(
         self,
@@ -36,15 +36,15 @@ class MaskedAgent(MaskableTRPO):
         action_masks: np.ndarray | None = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """As in the parent class, with masks in any case."""
-        env = MaskedAgent.evaluation_env
+        env = getattr(_evaluations, "env", None)
         if action_masks is None and self._use_masking and env is not None:
             action_masks = get_action_masks(env)
         return super().predict(observation, state, episode_start, deterministic, action_masks)
 
 
 def remember(env: VecEnv) -> VecEnv:
-    """Note the environments in which an agent is evaluated, if they have masks."""
-    MaskedAgent.evaluation_env = env if is_masking_supported(env) else None
+    """Note the environments in which an agent of this thread is evaluated, if they have masks."""
+    _evaluations.env = env if is_masking_supported(env) else None
     return env
 
 

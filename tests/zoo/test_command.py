@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from interpreters import Interpreter
 from rl_zoo3 import ALGOS
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3 import SAC
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
 
@@ -30,6 +32,7 @@ from sb3_trpo_ext.callbacks import TimedEvalCallback
 from sb3_trpo_ext.zoo import search_space
 from sb3_trpo_ext.zoo.command import COMMANDS, main
 from sb3_trpo_ext.zoo.manager import Manager, register
+from sb3_trpo_ext.zoo.masks import MaskedAgent, remember
 from sb3_trpo_ext.zoo.options import parse, with_defaults
 from sb3_trpo_ext.zoo.settings import KEY, SCHEDULED, hyperparams_path, linear_schedule, load_hyperparams
 
@@ -384,6 +387,17 @@ def test_masks_are_used_from_training_to_watching(
     lengths += [float(line.split()[2]) for line in lines if "  episode length" in line]
     assert len(lengths) == 2
     assert min(lengths) > 7
+
+
+def test_each_thread_of_a_search_has_masks_of_its_own() -> None:
+    env = make_vec_env("sb3_trpo_ext/Blocks-v0", 2)
+    remember(env)
+    thread = threading.Thread(target=remember, args=(make_vec_env("sb3_trpo_ext/Blocks-v0", 3),))
+    thread.start()
+    thread.join()
+    observations: Any = env.reset()
+    actions, _ = MaskedAgent("MlpPolicy", env, n_steps=32).predict(observations)
+    assert all(masks[action] for masks, action in zip(env.env_method("action_masks"), actions, strict=True))
 
 
 def test_memory_is_carried_from_training_to_watching(
