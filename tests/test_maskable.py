@@ -105,6 +105,8 @@ def make_surrogate(space: spaces.Space[Any], activation: type[nn.Module] = nn.Ta
     for param in policy.parameters():
         nn.init.normal_(param, std=0.7)
     masks = th.as_tensor(random_masks(space, N_SAMPLES, np.random.default_rng(1)))
+    # Whatever has been drawn from it before
+    VECTOR.seed(0)
     observations = th.as_tensor(np.stack([VECTOR.sample() for _ in range(N_SAMPLES)]))
     with th.no_grad():
         distribution = policy.get_distribution(observations, masks)

@@ -101,6 +101,8 @@ def make_surrogate(policy_kwargs: dict[str, Any] | None = None, action_space: An
     begins = th.tensor([1.0, 0.0, 1.0, 0.0])[:, None]
     states = [th.randn(shape) * begins for _ in range(4)]
     calls = RecurrentCalls(policy, Sequences(starts, n_samples, (states[0], states[1]), (states[2], states[3])))
+    # Whatever has been drawn from it before
+    VECTOR.seed(0)
     observations = th.as_tensor(np.stack([VECTOR.sample() for _ in range(n_samples)]))
     batch = Batch(observations, *th.zeros(2, n_samples), *th.randn(3, n_samples))
     with th.no_grad():

@@ -203,7 +203,7 @@ def join_processes(options: Options) -> None:
     :raises ValueError: if the algorithm is not ours, or for a search
     """
     if options.algo not in (None, *KEYS):
-        known = f"only {' and '.join(KEYS)} train in several processes"
+        known = f"only {', '.join(KEYS)} train in several processes"
         raise ValueError(f"`--algo`: {known}, got {options.algo!r}: start it without torchrun.")
     if options.optimize:
         raise ValueError("`-optimize`: a search runs in one process: start it without torchrun.")

@@ -38,7 +38,10 @@ def joined(*arguments: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--algo", "ppo"], "`--algo`: only trpo_ext trains in several processes, got 'ppo'"), (["-optimize"], "`-optimize`")],
+    [
+        (["--algo", "ppo"], "`--algo`: only trpo_ext, trpo_ext_mask, trpo_ext_lstm train in several processes, got 'ppo'"),
+        (["-optimize"], "`-optimize`"),
+    ],
 )
 def test_what_cannot_be_done_together_is_refused(arguments: list[str], message: str, alone: Any) -> None:
     with pytest.raises(ValueError, match=message):
