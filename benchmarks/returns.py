@@ -31,7 +31,7 @@ SUITE = RESULTS / "suite.csv"
 MUJOCO = ("Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Swimmer-v5", "Walker2d-v5")
 CLASSIC = ("CartPole-v1", "Pendulum-v1", "LunarLander-v3", "LunarLanderContinuous-v3")
 #: Without velocities, which an agent has to remember positions for.
-MEMORY = ("CartPoleNoVel-v1",)
+MEMORY = ("CartPoleNoVel-v1", "PendulumNoVel-v1")
 LABELS = {
     "trpo_ext_lstm": "sb3-trpo-ext, LSTM",
     "ppo_lstm": "sb3-contrib RecurrentPPO",
