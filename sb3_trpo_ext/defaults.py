@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import nn
 
 from sb3_trpo_ext._checks import ArgumentError, is_known
-from sb3_trpo_ext.update.normalization import NormalizedExtractor, normalized_parts
+from sb3_trpo_ext.update.normalization import NormalizedExtractor, normalized_parts, one_hot_sizes
 
 #: Samples of one rollout.
 N_SAMPLES = 2048
@@ -89,15 +89,20 @@ def normalizes_observations(norm_obs: bool | str, policy: type, policy_kwargs: d
                 f"`norm_obs=True` needs a policy of Stable-Baselines3, and {policy.__name__} may have features extractors of "
                 "its own: use VecNormalize."
             )
-        if norm_obs and env is not None and not normalized_parts(env.observation_space):
+        if norm_obs and env is not None and not _can_normalize(env.observation_space):
             raise ArgumentError(f"`norm_obs=True` has no vector to normalize in {env.observation_space}: leave it out.")
         return bool(norm_obs)
-    parts = {} if env is None else normalized_parts(env.observation_space)
-    if not parts or not is_known(policy) or "features_extractor_class" in policy_kwargs:
+    if env is None or not _can_normalize(env.observation_space):
         return False
-    assert env is not None
+    if not is_known(policy) or "features_extractor_class" in policy_kwargs:
+        return False
     wrapper = unwrap_vec_normalize(env)
     return wrapper is None or not wrapper.norm_obs
+
+
+def _can_normalize(space: spaces.Space[Any]) -> bool:
+    """Whether there is anything in an observation to normalize."""
+    return bool(normalized_parts(space) or one_hot_sizes(space))
 
 
 def normalizes_rewards(norm_reward: bool | str, env: VecEnv | None) -> bool:

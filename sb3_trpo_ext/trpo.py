@@ -104,8 +104,9 @@ class TRPO(SavingAlgorithm):
         again; ``None`` for no limit. Where a few of them are very large (falls), their noise hides the others
         (Garg et al. 2021, https://arxiv.org/abs/2102.10264)
     :param norm_obs: Whether the policy normalizes observations that are vectors, by statistics that are saved with it and
-        change only between an update and the next rollout. ``"auto"``: with SB3's policies and features extractors, unless the
-        environment is wrapped in a ``VecNormalize`` that does it
+        change only between an update and the next rollout, and scales one-hot vectors by the square root of their length.
+        ``"auto"``: with SB3's policies and features extractors, unless the environment is wrapped in a ``VecNormalize`` that
+        does it
     :param norm_reward: Whether rewards are divided by the standard deviation of the discounted return. ``"auto"``: unless a
         ``VecNormalize`` does it
     :raises ValueError: for a bad argument, with its name

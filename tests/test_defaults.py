@@ -163,7 +163,9 @@ def test_a_start_that_is_asked_for_is_kept() -> None:
         ("MlpPolicy", DummyVecEnv([RandomEnv]), (True, True)),
         ("MultiInputPolicy", DummyVecEnv([lambda: RandomEnv(DICT)]), (True, True)),
         ("CnnPolicy", DummyVecEnv([lambda: RandomEnv(IMAGE)]), (False, True)),
-        ("MlpPolicy", DummyVecEnv([lambda: RandomEnv(spaces.Discrete(3))]), (False, True)),
+        ("MlpPolicy", DummyVecEnv([lambda: RandomEnv(spaces.Discrete(3))]), (True, True)),
+        ("MlpPolicy", DummyVecEnv([lambda: RandomEnv(spaces.MultiDiscrete([3, 2]))]), (True, True)),
+        ("MlpPolicy", DummyVecEnv([lambda: RandomEnv(spaces.MultiBinary(3))]), (False, True)),
         ("MlpPolicy", VecNormalize(DummyVecEnv([RandomEnv])), (False, False)),
         ("MlpPolicy", VecNormalize(DummyVecEnv([RandomEnv]), norm_obs=False), (True, False)),
         ("MlpPolicy", VecNormalize(DummyVecEnv([RandomEnv]), norm_reward=False), (False, True)),
@@ -423,7 +425,7 @@ def test_what_cannot_be_normalized_is_named() -> None:
     with pytest.raises(ValueError, match="`norm_obs=True` needs a policy of Stable-Baselines3, and Own"):
         make_model(policy=Own, norm_obs=True)
     with pytest.raises(ValueError, match="`norm_obs=True` has no vector to normalize"):
-        make_model(RandomEnv(spaces.Discrete(4)), norm_obs=True)
+        make_model(RandomEnv(spaces.MultiBinary(4)), norm_obs=True)
     with pytest.raises(RuntimeError, match=r"does not normalize its observations, and this one does: .*norm_obs=False"):
         make_model(norm_obs=True).set_parameters(make_model().get_parameters())  # type: ignore[arg-type]
 

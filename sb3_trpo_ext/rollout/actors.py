@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from sb3_trpo_ext.optim.mlp import ELEMENTWISE_ACTIVATIONS
-from sb3_trpo_ext.update.normalization import NormalizedExtractor, RunningNormalization
+from sb3_trpo_ext.update.normalization import NormalizedExtractor, OneHotScale, RunningNormalization
 from sb3_trpo_ext.update.settings import threads_for
 from sb3_trpo_ext.update.structure import (
     PLAIN_DISTRIBUTIONS,
@@ -40,7 +40,7 @@ _METHODS = (
 )
 #: Modules known to be functions of each observation alone.
 _PURE_MODULES: tuple[type[nn.Module], ...] = (
-    *(FlattenExtractor, NatureCNN, CombinedExtractor, MlpExtractor, NormalizedExtractor, RunningNormalization),
+    *(FlattenExtractor, NatureCNN, CombinedExtractor, MlpExtractor, NormalizedExtractor, RunningNormalization, OneHotScale),
     *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Flatten, nn.Linear, nn.Conv1d, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d),
     *(nn.LayerNorm, nn.GroupNorm, nn.Sigmoid, nn.Softplus, nn.SELU, nn.Mish, *ELEMENTWISE_ACTIVATIONS),
 )

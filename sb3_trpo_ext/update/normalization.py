@@ -1,5 +1,6 @@
 """Normalization that belongs to the agent: of observations within the policy, and of rewards by the scale of their returns."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -69,11 +70,37 @@ class RunningNormalization(nn.Module):
         self.n_samples.fill_(FROZEN)
 
 
+class OneHotScale(nn.Module):
+    """
+    One-hot vectors times the square root of their length: entries have a mean square of 1 then, as normalized numbers have.
+
+    Without it, a network hardly sees an observation out of hundreds.
+
+    :param sizes: of the vectors, which are side by side
+    """
+
+    scale: th.Tensor
+
+    def __init__(self, sizes: list[int]):
+        super().__init__()
+        self.register_buffer("scale", th.cat([th.full((size,), math.sqrt(size)) for size in sizes]))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """
+        Scale.
+
+        :param x: of shape ``(n_batch, ..., sum(sizes))``
+        :return: the same shape
+        """
+        return x * self.scale
+
+
 class NormalizedExtractor(BaseFeaturesExtractor):
     """
     Normalizes observations, and passes them on to another features extractor.
 
-    Every Box of fewer than three dimensions is normalized, also within a Dict; images and one-hot vectors are not.
+    Every Box of fewer than three dimensions is normalized, also within a Dict, and so are the one-hot vectors of Discrete and
+    MultiDiscrete; images are not.
 
     :param observation_space: of the environment
     :param features_extractor_class: what gets the normalized observations; SB3's default if ``None``
@@ -91,10 +118,10 @@ class NormalizedExtractor(BaseFeaturesExtractor):
         extractor = extractor_class(observation_space, **(features_extractor_kwargs or {}))
         super().__init__(observation_space, extractor.features_dim)
         self.extractor = extractor
-        parts = normalized_parts(observation_space)
-        self.normalizations = nn.ModuleDict(
-            {key or "observation": RunningNormalization(shape) for key, shape in parts.items()}
-        )
+        modules: dict[str, nn.Module] = {}
+        modules |= {key: RunningNormalization(shape) for key, shape in normalized_parts(observation_space).items()}
+        modules |= {key: OneHotScale(sizes) for key, sizes in one_hot_sizes(observation_space).items()}
+        self.normalizations = nn.ModuleDict({key or "observation": module for key, module in modules.items()})
 
     def forward(self, observations: Any) -> th.Tensor:
         """
@@ -112,13 +139,17 @@ class NormalizedExtractor(BaseFeaturesExtractor):
 
     @property
     def is_fresh(self) -> bool:
-        """Whether there have been no observations yet."""
-        return not any(normalization.n_samples for normalization in self.normalizations.values())
+        """Whether there are statistics, and no observations in them yet."""
+        return bool(self._running) and not any(normalization.n_samples for normalization in self._running.values())
+
+    @property
+    def _running(self) -> dict[str, RunningNormalization]:
+        """What has statistics."""
+        return {key: module for key, module in self.normalizations.items() if isinstance(module, RunningNormalization)}
 
     def freeze(self) -> None:
         """Keep the statistics as they are for good: without any, observations are not normalized."""
-        for normalization in self.normalizations.values():
-            assert isinstance(normalization, RunningNormalization)
+        for normalization in self._running.values():
             normalization.freeze()
 
     def update(self, observations: Any) -> None:
@@ -127,9 +158,8 @@ class NormalizedExtractor(BaseFeaturesExtractor):
 
         :param observations: as the environment returns them: shape ``(..., *shape)``, or a dict of those
         """
-        for key, normalization in self.normalizations.items():
+        for key, normalization in self._running.items():
             part = observations[key] if isinstance(observations, dict) else observations
-            assert isinstance(normalization, RunningNormalization)
             normalization.update(th.as_tensor(part.reshape(-1, *normalization.mean.shape)))
 
 
@@ -140,13 +170,25 @@ def normalized_extractors(policy: nn.Module) -> list[NormalizedExtractor]:
 
 def normalized_parts(space: spaces.Space[Any]) -> dict[str, tuple[int, ...]]:
     """
-    What :class:`NormalizedExtractor` normalizes.
+    What :class:`NormalizedExtractor` normalizes by statistics.
 
     :param space: of the observations
     :return: shapes by the keys of a Dict; by an empty key for any other space
     """
     parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
     return {key: part.shape for key, part in parts.items() if isinstance(part, spaces.Box) and len(part.shape) < 3}
+
+
+def one_hot_sizes(space: spaces.Space[Any]) -> dict[str, list[int]]:
+    """
+    The one-hot vectors that :class:`NormalizedExtractor` scales.
+
+    :param space: of the observations
+    :return: their sizes by the keys of a Dict; by an empty key for any other space
+    """
+    parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
+    sizes = {key: [int(part.n)] for key, part in parts.items() if isinstance(part, spaces.Discrete)}
+    return sizes | {key: part.nvec.tolist() for key, part in parts.items() if isinstance(part, spaces.MultiDiscrete)}
 
 
 class RewardScale(nn.Module):

@@ -4,9 +4,17 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
-from sb3_trpo_ext.update.normalization import CLIP, NormalizedExtractor, RewardScale, RunningNormalization, normalized_parts
+from sb3_trpo_ext.update.normalization import (
+    CLIP,
+    NormalizedExtractor,
+    RewardScale,
+    RunningNormalization,
+    normalized_parts,
+    one_hot_sizes,
+)
 
 VECTOR = spaces.Box(-1, 1, (3,))
 IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
@@ -51,6 +59,29 @@ def test_parts_that_are_vectors_are_normalized_and_no_others() -> None:
     assert normalized_parts(spaces.Dict(parts)) == {"number": (), "vector": (3,)}
     assert normalized_parts(VECTOR) == {"": (3,)}
     assert normalized_parts(IMAGE) == normalized_parts(spaces.Discrete(3)) == {}
+    assert one_hot_sizes(spaces.Dict(parts)) == {"choice": [3]}
+    assert one_hot_sizes(spaces.MultiDiscrete([2, 5])) == {"": [2, 5]}
+    assert one_hot_sizes(VECTOR) == one_hot_sizes(spaces.MultiBinary(3)) == {}
+
+
+@pytest.mark.parametrize("space", [spaces.Discrete(50), spaces.MultiDiscrete([2, 50])], ids=["discrete", "multi_discrete"])
+def test_entries_of_one_hot_vectors_have_the_mean_square_of_a_normalized_number(space: spaces.Space) -> None:
+    extractor = NormalizedExtractor(space)
+    space.seed(0)
+    samples = th.as_tensor(np.stack([space.sample() for _ in range(5000)]))
+    observations = preprocess_obs(samples, space)
+    assert isinstance(observations, th.Tensor)
+    features = extractor(observations)
+    sizes = one_hot_sizes(space)[""]
+    assert features.shape == (5000, sum(sizes))
+    for size, part in zip(sizes, features.split(sizes, dim=1), strict=True):
+        assert float(part.max()) == pytest.approx(size**0.5)
+        # Each sample has one entry of each vector: whichever states are frequent
+        assert float(part.square().mean()) == pytest.approx(1, rel=1e-5)
+    # There are no statistics that the first rollout has to wait for
+    assert not extractor.is_fresh
+    extractor.update(samples.numpy())
+    assert th.equal(extractor(observations), features)
 
 
 def test_a_dict_is_normalized_key_by_key() -> None:
@@ -61,7 +92,7 @@ def test_a_dict_is_normalized_key_by_key() -> None:
     one_hot = th.tensor([[0.0, 1.0, 0.0]])
     features = extractor({"choice": one_hot, "vector": th.full((1, 3), 2.0)})
     flat = vectors.reshape(-1, 3)
-    expected = np.concatenate([[0, 1, 0], (2 - flat.mean(0)) / flat.std(0)])
+    expected = np.concatenate([[0, np.sqrt(3), 0], (2 - flat.mean(0)) / flat.std(0)])
     np.testing.assert_allclose(features[0], expected, atol=1e-5)
     assert extractor.features_dim == 6
 
