@@ -400,9 +400,7 @@ def test_learns_more_with_masks_than_without() -> None:
         env = InvalidActionEnvDiscrete(dim=40, n_invalid_actions=30)
         model = MaskableTRPO("MlpPolicy", env, n_steps=256, gamma=0.1, seed=0).learn(2048, use_masking=use_masking)
         returns.append(float(np.mean(evaluate_policy(model, env, warn=False, use_masking=use_masking)[0])))
-    # 91 and 27
-    assert returns[0] > 70
-    assert returns[1] < 50
+    assert returns[0] > returns[1] + 15
 
 
 @pytest.mark.parametrize(

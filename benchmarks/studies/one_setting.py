@@ -10,8 +10,8 @@ diagonal (``relative``), the number of environments (``envs``), steps in each (`
 (``lr``), ``gae_lambda`` (of the advantages, and unless ``vf_lambda`` says otherwise of the critic's targets), and the length
 of the training (``steps``). With "defaults" there are also the minibatches of the critic (``batch``), the units of its two
 hidden layers (``critic``), ``clip_advantage``, ``norm_obs``, and ``constant``, a budget of which every update has the same
-part. All train in EnvPool where it has the task, unless they have a single environment. ``results/one_setting.csv`` has a row per run, and
-``python -m benchmarks.tables`` writes the table.
+part. All train in EnvPool where it has the task, unless they have a single environment. ``results/one_setting.csv`` has a row
+per run, and ``python -m benchmarks.tables`` writes the table.
 
 Candidates of which no code is kept: "noise 1/f^0.5" and "noise AR(1) 0.5" draw the noise of actions correlated in time, and
 "VecNormalize for observations" or "for rewards" leaves the other to the agent. "8 rollouts" fits the critic to the last eight
