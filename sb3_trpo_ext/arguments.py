@@ -89,6 +89,21 @@ def check_policy(policy: type, base: str | None) -> None:
     raise ArgumentError(f"`policy` must be {needed}, got {policy.__name__}: use {use}.")
 
 
+def check_buffer(kind: Any, kinds: tuple[type, ...], purpose: str, fault: str) -> None:
+    """
+    Check a class of rollout buffers that is read in the order of time.
+
+    :param kind: the class
+    :param kinds: those of sb3-contrib that it may be, or inherit from
+    :param purpose: what these are for
+    :param fault: what a ``get`` of its own may do
+    """
+    if not issubclass(kind, kinds):
+        raise ArgumentError(f"`rollout_buffer_class` must be one of sb3-contrib's {purpose}, got {kind.__name__}.")
+    if not is_known(kind.get):
+        raise ArgumentError(f"`rollout_buffer_class`: {kind.get.__qualname__} may {fault}.")
+
+
 def check_optimizer_states(params: dict[str, Any]) -> None:
     """Check the states of optimizers before any of them, or the policy, is loaded."""
     penalty = params.get("kl_penalty") or {}

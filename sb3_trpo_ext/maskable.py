@@ -28,7 +28,8 @@ from stable_baselines3.common.type_aliases import MaybeCallback, PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
-from sb3_trpo_ext._checks import ArgumentError, is_known
+from sb3_trpo_ext import arguments
+from sb3_trpo_ext._checks import ArgumentError
 from sb3_trpo_ext.policies import OwnExtractorsMixin
 from sb3_trpo_ext.rollout.actors import Actor, MlpActor
 from sb3_trpo_ext.rollout.collect import LeanRollout, collect_rollouts
@@ -43,6 +44,7 @@ SelfMaskableTRPO = TypeVar("SelfMaskableTRPO", bound="MaskableTRPO")
 
 #: What a part of an action may be.
 _SPACES = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+_BUFFERS = (MaskableRolloutBuffer, MaskableDictRolloutBuffer)
 
 STOCK_POLICIES.append(MaskableActorCriticPolicy)
 PLAIN_DISTRIBUTIONS += [
@@ -101,7 +103,7 @@ class MaskedCalls(PolicyCalls):
     @classmethod
     def on(cls, policy: ActorCriticPolicy, buffer: RolloutBuffer) -> "MaskedCalls":
         """The calls with the masks of a buffer."""
-        assert isinstance(buffer, (MaskableRolloutBuffer, MaskableDictRolloutBuffer))
+        assert isinstance(buffer, _BUFFERS)
         return cls(policy, in_order(buffer, buffer.action_masks) != 0)
 
     def distribution(self, batch: Batch, part: th.Tensor | slice) -> Distribution:
@@ -297,18 +299,12 @@ class MaskableTRPO(TRPO):
     def _collect(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> tuple[bool, Snapshot]:
-        if not isinstance(rollout_buffer, (MaskableRolloutBuffer, MaskableDictRolloutBuffer)):
-            raise ArgumentError(
-                f"`rollout_buffer_class` must be one of sb3-contrib's with masks, got {type(rollout_buffer).__name__}."
-            )
+        arguments.check_buffer(type(rollout_buffer), _BUFFERS, "with masks", "shuffle samples away from their masks")
         if self._use_masking and not is_masking_supported(env):
             raise ValueError(
                 "The environment has no method `action_masks`: wrap it in sb3-contrib's ActionMasker, or pass "
                 "use_masking=False to `learn`."
             )
-        own = type(rollout_buffer).get
-        if not is_known(own):
-            raise ArgumentError(f"`rollout_buffer_class`: {own.__qualname__} may shuffle samples away from their masks.")
 
         def loop(_: Any, env: VecEnv, *args: Any) -> bool:
             # As a function: it needs nothing of its class

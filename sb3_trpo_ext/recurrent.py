@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from sb3_trpo_ext import arguments
-from sb3_trpo_ext._checks import ArgumentError, is_known
+from sb3_trpo_ext._checks import ArgumentError
 from sb3_trpo_ext.optim.devices import sent_to
 from sb3_trpo_ext.parallel.reductions import Shares, all_max
 from sb3_trpo_ext.rollout.collect import collect_rollouts
@@ -88,10 +88,8 @@ class Sequences:
 
     def indices(self, which: th.Tensor) -> th.Tensor:
         """The samples of some sequences, one sequence after the other."""
-        return th.cat([th.arange(start, start + n) for start, n in zip(*self._bounds(which), strict=True)])
-
-    def _bounds(self, which: th.Tensor) -> tuple[list[int], list[int]]:
-        return self.starts[which].tolist(), self.lengths[which].tolist()
+        bounds = zip(self.starts[which].tolist(), self.lengths[which].tolist(), strict=True)
+        return th.cat([th.arange(start, start + length) for start, length in bounds])
 
     def packing(self, part: th.Tensor | slice) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
@@ -275,20 +273,15 @@ class RecurrentTRPO(TRPO):
     policy_base: ClassVar[str | None] = RecurrentActorCriticPolicy.__name__
     calls_class: ClassVar[type[PolicyCalls]] = RecurrentCalls
 
-    def _setup_model(self) -> None:
-        """Check that the policy is one with an LSTM, and create buffer, policy and optimizer."""
+    def _setup_policy(self) -> None:
+        """Create policy and buffer; in this order, because the buffer holds the states of the LSTM."""
         kind = self.policy_class
-        arguments.check_policy(kind, self.policy_base)
         own = [name for name in _METHODS if getattr(kind, name) is not getattr(RecurrentActorCriticPolicy, name)]
         if own:
             raise ArgumentError(
                 f"`policy`: {kind.__name__} has a method {own[0]!r} of its own, which an update through time would not call: "
                 "change the features extractor or the networks instead."
             )
-        super()._setup_model()
-
-    def _setup_policy(self) -> None:
-        """Create policy and buffer; in this order, because the buffer holds the states of the LSTM."""
         if self.n_steps == 1:
             raise ArgumentError(
                 "`n_steps` must be at least 2 for a recurrent policy, got 1: there is no sequence in one step."
@@ -307,15 +300,12 @@ class RecurrentTRPO(TRPO):
         if self.rollout_buffer_class is None:
             is_dict = isinstance(self.observation_space, spaces.Dict)
             self.rollout_buffer_class = RecurrentDictRolloutBuffer if is_dict else RecurrentRolloutBuffer
-        if not issubclass(self.rollout_buffer_class, (RecurrentRolloutBuffer, RecurrentDictRolloutBuffer)):
-            raise ArgumentError(
-                "`rollout_buffer_class` must be one of sb3-contrib's for recurrent policies, got "
-                f"{self.rollout_buffer_class.__name__}."
-            )
-        own = self.rollout_buffer_class.get
-        if not is_known(own):
-            raise ArgumentError(f"`rollout_buffer_class`: {own.__qualname__} may take the steps of a sequence apart.")
-        self.rollout_buffer = self.rollout_buffer_class(
+        kinds = (RecurrentRolloutBuffer, RecurrentDictRolloutBuffer)
+        arguments.check_buffer(
+            self.rollout_buffer_class, kinds, "for recurrent policies", "take the steps of a sequence apart"
+        )
+        buffer_class: Any = self.rollout_buffer_class
+        self.rollout_buffer = buffer_class(
             self.n_steps,
             self.observation_space,
             self.action_space,
@@ -346,10 +336,7 @@ class RecurrentTRPO(TRPO):
         for step in range(buffer.buffer_size):
             for name, state in zip(names, (*states.pi, *states.vf), strict=True):
                 getattr(buffer, name)[step] = state.cpu().numpy()
-            stored = {key: array[step] for key, array in parts_of(buffer.observations).items()}
-            observations = obs_as_tensor(
-                stored if isinstance(self.observation_space, spaces.Dict) else stored[""], self.device
-            )
+            observations: Any = obs_as_tensor(take(buffer.observations, step), self.device)  # type: ignore[arg-type]
             starts = th.as_tensor(buffer.episode_starts[step], device=self.device)
             *_, states = policy(observations, states, starts)
         self._last_lstm_states = states
@@ -366,8 +353,7 @@ class RecurrentTRPO(TRPO):
         states = tuple(th.as_tensor(array[:, [index]], device=self.device) for array in arrays)
         if lstm is not None:
             # Those of the buffer are from before the step
-            stored = {key: array[step, index] for key, array in parts_of(buffer.observations).items()}
-            last = policy.obs_to_tensor(stored if isinstance(self.observation_space, spaces.Dict) else stored[""])[0]
+            last = policy.obs_to_tensor(take(buffer.observations, (step, index)))[0]
             start = th.as_tensor(buffer.episode_starts[step, [index]], device=self.device)
             features = BasePolicy.extract_features(policy, last, policy.vf_features_extractor)
             _, states = policy._process_sequence(features, states, start, lstm)

@@ -76,7 +76,7 @@ def _in_order(buffer: RolloutBuffer) -> Batch:
     )
 
 
-def take(observations: PyTorchObs, index: th.Tensor | slice) -> PyTorchObs:
+def take(observations: PyTorchObs, index: th.Tensor | slice | int | tuple[int, ...]) -> PyTorchObs:
     """Select samples of a batch of observations."""
     return _mapped(lambda tensor: tensor[index], observations)
 

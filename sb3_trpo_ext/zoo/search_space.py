@@ -59,7 +59,12 @@ def sample_trpo_params(
     }
     if n_actions > 0:
         params["log_std_init"] = trial.suggest_float("log_std_init", -2.0, 0.5)
-    return _converted(trial, params)
+
+    hyperparams = convert_trpo_params(params)
+    # Show the values themselves in RL-Zoo's report, next to the powers and complements above.
+    for name in ("gamma", "gae_lambda", "n_steps", "batch_size"):
+        trial.set_user_attr(name, hyperparams[name])
+    return hyperparams
 
 
 def sample_recurrent_params(
@@ -76,12 +81,4 @@ def sample_recurrent_params(
         "lstm_hidden_size": trial.suggest_categorical("lstm_hidden_size", [32, 64, 128]),
         "enable_critic_lstm": trial.suggest_categorical("enable_critic_lstm", [False, True]),
     }
-    return hyperparams
-
-
-def _converted(trial: optuna.Trial, params: dict[str, Any]) -> dict[str, Any]:
-    """Arguments, of which the report shows some beside the powers and complements that were sampled."""
-    hyperparams = convert_trpo_params(params)
-    for name in ("gamma", "gae_lambda", "n_steps", "batch_size"):
-        trial.set_user_attr(name, hyperparams[name])
     return hyperparams
