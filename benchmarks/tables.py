@@ -261,8 +261,8 @@ def process_tables() -> dict[str, str]:
     waits = []
     for case, counts in load("host_waits").items():
         for row, key in ((f"{case}: per step of the environments", "waits_per_step"), ("... per update", "waits_per_update")):
-            ours, *others = (counts[name][key] for name in ("ours", "sb3_contrib", "ppo"))
-            waits.append([row, f"**{ours}**", *others])
+            tensors, ours, *others = (counts[name][key] for name in ("ours_tensors", "ours", "sb3_contrib", "ppo"))
+            waits.append([row, f"**{tensors}**", f"**{ours}**", *others])
     noise = load("noise_scale")
     scales = []
     for name, label in (("fresh", "fresh"), ("trained_3M_steps", "after 3M steps")):
@@ -272,7 +272,9 @@ def process_tables() -> dict[str, str]:
         "processes": table(("task", "environments per process", "1 process", "2 processes", "ratio"), speed),
         "processes on paper": model_table(),
         "processes messages": message_table(),
-        "host waits": table(("the host waits", "ours", "sb3-contrib's TRPO", "SB3's PPO"), waits),
+        "host waits": table(
+            ("the host waits", "ours, environment of tensors", "ours, of arrays", "sb3-contrib's TRPO", "SB3's PPO"), waits
+        ),
         "noise scale": table(
             (
                 "policy",

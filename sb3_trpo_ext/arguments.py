@@ -8,6 +8,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import VecEnv
@@ -104,6 +105,15 @@ def check_buffer(kind: Any, kinds: tuple[type, ...], purpose: str, fault: str) -
         raise ArgumentError(f"`rollout_buffer_class`: {kind.get.__qualname__} may {fault}.")
 
 
+def check_device(env: Any, device: th.device) -> None:
+    """Check that the tensors of an environment are where the policy is."""
+    device = th.empty(0, device=device).device
+    if env.device != device:
+        raise ArgumentError(
+            f"`env` has its tensors on {env.device}, and the policy is on {device}: make one of them where the other is."
+        )
+
+
 def check_optimizer_states(params: dict[str, Any]) -> None:
     """Check the states of optimizers before any of them, or the policy, is loaded."""
     penalty = params.get("kl_penalty") or {}
@@ -187,7 +197,7 @@ def check_env(env: Any) -> None:
 def check_settings(model: Any) -> None:
     """Check arguments that an update takes as they are, and make Python's integers of NumPy's."""
     for name in ("n_steps", "batch_size", "cg_max_steps", "line_search_max_iter", "sub_sampling_factor"):
-        if not (name == "n_steps" and model.n_steps is None):
+        if not (name in ("n_steps", "batch_size") and getattr(model, name) is None):
             setattr(model, name, check_integer(name, getattr(model, name), 1))
     for name in ("norm_obs", "norm_reward"):
         if getattr(model, name) != AUTO:

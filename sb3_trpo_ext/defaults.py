@@ -16,6 +16,10 @@ from sb3_trpo_ext.update.normalization import NormalizedExtractor, normalized_pa
 
 #: Samples of one rollout.
 N_SAMPLES = 2048
+#: Samples of a minibatch of the critic.
+MIN_BATCH_SIZE = 64
+#: Minibatches in a pass over a rollout, at most: thousands of environments fill long ones, and the fit would take minutes.
+MAX_MINIBATCHES = 128
 #: Steps of a rollout, however many environments there are: estimates of the advantage look ahead about as far.
 MIN_STEPS = 16
 #: The noise of an untrained Gaussian policy, summed over the action dimensions, is at most that of so many with a standard
@@ -47,6 +51,19 @@ def n_steps(n_envs: int, batch_size: int) -> int:
     least = max(-(-N_SAMPLES // n_envs), MIN_STEPS)
     multiple = batch_size // math.gcd(batch_size, n_envs)
     return -(-least // multiple) * multiple if multiple <= N_SAMPLES else least
+
+
+def batch_size(n_samples: int) -> int:
+    """
+    Samples of a minibatch of the critic: 64, and more in a rollout that would have more than 128 of these.
+
+    :param n_samples: of the rollout, of one process
+    :return: the number of samples, such that all minibatches are of one size if that is possible with at least 64 of them
+    """
+    if n_samples <= MIN_BATCH_SIZE * MAX_MINIBATCHES:
+        return MIN_BATCH_SIZE
+    counts = range(MAX_MINIBATCHES, MAX_MINIBATCHES // 2 - 1, -1)
+    return n_samples // next((count for count in counts if n_samples % count == 0), MAX_MINIBATCHES)
 
 
 def target_kl(action_space: spaces.Space[Any], n_samples: int, total_timesteps: int, progress_remaining: float) -> float:

@@ -27,10 +27,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from sb3_trpo_ext import arguments
 from sb3_trpo_ext._checks import ArgumentError
+from sb3_trpo_ext._observations import parts_of
 from sb3_trpo_ext.optim.devices import sent_to
 from sb3_trpo_ext.parallel.reductions import Shares, all_max
 from sb3_trpo_ext.rollout.collect import collect_rollouts
-from sb3_trpo_ext.rollout.errors import parts_of
 from sb3_trpo_ext.rollout.snapshot import Snapshot
 from sb3_trpo_ext.trpo import TRPO
 from sb3_trpo_ext.update.batch import Batch, in_order, take

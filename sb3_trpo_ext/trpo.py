@@ -1,5 +1,6 @@
 """TRPO for Stable-Baselines3: the glue between SB3 and the mathematics in :mod:`sb3_trpo_ext.optim`."""
 
+import functools
 import math
 import time
 from typing import Any, ClassVar, TypeVar
@@ -17,14 +18,17 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext import arguments, defaults
 from sb3_trpo_ext._checks import ArgumentError, check_seed, closest, is_known
+from sb3_trpo_ext.envs.tensor import TensorVecEnv
 from sb3_trpo_ext.optim import AdaptiveKLPenalty, KLConstraint, PolicyUpdate, UpdateResult, UpdateStatus
 from sb3_trpo_ext.parallel import launch
 from sb3_trpo_ext.parallel.reductions import Shares, is_parallel, rank, world_size
 from sb3_trpo_ext.policies import POLICY_ALIASES
 from sb3_trpo_ext.rollout.collect import collect_rollouts
+from sb3_trpo_ext.rollout.device import TensorRollout
 from sb3_trpo_ext.rollout.normalization import Normalization
 from sb3_trpo_ext.rollout.returns import set_returns_
 from sb3_trpo_ext.rollout.snapshot import Snapshot
+from sb3_trpo_ext.rollout.tensors import TensorRolloutBuffer
 from sb3_trpo_ext.saving import SavingAlgorithm
 from sb3_trpo_ext.update.batch import Batch, rollout_batch
 from sb3_trpo_ext.update.clipping import action_bounds
@@ -58,7 +62,8 @@ class TRPO(SavingAlgorithm):
     :param learning_rate: The learning rate of the value function, a number or a function of the progress remaining (1 to 0)
     :param n_steps: The number of steps to run for each environment per update; ``None`` for about 2048 samples in all, and at
         least 16 steps
-    :param batch_size: Minibatch size for the value function, in each process of a data-parallel run
+    :param batch_size: Minibatch size for the value function, in each process of a data-parallel run; ``None`` for 64, or more
+        in a rollout of more than 8,192 samples, which then has up to 128 minibatches
     :param gamma: Discount factor
     :param cg_max_steps: Maximum number of Fisher-vector products in conjugate gradient
     :param cg_damping: Damping added to the diagonal of the Fisher matrix, a number or a schedule; ``"auto"`` for 0.2 per
@@ -122,7 +127,7 @@ class TRPO(SavingAlgorithm):
         env: GymEnv | str,
         learning_rate: float | Schedule = 3e-4,
         n_steps: int | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         gamma: float = 0.99,
         cg_max_steps: int = 15,
         cg_damping: float | Schedule | str = "auto",
@@ -176,11 +181,11 @@ class TRPO(SavingAlgorithm):
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
             verbose=verbose,
-            device=launch.rank_device(device),
+            device=env.device if device == "auto" and isinstance(env, TensorVecEnv) else launch.rank_device(device),
             seed=seed,
             _init_setup_model=False,
         )
-        self.batch_size = batch_size
+        self.batch_size: int = batch_size  # type: ignore[assignment]
         self.normalize_advantage = normalize_advantage
         self.n_critic_updates = n_critic_updates
         self.target_kl = target_kl
@@ -200,8 +205,9 @@ class TRPO(SavingAlgorithm):
         self.clip_advantage = clip_advantage
         self.norm_obs = norm_obs
         self.norm_reward = norm_reward
-        #: What `n_steps` came to where it was left to the class.
+        #: What `n_steps` and `batch_size` came to where they were left to the class.
         self._auto_n_steps: int | None = None
+        self._auto_batch_size: int | None = None
         self.kl_penalty: AdaptiveKLPenalty | None = None
         #: The policy that acted in the last rollout.
         self._acted: Snapshot | None = None
@@ -241,13 +247,18 @@ class TRPO(SavingAlgorithm):
         arguments.check_policy(self.policy_class, self.policy_base)
         arguments.check_settings(self)
         launch.join_process_group()
+        has_batch_size = self.batch_size is not None and self.batch_size != self._auto_batch_size
         if self.n_steps is None or self.n_steps == self._auto_n_steps:
-            self.n_steps = self._auto_n_steps = defaults.n_steps(self.n_envs * world_size(), self.batch_size)
+            size = self.batch_size if has_batch_size else defaults.MIN_BATCH_SIZE
+            self.n_steps = self._auto_n_steps = defaults.n_steps(self.n_envs * world_size(), size)
+        if not has_batch_size:
+            self.batch_size = self._auto_batch_size = defaults.batch_size(self.n_steps * self.n_envs)
         arguments.check_arguments(self)
         self.norm_obs = defaults.normalizes_observations(self.norm_obs, self.policy_class, self.policy_kwargs, self.env)
         self.norm_reward = defaults.normalizes_rewards(self.norm_reward, self.env)
         given, self.policy_kwargs = self.policy_kwargs, defaults.policy_kwargs(self.policy_kwargs, self.norm_obs)
         self._setup_policy()
+        self._fit_buffer_to_env()
         self.policy_kwargs = given
         if is_known(self.policy_class):
             defaults.spread_over_bounds_(self.policy, with_std="log_std_init" not in given)
@@ -279,6 +290,41 @@ class TRPO(SavingAlgorithm):
     def _setup_policy(self) -> None:
         """Create buffer, policy and optimizer as SB3 does."""
         super()._setup_model()
+
+    def _fit_buffer_to_env(self) -> None:
+        """
+        Have tensors in the rollout buffer if the environment has tensors, and arrays if not.
+
+        :raises ValueError: if the environment's tensors are on another device than the policy
+        """
+        own: Any = self.rollout_buffer_class
+        is_on_device = isinstance(self.env, TensorVecEnv) and is_known(own) and self.policy_base is None
+        if is_on_device:
+            arguments.check_device(self.env, self.device)
+        if is_on_device == isinstance(self.rollout_buffer, TensorRolloutBuffer):
+            return
+        kind = TensorRolloutBuffer if is_on_device else own
+        self.rollout_buffer = kind(
+            self.n_steps,
+            self.observation_space,
+            self.action_space,
+            device=self.device,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+            n_envs=self.n_envs,
+            **({} if is_on_device else self.rollout_buffer_kwargs),
+        )
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Replace the training environment.
+
+        :param env: the environment, with the same spaces and the same number of environments
+        :param force_reset: whether to reset it before the next rollout
+        :raises ValueError: if its spaces are others, or its tensors on another device than the policy
+        """
+        super().set_env(env, force_reset)
+        self._fit_buffer_to_env()
 
     @property
     def _parts(self) -> PolicyParts:
@@ -321,7 +367,7 @@ class TRPO(SavingAlgorithm):
         :raises RuntimeError: if a process of the environment has died
         """
         self._check_ready()
-        env = self._normalization.environment(env, self.policy)
+        env = self._normalization.environment(env, self.policy, isinstance(rollout_buffer, TensorRolloutBuffer))
         is_full, self._acted = self._collect(env, callback, rollout_buffer, n_rollout_steps)
         if is_full and self._normalization.after_rollout(self, rollout_buffer, self._acted.is_of(self.policy)):
             self._acted = Snapshot(self.policy)
@@ -333,7 +379,9 @@ class TRPO(SavingAlgorithm):
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> tuple[bool, Snapshot]:
         """Fill the buffer; returns whether it is full, and the policy that acted first."""
-        return collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps)
+        is_on_device = isinstance(rollout_buffer, TensorRolloutBuffer)
+        rollout_class = functools.partial(TensorRollout, scale=self._normalization.scale) if is_on_device else None
+        return collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps, rollout_class)
 
     def _last_values(self) -> th.Tensor:
         """The values after the last step of a rollout, shape ``(n_envs, 1)``."""
@@ -408,7 +456,7 @@ class TRPO(SavingAlgorithm):
         self.logger.record("train/entropy", entropy)
         if not math.isnan(std):
             self.logger.record("train/std", std)
-        values, returns = self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
+        values, returns = (th.as_tensor(part).flatten() for part in (self.rollout_buffer.values, self.rollout_buffer.returns))
         self.logger.record("train/explained_variance", launch.joint_explained_variance(values, returns))
         self.logger.record("train/n_accepted", self._n_accepted)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")

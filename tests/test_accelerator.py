@@ -12,12 +12,14 @@ from gymnasium.envs.classic_control import CartPoleEnv
 from helpers import BOX_ACTIONS, DICT, IMAGE, VECTOR, make_batch, make_policy, relative_error
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
+from tensor_envs import RandomTensorEnv
 
 from sb3_trpo_ext import TRPO, MaskableTRPO, RecurrentTRPO
 from sb3_trpo_ext.envs.blocks import Blocks
 from sb3_trpo_ext.optim.updates import KLConstraint, UpdateResult
 from sb3_trpo_ext.optim.vectors import flatten
 from sb3_trpo_ext.policies import CnnPolicy, SquashedMlpPolicy
+from sb3_trpo_ext.rollout.tensors import TensorRolloutBuffer
 from sb3_trpo_ext.update.batch import Batch
 from sb3_trpo_ext.update.critic import CriticFit, CriticStatus, fit_critic
 from sb3_trpo_ext.update.settings import no_argument_checks
@@ -240,7 +242,7 @@ def test_an_mlp_makes_the_host_wait_once_per_step_of_the_environment(training: s
         model.learn(32)
     assert waits.pop("actors._on_host") == 32
     # Values, log-probabilities and what episodes cut short would have had, with PyTorch's checks of arguments
-    n_ends = sum(waits.pop(name) for name in ("actors.evaluate", "collect._evaluate", "collect.collect"))
+    n_ends = sum(waits.pop(name) for name in ("actors.evaluate", "collect._evaluate", "collect._finish"))
     assert n_ends <= 8
     assert waits.pop("conjugate_gradient.conjugate_gradient") <= 3
     assert waits.pop("updates._evaluated") == log_of(model)["train/line_search_trials"]
@@ -281,3 +283,43 @@ def test_save_and_go_on_on_the_cpu(tmp_path: pathlib.Path) -> None:
     assert th.equal(params_of(loaded.policy), params_of(model.policy))
     loaded.learn(32)
     assert loaded._n_accepted == 2
+
+
+ON_DEVICE = {
+    "gaussian": ("MlpPolicy", VECTOR, BOX_ACTIONS),
+    "categorical": ("MlpPolicy", VECTOR, spaces.Discrete(3)),
+    "dict": ("MultiInputPolicy", DICT, BOX_ACTIONS),
+}
+
+
+@pytest.mark.parametrize("case", ON_DEVICE)
+def test_a_rollout_in_an_environment_of_tensors_makes_the_host_wait_at_its_ends_alone(case: str) -> None:
+    """However many steps it has: nothing is read in between."""
+    policy, observations, actions = ON_DEVICE[case]
+    counts = []
+    for n_steps in (16, 64):
+        env = RandomTensorEnv(observations, actions, device=accelerator.NAME)
+        model = TRPO(policy, env, n_steps=n_steps, batch_size=n_steps * 4, seed=0)
+        assert model.device.type == accelerator.NAME
+        model.learn(n_steps * 4)
+        with accelerator.counted() as waits:
+            model.learn(n_steps * 4, reset_num_timesteps=False)
+        for varies in ("updates._evaluated", "conjugate_gradient.conjugate_gradient"):
+            waits.pop(varies)
+        counts.append(waits)
+        # The environment of this test draws its random numbers on the host
+        assert {name for name, n in waits.sent.items() if n >= n_steps} <= {"tensor.advance"}
+    assert counts[0] == counts[1]
+    assert sum(counts[0].values()) <= 50
+
+
+@pytest.mark.parametrize("case", ON_DEVICE)
+def test_a_training_in_an_environment_of_tensors_is_that_of_the_cpu(case: str) -> None:
+    policy, observations, actions = ON_DEVICE[case]
+    trained = []
+    for device in (accelerator.NAME, "cpu"):
+        env = RandomTensorEnv(observations, actions, device=device)
+        trained.append(TRPO(policy, env, n_steps=16, batch_size=64, seed=0).learn(3 * 64))
+        assert isinstance(trained[-1].rollout_buffer, TensorRolloutBuffer)
+    th.testing.assert_close(params_of(trained[0].policy), params_of(trained[1].policy), rtol=1e-3, atol=1e-4)
+    assert [info["l"] for info in trained[0].ep_info_buffer or ()] == [info["l"] for info in trained[1].ep_info_buffer or ()]

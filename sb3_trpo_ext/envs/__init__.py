@@ -1,5 +1,29 @@
-"""Environments for Stable-Baselines3."""
+"""Environments for Stable-Baselines3, each loaded when it is first used."""
 
-from sb3_trpo_ext.envs.envpool import EnvPoolVecEnv
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["EnvPoolVecEnv"]
+if TYPE_CHECKING:
+    from sb3_trpo_ext.envs.envpool import EnvPoolVecEnv
+    from sb3_trpo_ext.envs.tensor import GymnasiumTensorVecEnv, TensorStep, TensorVecEnv
+    from sb3_trpo_ext.envs.tensor_tasks import TensorCartPole, TensorPointMass
+
+__all__ = ["EnvPoolVecEnv", "GymnasiumTensorVecEnv", "TensorCartPole", "TensorPointMass", "TensorStep", "TensorVecEnv"]
+
+#: Modules by the names that are in them.
+_MODULES = {
+    "envpool": ("EnvPoolVecEnv",),
+    "tensor": ("GymnasiumTensorVecEnv", "TensorStep", "TensorVecEnv"),
+    "tensor_tasks": ("TensorCartPole", "TensorPointMass"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -249,7 +249,7 @@ def _hash(tensor: th.Tensor) -> th.Tensor:
     return (bits * weights).sum() & (2**62 - 1)
 
 
-def joint_explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
+def joint_explained_variance(values: th.Tensor, returns: th.Tensor) -> float:
     """
     How much of the returns' variance the values explain, over all processes.
 
@@ -257,9 +257,10 @@ def joint_explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
     :param returns: the same shape
     :return: 1 at best; NaN if all returns are the same
     """
+    values, returns = th.stack([values, returns]).cpu()
     if not is_parallel():
-        return float(explained_variance(values, returns))
-    total = all_joined(moments_of(th.as_tensor(np.stack([returns - values, returns], axis=1))))
+        return float(explained_variance(values.numpy(), returns.numpy()))
+    total = all_joined(moments_of(th.stack([returns - values, returns], dim=1)))
     residual, variance = total.variance.tolist()
     return float("nan") if variance == 0 else 1 - residual / variance
 

@@ -88,10 +88,23 @@ class Actor:
         :param observations: one per environment
         :return: shape ``(n_envs, *action_space.shape)``
         """
+        # A copy: environments and callbacks may write into it
+        return np.array(self._on_host(self._choose(observations)).reshape(-1, *self._action_shape))
+
+    def act_on_device(self, observations: PyTorchObs) -> th.Tensor:
+        """
+        Sample the same actions as :meth:`act`, and leave them on the device.
+
+        :param observations: one per environment
+        :return: shape ``(n_envs, *action_space.shape)``
+        """
+        return self._choose(observations).reshape(-1, *self._action_shape)
+
+    def _choose(self, observations: PyTorchObs) -> th.Tensor:
+        """Sample actions, and keep them."""
         actions = self._sample(observations)
         self._actions.append(actions)
-        # A copy: environments and callbacks may write into it
-        return np.array(self._on_host(actions).reshape(-1, *self._action_shape))
+        return actions
 
     def _on_host(self, actions: th.Tensor) -> np.ndarray:
         """Read what :meth:`_sample` returned."""

@@ -33,13 +33,15 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext._checks import is_known
+from sb3_trpo_ext._observations import parts_of
 from sb3_trpo_ext.rollout.actors import Actor, is_deferrable_policy, make_actor
-from sb3_trpo_ext.rollout.errors import explain_dead_worker, explain_observation, parts_of
+from sb3_trpo_ext.rollout.errors import explain_dead_worker, explain_observation
 from sb3_trpo_ext.rollout.lazy import lazy_class, lazy_pair, may_look
 from sb3_trpo_ext.rollout.snapshot import Snapshot
+from sb3_trpo_ext.rollout.tensors import TensorRolloutBuffer
 
 #: Numbers in the observations of one batch at the end of a rollout: 16 MiB of float32.
-_CHUNK_NUMBERS = 2**22
+CHUNK_NUMBERS = 2**22
 
 
 def collect_rollouts(
@@ -48,7 +50,7 @@ def collect_rollouts(
     callback: BaseCallback,
     rollout_buffer: RolloutBuffer,
     n_rollout_steps: int,
-    rollout_class: "type[LeanRollout] | None" = None,
+    rollout_class: "Callable[..., LeanRollout] | None" = None,
     loop: Callable[..., bool] = OnPolicyAlgorithm.collect_rollouts,
 ) -> tuple[bool, Snapshot]:
     """
@@ -65,6 +67,10 @@ def collect_rollouts(
     :raises ValueError: if the environment returned a NaN that the policy cannot digest, or an observation of a wrong shape
     :raises RuntimeError: if a process of the environment has died
     """
+    if isinstance(rollout_buffer, TensorRolloutBuffer):
+        assert rollout_class is not None
+        rollout = rollout_class(model, env, callback, rollout_buffer)
+        return rollout.collect(n_rollout_steps), rollout.snapshot
     try:
         if is_deferrable(model, rollout_buffer):
             rollout = (rollout_class or LeanRollout)(model, env, callback, rollout_buffer)
@@ -131,7 +137,7 @@ class LeanRollout:
 
     def collect(self, n_rollout_steps: int) -> bool:
         """Run the environment, then compute what was deferred; returns False if the callback ended the training."""
-        model, callback, buffer, scope = self.model, self.callback, self.buffer, self._scope
+        callback, buffer, scope = self.callback, self.buffer, self._scope
         buffer.reset()
         # For tensors that a callback keeps: the buffer makes new arrays in its next reset
         self._values, self._log_probs = buffer.values, buffer.log_probs
@@ -148,14 +154,19 @@ class LeanRollout:
                 self._evaluate()
         if not is_full:
             return False
-        with th.no_grad():
-            values = self.policy.predict_values(obs_as_tensor(scope["new_obs"], model.device))
-        buffer.compute_returns_and_advantage(last_values=values, dones=scope["dones"])
-        log_probs, rewards = th.tensor(buffer.log_probs[-1], device=model.device), buffer.rewards[-1].copy()
+        values, log_probs, rewards = self._finish()
         scope.update(n_steps=n_rollout_steps, values=values, log_probs=log_probs, rewards=rewards)
         callback.update_locals(scope)
         callback.on_rollout_end()
         return True
+
+    def _finish(self) -> tuple[Any, Any, Any]:
+        """Compute advantages; returns the values after the last step, and its log-probabilities and rewards."""
+        model, buffer = self.model, self.buffer
+        with th.no_grad():
+            values = self.policy.predict_values(obs_as_tensor(self._scope["new_obs"], model.device))
+        buffer.compute_returns_and_advantage(last_values=values, dones=self._scope["dones"])
+        return values, th.tensor(buffer.log_probs[-1], device=model.device), buffer.rewards[-1].copy()
 
     def _run(self, n_rollout_steps: int) -> bool:
         """Run the environment; returns False if the callback ended the training."""
@@ -252,7 +263,7 @@ class LeanRollout:
         if step < self._n_stored:
             self._evaluate()
             device = self.model.device
-            values, log_probs = th.tensor(self._values[step], device=device), th.tensor(self._log_probs[step], device=device)
+            values, log_probs = (th.as_tensor(part[step], device=device).clone() for part in (self._values, self._log_probs))
         else:
             with self._snapshot.restored():
                 number = step - self._first_step
@@ -269,7 +280,7 @@ class LeanRollout:
         self._n_evaluated = stop
         stored, space = parts_of(self.buffer.observations), self.model.observation_space
         shapes = {key: part.shape or () for key, part in parts_of(space).items()}
-        chunk = max(1, _CHUNK_NUMBERS // sum(array[0].size for array in stored.values()))
+        chunk = max(1, CHUNK_NUMBERS // sum(array[0].size for array in stored.values()))
         with self._snapshot.restored():
             for begin in range(start, stop, chunk):
                 end = min(begin + chunk, stop)

@@ -3,19 +3,13 @@
 from typing import Any
 
 import numpy as np
-from gymnasium import spaces
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_trpo_ext._observations import parts_of
+
 #: What is safe when a rollout fails: said in every message.
-_INTACT = "The policy is as it was after the last update and can be saved."
-
-
-def parts_of(value: Any) -> dict[str, Any]:
-    """The parts of a Dict observation or Dict space by key; anything else under an empty key."""
-    if isinstance(value, spaces.Dict):
-        return value.spaces
-    return value if isinstance(value, dict) else {"": value}
+INTACT = "The policy is as it was after the last update and can be saved."
 
 
 def explain_observation(model: OnPolicyAlgorithm, env: VecEnv, error: Exception) -> None:
@@ -31,7 +25,7 @@ def explain_observation(model: OnPolicyAlgorithm, env: VecEnv, error: Exception)
             problem = f"a NaN or an infinity in its {where}"
             hint = " `VecCheckNan` from stable_baselines3.common.vec_env finds the step at which it happens."
         if problem:
-            message = f"The environment returned {problem} after {model.num_timesteps} timesteps. {_INTACT}{hint}"
+            message = f"The environment returned {problem} after {model.num_timesteps} timesteps. {INTACT}{hint}"
             raise ValueError(message) from error
 
 
@@ -47,5 +41,5 @@ def explain_dead_worker(model: OnPolicyAlgorithm, env: VecEnv, error: Exception)
         codes = ", ".join(f"{index} with exit code {code}" for index, code in dead.items())
         raise RuntimeError(
             f"Worker processes of {type(inner).__name__} have ended after {model.num_timesteps} timesteps: {codes}. Errors of "
-            f"the environments are on stderr; a negative code is the signal that killed a process. {_INTACT}"
+            f"the environments are on stderr; a negative code is the signal that killed a process. {INTACT}"
         ) from error

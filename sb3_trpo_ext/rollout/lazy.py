@@ -1,7 +1,7 @@
 """Lazy tensors and a lazy buffer, for a callback that looks at what a rollout computes only at its end."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch as th
@@ -46,15 +46,22 @@ def lazy_pair(
     return LazyTensor.of(lambda: look()[0], (n_envs, 1), device), LazyTensor.of(lambda: look()[1], (n_envs,), device)
 
 
-def may_look(callback: Any) -> bool:
+def may_look(callback: BaseCallback) -> bool:
     """Whether a callback may look at values and log-probabilities: those of SB3, RL-Zoo and this package do not."""
-    if isinstance(callback, ConvertCallback) and callback.callback is not None:
-        return True
-    if not is_known(type(callback)):
-        return True
+    return any(
+        not is_known(type(part)) or (isinstance(part, ConvertCallback) and part.callback is not None)
+        for part in callbacks_in(callback)
+    )
+
+
+def callbacks_in(callback: BaseCallback) -> Iterator[BaseCallback]:
+    """A callback, and those that it calls."""
+    yield callback
     inner = [value for name, value in vars(callback).items() if name != "parent"]
     inner += [part for value in inner if isinstance(value, list) for part in value]
-    return any(isinstance(value, BaseCallback) and may_look(value) for value in inner)
+    for value in inner:
+        if isinstance(value, BaseCallback):
+            yield from callbacks_in(value)
 
 
 def lazy_class(original: type[RolloutBuffer], evaluate: Callable[[], None]) -> type[RolloutBuffer]:

@@ -13,7 +13,9 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_trpo_ext._checks import ArgumentError, is_known
+from sb3_trpo_ext.rollout.device import set_rewards_
 from sb3_trpo_ext.rollout.returns import by_step, ending
+from sb3_trpo_ext.rollout.tensors import TensorRolloutBuffer
 from sb3_trpo_ext.update.batch import rollout_batch
 from sb3_trpo_ext.update.calls import PolicyCalls
 from sb3_trpo_ext.update.normalization import CLIP, NormalizedExtractor, RewardScale, normalized_extractors
@@ -61,6 +63,17 @@ class ScaledRewards(VecEnvWrapper):
         return observations, scaled, dones, infos
 
 
+class RewardsOnDevice:
+    """
+    The same for a rollout on the device, whose buffer has the rewards as they came.
+
+    :param scale: what they are divided by; ``None`` if it is not known yet
+    """
+
+    def __init__(self, scale: float | None):
+        self.scale = scale
+
+
 class Normalization:
     """
     Follows the rollouts and updates of a model with the statistics of its observations and rewards.
@@ -78,7 +91,7 @@ class Normalization:
         is_fresh = any(extractor.is_fresh for extractor in normalized_extractors(policy))
         #: The networks before any training, as long as there are no statistics; ``None`` after the first update.
         self._untrained: dict[str, th.Tensor] | None = _networks(policy) if is_fresh else None
-        self._env: ScaledRewards | None = None
+        self._env: ScaledRewards | RewardsOnDevice | None = None
         #: What has the observations of the last rollout already.
         self._observed: list[NormalizedExtractor] = []
 
@@ -94,19 +107,29 @@ class Normalization:
                 value = getattr(model, name)
                 raise ArgumentError(f"`{name}` has become {value!r}, which is decided when a model is made: make another one.")
 
-    def environment(self, env: VecEnv, policy: ActorCriticPolicy) -> VecEnv:
+    def environment(self, env: VecEnv, policy: ActorCriticPolicy, is_on_device: bool = False) -> VecEnv:
         """
         The environment of the next rollout.
 
         :param env: as the model has it
         :param policy: that acts in it
+        :param is_on_device: whether the rollout is
         :return: the same, or around it what scales and records the rewards
         """
         self._env = None
-        if self.rewards is not None or any(extractor.is_fresh for extractor in normalized_extractors(policy)):
-            is_known = self.rewards is not None and not self.rewards.is_fresh
-            self._env = ScaledRewards(env, self.rewards.scale if self.rewards is not None and is_known else None)
-        return self._env or env
+        if self.rewards is None and not any(extractor.is_fresh for extractor in normalized_extractors(policy)):
+            return env
+        scale = None if self.rewards is None or self.rewards.is_fresh else self.rewards.scale
+        if is_on_device:
+            self._env = RewardsOnDevice(scale)
+            return env
+        self._env = ScaledRewards(env, scale)
+        return self._env
+
+    @property
+    def scale(self) -> float | None:
+        """What the rewards of the present rollout are divided by; ``None`` if they are left alone."""
+        return None if self._env is None else self._env.scale
 
     def protect_(self, policy: ActorCriticPolicy) -> None:
         """
@@ -135,7 +158,7 @@ class Normalization:
         self.protect_(model.policy)
         if self.rewards is not None and self._env is not None:
             self.rewards.gamma = model.gamma
-            self.rewards.update(np.array(self._env.rewards), np.array(self._env.dones))
+            self.rewards.update(*_record(self._env, buffer))
         env, self._env = self._env, None
         if env is None or env.scale is not None or not isinstance(buffer, RolloutBuffer) or buffer.generator_ready:
             return False
@@ -161,6 +184,14 @@ class Normalization:
             if extractor not in self._observed:
                 extractor.update(model.rollout_buffer.observations)
         self._observed = []
+
+
+def _record(env: ScaledRewards | RewardsOnDevice, buffer: RolloutBuffer) -> tuple[Any, Any]:
+    """The rewards of a rollout as they came, and whether episodes ended: shape ``(n_steps, n_envs)``."""
+    if isinstance(buffer, TensorRolloutBuffer):
+        return buffer.raw_rewards, buffer.dones
+    assert isinstance(env, ScaledRewards)
+    return np.array(env.rewards), np.array(env.dones)
 
 
 def _networks(policy: ActorCriticPolicy) -> dict[str, th.Tensor]:
@@ -189,12 +220,16 @@ def evaluate_again_(model: Any, buffer: RolloutBuffer) -> None:
         (calls.values(batch, part), calls.distribution(batch, part).log_prob(batch.actions[part]))
         for part, _ in calls.cut(batch, _CHUNK)
     ]
-    for array, column in zip((buffer.values, buffer.log_probs), zip(*outputs, strict=True), strict=True):
-        array[:] = by_step(th.cat(column), array.shape).cpu().numpy()
+    arrays: tuple[Any, Any] = buffer.values, buffer.log_probs
+    for array, column in zip(arrays, zip(*outputs, strict=True), strict=True):
+        numbers = by_step(th.cat(column), array.shape)
+        array[:] = numbers if isinstance(array, th.Tensor) else numbers.cpu().numpy()
 
 
 @th.no_grad()
-def reward_again_(model: Any, buffer: RolloutBuffer, env: ScaledRewards, rewards: RewardScale | None) -> None:
+def reward_again_(
+    model: Any, buffer: RolloutBuffer, env: ScaledRewards | RewardsOnDevice, rewards: RewardScale | None
+) -> None:
     """
     Give a rollout the rewards in the first scale, and advantages and returns of these.
 
@@ -203,8 +238,12 @@ def reward_again_(model: Any, buffer: RolloutBuffer, env: ScaledRewards, rewards
     :param env: with the rewards as they came
     :param rewards: the scale; ``None`` for 1
     """
-    raw = np.array(env.rewards)
-    buffer.rewards[:] = raw if rewards is None else np.clip(raw / rewards.scale, -CLIP, CLIP)
-    for step, index, observation in env.truncated:
-        buffer.rewards[step, index] += model.gamma * model._terminal_value(buffer, step, index, observation)
+    if isinstance(buffer, TensorRolloutBuffer):
+        set_rewards_(model, buffer, None if rewards is None else rewards.scale)
+    else:
+        assert isinstance(env, ScaledRewards)
+        raw = np.array(env.rewards)
+        buffer.rewards[:] = raw if rewards is None else np.clip(raw / rewards.scale, -CLIP, CLIP)
+        for step, index, observation in env.truncated:
+            buffer.rewards[step, index] += model.gamma * model._terminal_value(buffer, step, index, observation)
     buffer.compute_returns_and_advantage(*ending(model))

@@ -7,6 +7,8 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 
+from sb3_trpo_ext.rollout.tensors import TensorRolloutBuffer
+
 
 def by_step(flat: Any, shape: tuple[int, ...]) -> Any:
     """Undo SB3's ``swap_and_flatten``, which goes environment by environment: the shape ``(n_steps, n_envs)`` again."""
@@ -29,6 +31,9 @@ def set_returns_(model: Any, buffer: RolloutBuffer, vf_lambda: float) -> None:
     :param buffer: full, flattened by ``get`` or not
     :param vf_lambda: from 0 (one reward and the next value) to 1 (rewards alone)
     """
+    if isinstance(buffer, TensorRolloutBuffer):
+        th.add(buffer.advantages_for(vf_lambda, *ending(model)), buffer.values, out=buffer.returns)
+        return
     own = RolloutBuffer.compute_returns_and_advantage
     if getattr(type(buffer), "compute_returns_and_advantage", None) is not own or vf_lambda == buffer.gae_lambda:
         return

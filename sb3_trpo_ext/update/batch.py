@@ -1,7 +1,6 @@
 """One rollout as one batch."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +9,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_trpo_ext._checks import is_known
+from sb3_trpo_ext._observations import mapped
 from sb3_trpo_ext.optim.devices import sent_to
 from sb3_trpo_ext.parallel.moments import all_moments
 from sb3_trpo_ext.parallel.reductions import all_max
@@ -47,7 +47,7 @@ def rollout_batch(
         advantages = _normalized(advantages.clamp(-clip_advantage, clip_advantage))
     return Batch(
         # Once, instead of at each of the many forward passes of an update
-        observations=_mapped(lambda tensor: tensor.float() if tensor.dtype == th.float64 else tensor, data.observations),
+        observations=mapped(lambda tensor: tensor.float() if tensor.dtype == th.float64 else tensor, data.observations),
         actions=data.actions.long().flatten() if is_discrete else data.actions,
         old_log_prob=data.old_log_prob,
         advantages=advantages,
@@ -56,8 +56,10 @@ def rollout_batch(
     )
 
 
-def in_order(buffer: RolloutBuffer, array: np.ndarray) -> th.Tensor:
+def in_order(buffer: RolloutBuffer, array: np.ndarray | th.Tensor) -> th.Tensor:
     """An array of SB3's own buffer, sample by sample: environment by environment, in the order of time."""
+    if isinstance(array, th.Tensor):
+        return array.transpose(0, 1).flatten(0, 1)
     # A callback that has called `get` has left flat arrays
     return sent_to(buffer.device, th.as_tensor(array if buffer.generator_ready else buffer.swap_and_flatten(array)))
 
@@ -66,9 +68,9 @@ def _in_order(buffer: RolloutBuffer) -> Batch:
     """The contents of SB3's own buffer as they are: its ``get`` would shuffle them."""
     tensor = functools.partial(in_order, buffer)
     return Batch(
-        observations=_mapped(tensor, buffer.observations),
+        observations=mapped(tensor, buffer.observations),
         # As in SB3, which needs it for MultiBinary
-        actions=tensor(buffer.actions.astype(np.float32, copy=False)),
+        actions=tensor(buffer.actions).float(),
         old_log_prob=tensor(buffer.log_probs).flatten(),
         advantages=tensor(buffer.advantages).flatten(),
         returns=tensor(buffer.returns).flatten(),
@@ -76,16 +78,10 @@ def _in_order(buffer: RolloutBuffer) -> Batch:
     )
 
 
-def take(observations: PyTorchObs, index: th.Tensor | slice | int | tuple[int, ...]) -> PyTorchObs:
+def take(observations: PyTorchObs, index: Any) -> PyTorchObs:
     """Select samples of a batch of observations."""
-    return _mapped(lambda tensor: tensor[index], observations)
-
-
-def _mapped(function: Callable[[Any], th.Tensor], observations: Any) -> PyTorchObs:
-    """Apply a function to observations, to each part of them if they are a dict."""
-    if isinstance(observations, dict):
-        return {key: function(value) for key, value in observations.items()}
-    return function(observations)
+    taken: PyTorchObs = mapped(lambda tensor: tensor[index], observations)
+    return taken
 
 
 def numbers_per_sample(observations: PyTorchObs) -> int:

@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor
@@ -52,11 +51,12 @@ class RunningNormalization(nn.Module):
         """
         Add samples to the statistics, if all of them are finite; under ``torchrun``, those of all processes.
 
-        :param samples: shape ``(n_samples, *shape)``, on the CPU, where there is double precision
+        :param samples: shape ``(n_samples, *shape)``, on any device
         """
-        if self.n_samples == FROZEN:
+        n = self.n_samples.cpu().double()
+        if n == FROZEN:
             return
-        n, mean, var = (buffer.cpu().double() for buffer in (self.n_samples, self.mean, self.var))
+        mean, var = th.stack([self.mean, self.var]).cpu().double()
         total = _with_samples(Moments(n, mean, var * n), samples)
         if total is None:
             return
@@ -195,7 +195,8 @@ class RewardScale(nn.Module):
     """
     Divides rewards by the standard deviation of the discounted return so far, as SB3's ``VecNormalize`` does.
 
-    Under ``torchrun``, of the returns of all processes. A module for its state dict, which is saved with a model; on the CPU.
+    Under ``torchrun``, of the returns of all processes. A module for its state dict, which is saved with a model; what it
+    saves is on the CPU.
 
     :param gamma: discount factor
     """
@@ -210,7 +211,7 @@ class RewardScale(nn.Module):
         for name in Moments._fields:
             self.register_buffer(name, th.zeros((), dtype=th.float64))
         #: Discounted sum of each environment's rewards in the present episode.
-        self._returns: np.ndarray | None = None
+        self._returns: th.Tensor | None = None
 
     @property
     def scale(self) -> float:
@@ -226,20 +227,21 @@ class RewardScale(nn.Module):
         """Forget the episodes that are running: the environments are reset."""
         self._returns = None
 
-    def update(self, rewards: np.ndarray, dones: np.ndarray) -> None:
+    def update(self, rewards: Any, dones: Any) -> None:
         """
         Add the rewards of a rollout, if all of them are finite.
 
-        :param rewards: as the environment gave them, shape ``(n_steps, n_envs)``
+        :param rewards: as the environment gave them, shape ``(n_steps, n_envs)``: an array or a tensor
         :param dones: whether an episode ended with that step, the same shape
         """
-        if self._returns is None or self._returns.shape != rewards.shape[1:]:
-            self._returns = np.zeros(rewards.shape[1:])
-        history = np.empty(rewards.shape)
-        for returns, reward, is_end in zip(history, rewards, dones, strict=True):
-            returns[:] = self._returns * self.gamma + reward
-            self._returns = np.where(is_end, 0, returns)
-        total = _with_samples(Moments(self.n, self.mean, self.m2), th.as_tensor(history.flatten()))
+        rewards, dones = _in_double(th.as_tensor(rewards)), th.as_tensor(dones)
+        if self._returns is None or self._returns.shape != rewards.shape[1:] or self._returns.device != rewards.device:
+            self._returns = th.zeros_like(rewards[0])
+        history = th.empty_like(rewards)
+        for step, (reward, is_end) in enumerate(zip(rewards, dones, strict=True)):
+            history[step] = self._returns * self.gamma + reward
+            self._returns = history[step].masked_fill(is_end, 0)
+        total = _with_samples(Moments(self.n, self.mean, self.m2), history.flatten())
         if total is None:
             self._returns = None
             return
@@ -249,6 +251,14 @@ class RewardScale(nn.Module):
 
 def _with_samples(before: Moments, samples: th.Tensor) -> Moments | None:
     """Moments with the samples of all processes; ``None`` if some of these are not finite."""
-    if not all_true(bool(th.isfinite(samples).all())):
+    part = moments_of(_in_double(samples))
+    # In one transfer from an accelerator. The squares of numbers that are not finite are not finite either
+    mean, m2 = th.stack([part.mean, part.m2]).cpu()
+    if not all_true(bool(th.isfinite(m2).all())):
         return None
-    return joined(before, all_joined(moments_of(samples)))
+    return joined(before, all_joined(Moments(m2.new_full((), len(samples)), mean, m2)))
+
+
+def _in_double(samples: th.Tensor) -> th.Tensor:
+    """Samples in double precision: on their own device, unless that is one of Apple's, which have none."""
+    return (samples.cpu() if samples.device.type == "mps" else samples).double()

@@ -30,7 +30,7 @@ def step_from(position: float, velocity: float, force: float) -> tuple[np.ndarra
 
 def test_importing_the_package_registers_it_without_importing_it(sb3_interpreter: Interpreter, tmp_path: Path) -> None:
     code = (
-        "import sys, sb3_trpo_ext, gymnasium as gym; assert 'sb3_trpo_ext.envs' not in sys.modules; "
+        "import sys, sb3_trpo_ext, gymnasium as gym; assert 'sb3_trpo_ext.envs.point_mass' not in sys.modules; "
         f"env = gym.make('{ENV_ID}'); print(env.spec.max_episode_steps, type(env.unwrapped).__name__)"
     )
     result = sb3_interpreter.run(code, tmp_path)

@@ -189,7 +189,7 @@ CASES = {
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is computed at the end of a rollout is computed in several batches, the last one smaller."""
-    monkeypatch.setattr("sb3_trpo_ext.rollout.collect._CHUNK_NUMBERS", 3 * 3 * 7)
+    monkeypatch.setattr("sb3_trpo_ext.rollout.collect.CHUNK_NUMBERS", 3 * 3 * 7)
 
 
 @pytest.mark.usefixtures("small_chunks")

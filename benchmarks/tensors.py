@@ -1,0 +1,163 @@
+"""Time training in environments of tensors against their NumPy side, in turn in one process.
+
+    python -m benchmarks.tensors cartpole --output benchmarks/results/tensors_cartpole.json
+    python -m benchmarks.tensors ant --n-envs 64 256 --output benchmarks/results/tensors_ant.json
+
+What is timed is ``learn()`` for some rollouts of 32 steps: of TRPO in a ``TensorVecEnv``, of TRPO on its NumPy side, and of
+SB3's PPO there. All have networks of [64, 64], ten passes over a rollout and minibatches of the same size; all else is at the
+defaults of each. What is reported are medians over repetitions in turn, and the ratios within each repetition. The share of
+the environment comes from a repetition of its own. Brax's ant needs ``pip install "sb3-trpo-ext[brax]"``.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch as th
+from stable_baselines3 import PPO
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecEnvWrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+
+from sb3_trpo_ext import TRPO, defaults
+from sb3_trpo_ext.envs import TensorCartPole, TensorVecEnv
+
+N_STEPS = 32
+OURS, OURS_NUMPY, PPO_NUMPY = "TRPO, tensors", "TRPO, NumPy", "PPO, NumPy"
+
+
+class NumpySide(VecEnvWrapper):
+    """An environment of tensors as the ordinary ``VecEnv`` that it is too."""
+
+    def reset(self) -> VecEnvObs:
+        """Reset the environments."""
+        return self.venv.reset()
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """Make a step."""
+        return self.venv.step_wait()
+
+
+def brax_ant(n_envs: int) -> TensorVecEnv:
+    """
+    Brax's ant.
+
+    :param n_envs: the number of environments
+    :return: the environments
+    """
+    from sb3_trpo_ext.envs.jax_envs import BraxVecEnv
+
+    return BraxVecEnv("ant", n_envs)
+
+
+TASKS: dict[str, Callable[[int], TensorVecEnv]] = {"cartpole": TensorCartPole, "ant": brax_ant}
+
+
+def make_models(task: str, n_envs: int) -> dict[str, OnPolicyAlgorithm]:
+    """
+    Build the three models.
+
+    :param task: which environment
+    :param n_envs: the number of environments
+    :return: the models by name
+    """
+    settings: dict[str, Any] = {
+        "n_steps": N_STEPS,
+        "batch_size": defaults.batch_size(N_STEPS * n_envs),
+        "seed": 0,
+        "device": "cpu",
+    }
+    return {
+        OURS: TRPO("MlpPolicy", TASKS[task](n_envs), **settings),
+        OURS_NUMPY: TRPO("MlpPolicy", NumpySide(TASKS[task](n_envs)), **settings),
+        PPO_NUMPY: PPO("MlpPolicy", NumpySide(TASKS[task](n_envs)), **settings),
+    }
+
+
+def seconds(model: OnPolicyAlgorithm, n_rollouts: int) -> float:
+    """
+    Train for some rollouts.
+
+    :param model: what trains
+    :param n_rollouts: for how long
+    :return: how long it took
+    """
+    started = time.perf_counter()
+    model.learn(n_rollouts * N_STEPS * model.n_envs, reset_num_timesteps=False)
+    return time.perf_counter() - started
+
+
+def share_of_environment(model: OnPolicyAlgorithm, n_rollouts: int) -> float:
+    """
+    The share of ``learn()`` that is spent in the environment.
+
+    :param model: in an environment of tensors
+    :param n_rollouts: for how long
+    :return: from 0 to 1
+    """
+    env, spent = model.env, 0.0
+    assert isinstance(env, TensorVecEnv)
+    step_tensors = env.step_tensors
+
+    def timed(actions: th.Tensor) -> Any:
+        nonlocal spent
+        started = time.perf_counter()
+        step = step_tensors(actions)
+        spent += time.perf_counter() - started
+        return step
+
+    with mock.patch.object(env, "step_tensors", timed):
+        total = seconds(model, n_rollouts)
+    return spent / total
+
+
+def compare(task: str, n_envs: int, n_repetitions: int) -> dict[str, Any]:
+    """
+    Time the three models in turn.
+
+    :param task: which environment
+    :param n_envs: the number of environments
+    :param n_repetitions: how often
+    :return: a row of the table
+    """
+    models = make_models(task, n_envs)
+    # About as long for few environments as for many
+    n_rollouts = max(1, 2**14 // (N_STEPS * n_envs))
+    for model in models.values():
+        seconds(model, 1)
+    times = [{name: seconds(model, n_rollouts) for name, model in models.items()} for _ in range(n_repetitions)]
+    n_samples = n_rollouts * N_STEPS * n_envs
+    row: dict[str, Any] = {"task": task, "n_envs": n_envs, "batch_size": models[OURS].batch_size}  # type: ignore[attr-defined]
+    row["steps_per_second"] = {name: n_samples / statistics.median(each[name] for each in times) for name in models}
+    for name in (OURS_NUMPY, PPO_NUMPY):
+        ratios = [each[name] / each[OURS] for each in times]
+        row[f"ratio to {name}"] = [statistics.median(ratios), min(ratios), max(ratios)]
+    row["share_of_environment"] = share_of_environment(models[OURS], n_rollouts)
+    return row
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--n-envs", type=int, nargs="+", default=[64, 256, 1024, 4096, 16384])
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    rows = []
+    for n_envs in args.n_envs:
+        rows.append(compare(args.task, n_envs, args.repetitions))
+        print(json.dumps(rows[-1]), flush=True)
+    if args.output is not None:
+        result = {"torch": th.__version__, "threads": th.get_num_threads(), "machine": platform.machine(), "rows": rows}
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
