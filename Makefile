@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
+TEST_STAMP := $(VENV)/.installed-test
 CORE := .venv-core
 OLDEST := .venv-oldest
 
@@ -37,18 +38,23 @@ $(DOCS_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".[docs]"
 	touch $@
 
+# A gigabyte, which training does not need
+$(TEST_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".[brax,playground]"
+	touch $@
+
 train: $(STAMP) ## Train and evaluate an agent: ENV=Humanoid-v5 STEPS=400000 SEED=0 LOGS=logs
 	$(BIN)/sb3-trpo train --env $(ENV) -n $(STEPS) --seed $(SEED) -f $(LOGS) -P --verbose 0
 	$(BIN)/sb3-trpo report --env $(ENV) -f $(LOGS)
 
 # One thread per worker: the networks of the tests are small, and workers that each use all cores slow each other down.
-test: $(STAMP) ## Run the tests
+test: $(TEST_STAMP) ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-coverage: $(STAMP) ## Run the tests and show the coverage
+coverage: $(TEST_STAMP) ## Run the tests and show the coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report term
 
-test-slow: $(STAMP) ## Run the tests that take longer
+test-slow: $(TEST_STAMP) ## Run the tests that take longer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
 
 test-core: ## Check what works with the core dependencies alone

@@ -6,6 +6,8 @@ python -m benchmarks.tables
 import json
 from typing import Any
 
+import pandas
+
 from benchmarks import masks_and_memory, returns
 from benchmarks.markdown import ROOT, filled, pages, table
 from benchmarks.studies import one_setting, traffic, tried
@@ -287,6 +289,36 @@ def process_tables() -> dict[str, str]:
     }
 
 
+def tensor_tables() -> dict[str, str]:
+    """The tables about environments of tensors: speed of training in them, and what is learned in simulators."""
+    speed = []
+    for task, label in (("cartpole", "CartPole in PyTorch"), ("ant", "Brax's ant")):
+        for row in load(f"tensors_{task}")["rows"]:
+            rates = [f"{rate:,.0f}" for rate in row["steps_per_second"].values()]
+            names = ("TRPO, NumPy", "PPO, NumPy")
+            ratios = [dict(zip(("ratio", "ratio_min", "ratio_max"), row[f"ratio to {name}"], strict=True)) for name in names]
+            share = f"{row['share_of_environment']:.0%}"
+            speed.append([label, f"{row['n_envs']:,}", *rates, *(ratio(each, 1) for each in ratios), share])
+    learned = []
+    runs = pandas.read_csv(ROOT / "results" / "simulators.csv")
+    for (env, n_envs, steps), part in runs.groupby(["env", "n_envs", "steps"], sort=False):
+        returns_of_seeds = ", ".join(f"{value:,.4g}" for value in part["return"])
+        rate, share = part["steps_per_second"].median(), part["share_of_environment"].median()
+        learned.append([f"`{env}`", n_envs, f"{steps:,}", returns_of_seeds, f"{rate:,.0f}", f"{share:.0%}"])
+    return {
+        "tensors": table(
+            (
+                *("environment", "number", "TRPO, tensors: steps/s", "TRPO, NumPy", "PPO, NumPy"),
+                *("tensors / TRPO, NumPy", "tensors / PPO, NumPy", "share of the environment"),
+            ),
+            speed,
+        ),
+        "simulators": table(
+            ("environment", "number", "steps", "return of each seed", "steps/s", "share of the environment"), learned
+        ),
+    }
+
+
 def all_tables() -> dict[str, str]:
     """Every generated table, by its name."""
     return {
@@ -299,6 +331,7 @@ def all_tables() -> dict[str, str]:
         **conjugate_gradient_tables(),
         **envpool_tables(),
         **process_tables(),
+        **tensor_tables(),
     }
 
 

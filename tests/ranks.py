@@ -18,10 +18,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
 from torch import nn
 
 from sb3_trpo_ext import TRPO, MaskableTRPO, RecurrentTRPO
+from sb3_trpo_ext.envs import TensorPointMass
 from sb3_trpo_ext.envs.blocks import Blocks
 from sb3_trpo_ext.optim import (
     AdaptiveKLPenalty,
@@ -311,8 +312,12 @@ def one_process_of_two(rank: int, folder: str) -> None:
         "advantages": advantages_of_rank(rank),
         "clipped_advantages": advantages_of_rank(rank, 0.5),
         "traffic": traffic(),
-        "masks": trained(MaskableTRPO, "MlpPolicy", Blocks, rank),
-        "memory": trained(RecurrentTRPO, "MlpLstmPolicy", CartPoleEnv, rank, policy_kwargs={"lstm_hidden_size": 4}),
+        "masks": trained(MaskableTRPO, "MlpPolicy", make_vec_env(Blocks, 1 + rank, seed=rank)),
+        "memory": trained(
+            *(RecurrentTRPO, "MlpLstmPolicy", make_vec_env(CartPoleEnv, 1 + rank, seed=rank)),
+            policy_kwargs={"lstm_hidden_size": 4},
+        ),
+        "tensors": trained(TRPO, "MlpPolicy", TensorPointMass(1 + rank)),
     }
     use_float64()
     for name, (n_first, batch_size) in SPLITS.items():
@@ -328,11 +333,12 @@ def one_process_of_two(rank: int, folder: str) -> None:
     os._exit(0)
 
 
-def trained(algorithm: type[TRPO], policy: str, make_env: Any, rank: int, **kwargs: Any) -> tuple[int, th.Tensor]:
-    """Accepted updates and parameters after a training in which the second process has twice the environments."""
-    model = algorithm(policy, make_vec_env(make_env, 1 + rank, seed=rank), n_steps=32, batch_size=16, seed=0, **kwargs)
+def trained(algorithm: type[TRPO], policy: str, env: VecEnv, **kwargs: Any) -> tuple[int, th.Tensor]:
+    """Accepted updates, and parameters and statistics, after a training: the second process has twice the environments."""
+    model = algorithm(policy, env, n_steps=32, batch_size=16, seed=0, **kwargs)
     model.learn(3 * 3 * 32)
-    return model._n_accepted, flatten(list(model.policy.parameters()))
+    tensors = [*model.policy.parameters(), *model.policy.buffers(), *model.reward_scale.buffers()]
+    return model._n_accepted, th.cat([tensor.detach().double().flatten() for tensor in tensors])
 
 
 def on_two_devices(rank: int) -> None:

@@ -20,10 +20,13 @@ def module_name(path: Path) -> str:
 FILES = {module_name(path): path for path in sorted((ROOT / "sb3_trpo_ext").rglob("*.py"))}
 #: What only RL-Zoo, the tools and EnvPool need: `import sb3_trpo_ext` must not load it.
 EXTRAS = (
+    "brax",
     "envpool",
     "huggingface_sb3",
+    "jax",
     "matplotlib",
     "mujoco",
+    "mujoco_playground",
     "optuna",
     "pandas",
     "rich",

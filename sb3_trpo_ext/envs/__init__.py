@@ -5,14 +5,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sb3_trpo_ext.envs.envpool import EnvPoolVecEnv
+    from sb3_trpo_ext.envs.jax_envs import BraxVecEnv, PlaygroundVecEnv
     from sb3_trpo_ext.envs.tensor import GymnasiumTensorVecEnv, TensorStep, TensorVecEnv
     from sb3_trpo_ext.envs.tensor_tasks import TensorCartPole, TensorPointMass
 
-__all__ = ["EnvPoolVecEnv", "GymnasiumTensorVecEnv", "TensorCartPole", "TensorPointMass", "TensorStep", "TensorVecEnv"]
+__all__ = [
+    "BraxVecEnv",
+    "EnvPoolVecEnv",
+    "GymnasiumTensorVecEnv",
+    "PlaygroundVecEnv",
+    "TensorCartPole",
+    "TensorPointMass",
+    "TensorStep",
+    "TensorVecEnv",
+]
 
 #: Modules by the names that are in them.
 _MODULES = {
     "envpool": ("EnvPoolVecEnv",),
+    "jax_envs": ("BraxVecEnv", "PlaygroundVecEnv"),
     "tensor": ("GymnasiumTensorVecEnv", "TensorStep", "TensorVecEnv"),
     "tensor_tasks": ("TensorCartPole", "TensorPointMass"),
 }

@@ -300,7 +300,9 @@ class RankCallback(CallbackList):
         self.model.num_timesteps += self._n_other_envs
         self.num_timesteps = self.model.num_timesteps
         if rank() > 0:
-            for info, is_done in zip(self.locals["infos"], self.locals["dones"], strict=True):
+            # A rollout on the device has none, and reports its episodes at its end
+            infos = self.locals.get("infos", ())
+            for info, is_done in zip(infos, self.locals["dones"], strict=bool(infos)):
                 if "episode" in info:
                     self._finished["ep_info_buffer"].append(info["episode"])
                 if is_done and info.get("is_success") is not None:
@@ -316,6 +318,8 @@ class RankCallback(CallbackList):
     def _on_rollout_end(self) -> None:
         self.is_over = bool(all_max(th.tensor(int(self.is_over))))
         self._statistics.merge_()
+        if rank() > 0:
+            self._finished["ep_info_buffer"] += self.locals.get("finished_episodes", [])
         everyone = gathered(dict(self._finished))
         self._finished.clear()
         for finished in everyone if rank() == 0 else ():

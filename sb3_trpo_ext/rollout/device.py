@@ -180,7 +180,9 @@ class TensorRollout(LeanRollout):
         steps, indices = last.unbind(1)
         returns, lengths = (th.stack(parts)[steps, indices].tolist() for parts in zip(*self._episodes, strict=True))
         elapsed = round(time.time() - self.model.start_time / 1e9, 6)
-        info_buffer.extend({"r": r, "l": length, "t": elapsed} for r, length in zip(returns, lengths, strict=True))
+        episodes = [{"r": r, "l": length, "t": elapsed} for r, length in zip(returns, lengths, strict=True)]
+        info_buffer.extend(episodes)
+        self._scope["finished_episodes"] = episodes
 
     @th.no_grad()
     def _evaluate(self) -> None:

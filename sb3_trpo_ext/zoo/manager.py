@@ -27,17 +27,18 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_trpo_ext import TRPO, TrainingRecorder
 from sb3_trpo_ext.arguments import AUTO
 from sb3_trpo_ext.callbacks import TimedEvalCallback
-from sb3_trpo_ext.envs import EnvPoolVecEnv
+from sb3_trpo_ext.envs import BraxVecEnv, EnvPoolVecEnv, PlaygroundVecEnv
 from sb3_trpo_ext.parallel.launch import attempt, is_launched, is_one_machine
 from sb3_trpo_ext.parallel.reductions import rank, world_size
 from sb3_trpo_ext.recurrent import RecurrentTRPO
 from sb3_trpo_ext.zoo.masks import MaskedAgent, remember
-from sb3_trpo_ext.zoo.options import Training
+from sb3_trpo_ext.zoo.options import Training, simulator_of
 from sb3_trpo_ext.zoo.resume import Checkpoint, folder_of_launch, last_checkpoint, mark_folder, restore_evaluations
 from sb3_trpo_ext.zoo.search_space import convert_trpo_params, sample_recurrent_params, sample_trpo_params
 from sb3_trpo_ext.zoo.settings import KEY, LSTM_KEY, MASK_KEY, SCHEDULED, check_names, linear_schedule
@@ -58,6 +59,8 @@ class Manager(ExperimentManager):
         super().__init__(*args, **kwargs)
         self.training = Training() if training is None else training
         self._checkpoint: Checkpoint | None = None
+        #: Library and name of an environment of Brax or of MuJoCo Playground.
+        self._simulator = simulator_of(self.env_name.gym_id)
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
         """Set up a new run, or the one to continue."""
@@ -102,6 +105,9 @@ class Manager(ExperimentManager):
         :raises ImportError: if EnvPool is asked for and not installed
         :raises ValueError: if a setting needs environments in Python, or if EnvPool has no such task or option
         """
+        if self._simulator is not None and (self.env_wrapper is not None or self.training.in_envpool):
+            name = "env_wrapper" if self.env_wrapper is not None else "--vec-env"
+            raise ValueError(f"`{name}`: environments of {self._simulator[0]} have none, they step together on one device")
         if self.training.in_envpool:
             if self.env_wrapper is not None:
                 raise ValueError("`env_wrapper`: EnvPool's environments take none, use `vec_env_wrapper` or `--vec-env dummy`")
@@ -161,6 +167,9 @@ class Manager(ExperimentManager):
         if self.training.in_envpool:
             in_envpool: Any = functools.partial(self._make_envpool, None if no_log else f"{self.save_path}/0")
             self.vec_env_class = DummyVecEnv if eval_env else in_envpool
+        if self._simulator is not None:
+            on_device: Any = functools.partial(self._make_simulator, self.eval_env_kwargs if eval_env else self.env_kwargs)
+            self.vec_env_class = on_device
         env = super().create_envs(n_envs, eval_env, no_log)
         return remember(env) if eval_env else env
 
@@ -168,6 +177,13 @@ class Manager(ExperimentManager):
         """Stand in for the class of RL-Zoo's ``VecEnv``, which is given a function for each environment."""
         kwargs = {**self.monitor_kwargs, **self.env_kwargs}
         return EnvPoolVecEnv(self.env_name.gym_id, len(env_fns), seed=self.seed, monitor_file=monitor_file, **kwargs)
+
+    def _make_simulator(self, kwargs: dict[str, Any], env_fns: Sequence[Any]) -> VecEnv:
+        """Stand in for the class of RL-Zoo's ``VecEnv``, for environments that step together on the device of the model."""
+        assert self._simulator is not None
+        library, name = self._simulator
+        make: Any = {"brax": BraxVecEnv, "playground": PlaygroundVecEnv}[library]
+        return make(name, len(env_fns), device=get_device(self.device), **kwargs)
 
     def learn(self, model: BaseAlgorithm) -> None:
         """Train a model, or train a resumed one for the steps that are left."""

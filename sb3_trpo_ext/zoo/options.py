@@ -151,6 +151,30 @@ def import_packages(modules: Iterable[str]) -> None:
             raise ImportError(f"--gym-packages {module}: {error}") from error
 
 
+def simulator_of(env_id: str | None) -> tuple[str, str] | None:
+    """
+    Tell the environments of Brax and of MuJoCo Playground from others.
+
+    :param env_id: such as ``"brax/ant"`` or ``"playground/WalkerWalk"``
+    :return: the library and the name that it has there; ``None`` if it is another environment
+    """
+    library, _, name = (env_id or "").partition("/")
+    return (library, name) if library in ("brax", "playground") else None
+
+
+def register_simulator(env_id: str | None) -> None:
+    """
+    Let Gymnasium know an environment of Brax or of MuJoCo Playground, to watch an agent in.
+
+    :param env_id: of the command line
+    """
+    simulator = simulator_of(env_id)
+    if simulator is not None and env_id is not None and env_id not in gym.registry:
+        kwargs = dict(zip(("library", "env_name"), simulator, strict=True))
+        # It has a time limit of its own, and the checker of Gymnasium wants bounds of observations
+        gym.register(env_id, "sb3_trpo_ext.envs.single:SingleEnv", disable_env_checker=True, kwargs=kwargs)
+
+
 def check_env(env_id: str | None) -> None:
     """
     Refuse environments that do not exist.
@@ -233,6 +257,7 @@ def prepared(options: Options, training: Training) -> Options:
         # What the user says comes last, where it wins
         options = parse(options.name, [*saved_arguments(training.folder), *options.to_arguments()])
     import_packages(options.gym_packages or ())
+    register_simulator(options.env)
     with_defaults(options)
     if "env" in _READ.get(options.name, ()):
         check_env(options.env)

@@ -112,8 +112,8 @@ def test_nan_on_one_process_makes_all_reject(outcomes: Outcomes, name: str, stat
         assert all(bool(th.isfinite(tensor).all()) for tensor in outcome["after"])
 
 
-@pytest.mark.parametrize("kind", ["masks", "memory"])
-def test_masks_and_memory_train_in_several_processes(outcomes: Outcomes, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["masks", "memory", "tensors"])
+def test_masks_memory_and_tensors_train_in_several_processes(outcomes: Outcomes, kind: str) -> None:
     (n_first, first), (n_second, second) = (outcome[kind] for outcome in outcomes)
     assert n_first == n_second == 3
     assert th.equal(first, second)

@@ -603,3 +603,35 @@ def test_search_for_hyperparameters_records_nothing(tmp_path: Path) -> None:
     assert experiment.setup_experiment() is None
     assert experiment.specified_callbacks == []
     assert experiment.callbacks == []
+
+
+def test_environments_of_brax_are_trained_in_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brax's ``fast`` is an environment without physics, for tests like this one."""
+    pytest.importorskip("brax")
+    monkeypatch.chdir(tmp_path)
+    made: list[Any] = []
+    train = TRPO.train
+
+    def noted(self: TRPO) -> None:
+        made.append(type(self.rollout_buffer).__name__)
+        train(self)
+
+    monkeypatch.setattr(TRPO, "train", noted)
+    settings = ["--hyperparams", "n_envs:4", "n_steps:16", "batch_size:32", "policy:'MultiInputPolicy'"]
+    folder = ["-f", str(tmp_path / "logs"), "--device", "cpu"]
+    options = ["-n", "128", "--eval-freq", "64", "--eval-episodes", "2", "--env-kwargs", "use_dict_obs:True"]
+    options += ["episode_length:5"]
+    assert main(["train", "--env", "brax/fast", *folder, *settings, *options, "--verbose", "0"]) == 0
+    assert made == ["TensorRolloutBuffer"] * 2
+    run = tmp_path / "logs" / "trpo_ext" / "brax-fast_1"
+    assert {"brax-fast.zip", "evaluations.npz", "progress.csv"} <= {path.name for path in run.iterdir()}
+    assert main(["enjoy", "--env", "brax/fast", *folder, "--no-render", "-n", "10", "--verbose", "0"]) == 0
+    assert main(["report", "--env", "brax/fast", "-f", str(tmp_path / "logs")]) == 0
+
+
+def test_an_environment_that_brax_does_not_have_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("brax")
+    assert main(["train", "--env", "brax/ants", "-f", str(tmp_path), "--device", "cpu"]) == 2
+    assert "Brax has no environment 'ants'; did you mean ant" in capsys.readouterr().err
+    assert main(["train", "--env", "brax/ant", "-f", str(tmp_path), "--vec-env", "envpool"]) == 2
+    assert "environments of brax have none" in capsys.readouterr().err
