@@ -33,7 +33,7 @@ CONTRIB_POLICIES = {"MaskableActorCriticPolicy": "MaskableTRPO", "RecurrentActor
 #: What stands for an argument that is left to the class.
 AUTO = "auto"
 #: What arguments were before they existed: in models of earlier versions, and of sb3-contrib.
-EARLIER: dict[str, Any] = {"norm_obs": False, "norm_reward": False, "vf_lambda": None}
+EARLIER: dict[str, Any] = {"norm_obs": False, "norm_reward": False, "stagger_episodes": False, "vf_lambda": None}
 #: The two forms of the trust region, with the options that `trust_region_kwargs` may hold.
 TRUST_REGION_OPTIONS: dict[str, tuple[str, ...]] = {
     "constraint": ("fill", "damped_scale", "precondition"),
@@ -199,7 +199,7 @@ def check_settings(model: Any) -> None:
     for name in ("n_steps", "batch_size", "cg_max_steps", "line_search_max_iter", "sub_sampling_factor"):
         if not (name in ("n_steps", "batch_size") and getattr(model, name) is None):
             setattr(model, name, check_integer(name, getattr(model, name), 1))
-    for name in ("norm_obs", "norm_reward"):
+    for name in ("norm_obs", "norm_reward", "stagger_episodes"):
         if getattr(model, name) != AUTO:
             check_bool(name, getattr(model, name))
     model.n_critic_updates = check_integer("n_critic_updates", model.n_critic_updates, 0)

@@ -38,7 +38,8 @@ class SavingAlgorithm(OnPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         """Attributes that are not pickled."""
-        return [*super()._excluded_save_params(), "_acted", "_watch", "kl_penalty", "reward_scale", "_normalization"]
+        own = ("_acted", "_watch", "_stagger", "kl_penalty", "reward_scale", "_normalization")
+        return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         """What is saved as state dicts: policy, its optimizer, the scale of rewards, and the penalty's beta and optimizer."""

@@ -28,6 +28,7 @@ from sb3_trpo_ext.rollout.device import TensorRollout
 from sb3_trpo_ext.rollout.normalization import Normalization
 from sb3_trpo_ext.rollout.returns import set_returns_
 from sb3_trpo_ext.rollout.snapshot import Snapshot
+from sb3_trpo_ext.rollout.stagger import Stagger
 from sb3_trpo_ext.rollout.tensors import TensorRolloutBuffer
 from sb3_trpo_ext.saving import SavingAlgorithm
 from sb3_trpo_ext.update.batch import Batch, rollout_batch
@@ -112,6 +113,9 @@ class TRPO(SavingAlgorithm):
         change only between an update and the next rollout, and scales one-hot vectors by the square root of their length.
         ``"auto"``: with SB3's policies and features extractors, unless the environment is wrapped in a ``VecNormalize`` that
         does it
+    :param stagger_episodes: Whether environments whose episodes begin and end together are taken apart: after each of the
+        first rollouts some of them begin a new episode, and no sample is lost. In ``DummyVecEnv``, ``SubprocVecEnv``,
+        ``EnvPoolVecEnv`` and environments of tensors, without wrappers. ``"auto"``: where ``n_steps`` is left to the class
     :param norm_reward: Whether rewards are divided by the standard deviation of the discounted return. ``"auto"``: unless a
         ``VecNormalize`` does it
     :raises ValueError: for a bad argument, with its name
@@ -162,6 +166,7 @@ class TRPO(SavingAlgorithm):
         clip_advantage: float | None = None,
         norm_obs: bool | str = "auto",
         norm_reward: bool | str = "auto",
+        stagger_episodes: bool | str = "auto",
     ):
         super().__init__(
             policy,
@@ -205,10 +210,12 @@ class TRPO(SavingAlgorithm):
         self.clip_advantage = clip_advantage
         self.norm_obs = norm_obs
         self.norm_reward = norm_reward
+        self.stagger_episodes = stagger_episodes
         #: What `n_steps` and `batch_size` came to where they were left to the class.
         self._auto_n_steps: int | None = None
         self._auto_batch_size: int | None = None
         self.kl_penalty: AdaptiveKLPenalty | None = None
+        self._stagger = Stagger()
         #: The policy that acted in the last rollout.
         self._acted: Snapshot | None = None
         #: What updates so far have left of the KL that `target_kl="auto"` gave them.
@@ -367,12 +374,16 @@ class TRPO(SavingAlgorithm):
         :raises RuntimeError: if a process of the environment has died
         """
         self._check_ready()
+        is_staggered = self.stagger_episodes if self.stagger_episodes != arguments.AUTO else self.n_steps == self._auto_n_steps
+        self._stagger.before_rollout(self)
         env = self._normalization.environment(env, self.policy, isinstance(rollout_buffer, TensorRolloutBuffer))
         is_full, self._acted = self._collect(env, callback, rollout_buffer, n_rollout_steps)
         if is_full and self._normalization.after_rollout(self, rollout_buffer, self._acted.is_of(self.policy)):
             self._acted = Snapshot(self.policy)
         if is_full and self.vf_lambda is not None:
             set_returns_(self, rollout_buffer, self.vf_lambda)
+        if is_full and is_staggered:
+            self._stagger.after_rollout(self, rollout_buffer)
         return is_full and not (isinstance(callback, launch.RankCallback) and callback.is_over)
 
     def _collect(

@@ -203,6 +203,25 @@ class EnvPoolVecEnv(VecEnv):
         for index, info in zip(done.tolist(), rows(columns), strict=True):
             self.reset_infos[index] = info
 
+    def restart(self, indices: list[int]) -> list[Any]:
+        """
+        Begin a new episode in some environments, between two steps.
+
+        :param indices: which
+        :return: the first observation of each
+        """
+        self._returns[indices] = 0
+        self._lengths[indices] = 0
+        self._is_busy = True
+        first_observations, columns = self._pool.reset(np.asarray(indices, dtype=np.int32))
+        parts = self._copies(first_observations)
+        for index, info in zip(indices, rows(columns), strict=True):
+            self.reset_infos[index] = info
+        self._is_busy = False
+        return [
+            dict_to_obs(self.observation_space, {key: part[row] for key, part in parts.items()}) for row in range(len(indices))
+        ]
+
     def close(self) -> None:
         """End the threads; calling it twice does no harm."""
         self._pool = None

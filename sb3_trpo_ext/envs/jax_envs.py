@@ -59,6 +59,7 @@ class _JaxVecEnv(TensorVecEnv):
         self._carry: Any = None
         # Compiled by the first calls
         self._reset_all, self._step_all = jax.jit(self._started), jax.jit(self._stepped)
+        self._restart_some = jax.jit(self._started_again)
 
     # === With tensors ===
 
@@ -78,6 +79,11 @@ class _JaxVecEnv(TensorVecEnv):
         self._carry, results = self._step_all(self._carry, self._jax.dlpack.from_dlpack(actions))
         # On a GPU, PyTorch's stream now waits for JAX's, so that the actions are free only when JAX has read them
         return TensorStep(*(mapped(from_dlpack, result) for result in results))
+
+    def restart_tensors(self, where: th.Tensor) -> TensorObs:
+        """Start a new episode in some environments."""
+        self._carry, observations = self._restart_some(self._carry, self._jax.dlpack.from_dlpack(where.contiguous()))
+        return mapped(from_dlpack, observations)
 
     @property
     def dt(self) -> float:
@@ -107,6 +113,13 @@ class _JaxVecEnv(TensorVecEnv):
         # Weak types would be strong ones after a step, and the second step be compiled again
         states = retyped(jax, states, states)
         return (states, jax.numpy.zeros(self.num_envs, int), key), self._observed(states)
+
+    def _started_again(self, carry: Any, where: Any) -> tuple[Any, Any]:
+        """What to carry on when some environments begin a new episode, and the observations of all."""
+        states, ages, key = carry
+        key, used_key = self._jax.random.split(key)
+        states = self._restarted(states, where, used_key)
+        return (states, self._jax.numpy.where(where, 0, ages), key), self._observed(states)
 
     def _stepped(self, carry: Any, actions: Any) -> tuple[Any, tuple[Any, ...]]:
         """What to carry on, and the parts of a :class:`TensorStep`."""

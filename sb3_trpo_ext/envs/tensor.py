@@ -91,7 +91,37 @@ class TensorVecEnv(VecEnv):
         :return: what it led to
         """
 
+    def restart_tensors(self, where: th.Tensor) -> TensorObs:
+        """
+        Start a new episode in some environments, between two steps. A subclass need not have it.
+
+        :param where: in which, on the device, of shape ``(n_envs,)`` and type bool
+        :return: observations of all environments, the first ones of an episode there
+        """
+        raise NotImplementedError
+
     # === For a rollout on the device ===
+
+    @property
+    def can_restart(self) -> bool:
+        """Whether there is a :meth:`restart_tensors`."""
+        return type(self).restart_tensors is not TensorVecEnv.restart_tensors
+
+    def restart(self, indices: list[int]) -> list[Any]:
+        """
+        Start a new episode in some environments, between two steps.
+
+        :param indices: in which
+        :return: the first observation of each, in arrays
+        """
+        where = th.zeros(self.num_envs, dtype=th.bool)
+        where[indices] = True
+        where = where.to(self.device)
+        observations = self.restart_tensors(where)
+        self._check_observations("observations", observations)
+        self._returns, self._lengths = self._returns.masked_fill(where, 0), self._lengths.masked_fill(where, 0)
+        arrays = self._on_host(observations)
+        return [mapped(operator.itemgetter(index), arrays) for index in indices]
 
     def advance(self, actions: th.Tensor) -> TensorStep:
         """

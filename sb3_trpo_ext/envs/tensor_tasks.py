@@ -48,6 +48,12 @@ class _StateTask(TensorVecEnv):
         self._n_steps = n_steps.masked_fill(dones, 0)
         return TensorStep(self.state, rewards, terminated, truncated, state)
 
+    def restart_tensors(self, where: th.Tensor) -> th.Tensor:
+        """Start a new episode in some environments."""
+        self.state = th.where(where[:, None], self._starts(), self.state)
+        self._n_steps = self._n_steps.masked_fill(where, 0)
+        return self.state
+
     def _uniform(self, n_numbers: int) -> th.Tensor:
         """Random numbers from 0 to 1, shape ``(n_envs, n_numbers)``."""
         return th.rand(self.num_envs, n_numbers, generator=self._generator, device=self.device)

@@ -223,9 +223,16 @@ class RewardScale(nn.Module):
         """Whether there have been no rewards yet."""
         return not self.n
 
-    def start_episodes(self) -> None:
-        """Forget the episodes that are running: the environments are reset."""
-        self._returns = None
+    def start_episodes(self, indices: list[int] | None = None) -> None:
+        """
+        Forget the episodes that are running: the environments are reset.
+
+        :param indices: which environments, all of them if ``None``
+        """
+        if indices is None:
+            self._returns = None
+        elif self._returns is not None:
+            self._returns[indices] = 0
 
     def update(self, rewards: Any, dones: Any) -> None:
         """

@@ -287,3 +287,19 @@ def test_a_missing_library_is_named(kind: Any, extra: str, monkeypatch: pytest.M
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(ImportError, match=rf"{kind.__name__} needs .*: pip install sb3-trpo-ext\[{extra}\]"):
         kind("walk", 2)
+
+
+def test_some_environments_begin_again() -> None:
+    env = make("walk", 3, episode_length=5)
+    env.seed(0)
+    env.reset()
+    for _ in range(2):
+        before = env.advance(th.zeros(3, 1)).observations.clone()
+    (first,) = env.restart([1])
+    step = env.advance(th.zeros(3, 1))
+    np.testing.assert_array_equal(step.observations[1], first)
+    assert not th.equal(step.observations[1], before[1])
+    th.testing.assert_close(step.observations[[0, 2]], before[[0, 2]])
+    assert env.episode_lengths.tolist() == [3, 1, 3]
+    ends = [env.advance(th.zeros(3, 1)).truncated.tolist() for _ in range(4)]
+    assert ends == [[False] * 3, [True, False, True], [False] * 3, [False, True, False]]
