@@ -115,6 +115,9 @@ CHOOSING = (
     _task("dm_control/ball_in_cup-catch-v0", 100_000, _dm_control),
     _task("dm_control/pendulum-swingup-v0", 100_000, _dm_control),
     _task("dm_control/reacher-easy-v0", 100_000, _dm_control),
+    _task("dm_control/point_mass-easy-v0", 100_000, _dm_control),
+    _task("dm_control/fish-upright-v0", 100_000, _dm_control),
+    _task("dm_control/cartpole-balance-v0", 100_000, _dm_control),
     # Observations are numbers of states
     _task("Taxi-v4", 200_000),
     _task("FrozenLake8x8-v1", 100_000),

@@ -9,9 +9,10 @@ distance between the bounds), the damping of the Fisher matrix per action dimens
 diagonal (``relative``), the number of environments (``envs``), steps in each (``rollout``), the learning rate of the critic
 (``lr``), ``gae_lambda`` (of the advantages, and unless ``vf_lambda`` says otherwise of the critic's targets), and the length
 of the training (``steps``). With "defaults" there are also the minibatches of the critic (``batch``), the units of its two
-hidden layers (``critic``), ``clip_advantage``, ``norm_obs``, and ``constant``, a budget of which every update has the same
-part. All train in EnvPool where it has the task, unless they have a single environment. ``results/one_setting.csv`` has a row
-per run, and ``python -m benchmarks.tables`` writes the table.
+hidden layers (``critic``), ``clip_advantage``, ``norm_obs``, ``clipped_likelihood``, ``stagger_episodes`` (0 unless the name
+says 1), and ``constant``, a budget of which every update has the same part. All train in EnvPool where it has the task, unless
+they have a single environment. ``results/one_setting.csv`` has a row per run, and ``python -m benchmarks.tables`` writes the
+table.
 
 Candidates of which no code is kept: "noise 1/f^0.5" and "noise AR(1) 0.5" draw the noise of actions correlated in time, and
 "VecNormalize for observations" or "for rewards" leaves the other to the agent. "8 rollouts" fits the critic to the last eight
@@ -104,8 +105,9 @@ def _of_class(name: str, task: Task, seed: int, given: dict[str, float]) -> defa
     settings |= {ARGUMENTS[word]: number for word, number in given.items() if word in ARGUMENTS}
     if "damping" in given:
         settings["cg_damping"] = given["damping"] * get_action_dim(space)
-    if "norm_obs" in given:
-        settings["norm_obs"] = bool(given["norm_obs"])
+    settings |= {word: bool(given[word]) for word in ("norm_obs", "clipped_likelihood") if word in given}
+    # Most candidates are older than this argument
+    settings["stagger_episodes"] = bool(given.get("stagger_episodes", 0))
     if "batch" in given:
         settings["batch_size"] = int(given["batch"])
     if "critic" in given:
