@@ -20,9 +20,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.envs import BraxVecEnv, PlaygroundVecEnv, TensorVecEnv
+from sb3_trpo_ext.envs import TensorVecEnv
+from sb3_trpo_ext.envs.jax_envs import LIBRARIES
 
-ENVIRONMENTS: dict[str, Any] = {"brax": BraxVecEnv, "playground": PlaygroundVecEnv}
 N_EVALUATION_ENVS = 32
 
 
@@ -71,7 +71,7 @@ def timed(env: TensorVecEnv) -> list[float]:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("library", choices=ENVIRONMENTS)
+    parser.add_argument("library", choices=LIBRARIES)
     parser.add_argument("env")
     parser.add_argument("--n-envs", type=int, default=64)
     parser.add_argument("--n-steps", type=int)
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a CSV file, to add a row to")
     args = parser.parse_args()
 
-    make = ENVIRONMENTS[args.library]
+    make = LIBRARIES[args.library]
     env = make(args.env, args.n_envs, device=args.device)
     model = TRPO("MlpPolicy", env, n_steps=args.n_steps, seed=args.seed)
     spent, clock = timed(env), Clock(args.minutes)

@@ -13,35 +13,25 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch as th
 from stable_baselines3 import PPO
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.vec_env import VecEnvWrapper
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
+from benchmarks.simulators import timed
 from sb3_trpo_ext import TRPO, defaults
 from sb3_trpo_ext.envs import TensorCartPole, TensorVecEnv
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from tensor_envs import NumpySide
+
 N_STEPS = 32
 OURS, OURS_NUMPY, PPO_NUMPY = "TRPO, tensors", "TRPO, NumPy", "PPO, NumPy"
-
-
-class NumpySide(VecEnvWrapper):
-    """An environment of tensors as the ordinary ``VecEnv`` that it is too."""
-
-    def reset(self) -> VecEnvObs:
-        """Reset the environments."""
-        return self.venv.reset()
-
-    def step_wait(self) -> VecEnvStepReturn:
-        """Make a step."""
-        return self.venv.step_wait()
 
 
 def brax_ant(n_envs: int) -> TensorVecEnv:
@@ -101,20 +91,10 @@ def share_of_environment(model: OnPolicyAlgorithm, n_rollouts: int) -> float:
     :param n_rollouts: for how long
     :return: from 0 to 1
     """
-    env, spent = model.env, 0.0
-    assert isinstance(env, TensorVecEnv)
-    step_tensors = env.step_tensors
-
-    def timed(actions: th.Tensor) -> Any:
-        nonlocal spent
-        started = time.perf_counter()
-        step = step_tensors(actions)
-        spent += time.perf_counter() - started
-        return step
-
-    with mock.patch.object(env, "step_tensors", timed):
-        total = seconds(model, n_rollouts)
-    return spent / total
+    assert isinstance(model.env, TensorVecEnv)
+    spent = timed(model.env)
+    total = seconds(model, n_rollouts)
+    return sum(spent) / total
 
 
 def compare(task: str, n_envs: int, n_repetitions: int) -> dict[str, Any]:

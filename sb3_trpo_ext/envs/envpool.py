@@ -194,14 +194,17 @@ class EnvPoolVecEnv(VecEnv):
             info["terminal_observation"] = dict_to_obs(self.observation_space, terminal_observation)
             if self._results is not None:
                 self._results.write_row(episode)
-        self._returns[done] = 0
-        self._lengths[done] = 0
-
-        first_observations, columns = self._pool.reset(done.astype(np.int32))
-        for key, part in self._copies(first_observations).items():
+        for key, part in self._first_observations(done).items():
             observations[key][done] = part
-        for index, info in zip(done.tolist(), rows(columns), strict=True):
+
+    def _first_observations(self, indices: np.ndarray) -> dict[Any, np.ndarray]:
+        """Begin a new episode in some environments, in one batch; returns the observations of these by key."""
+        self._returns[indices] = 0
+        self._lengths[indices] = 0
+        observations, columns = self._pool.reset(indices.astype(np.int32))
+        for index, info in zip(indices.tolist(), rows(columns), strict=True):
             self.reset_infos[index] = info
+        return self._copies(observations)
 
     def restart(self, indices: list[int]) -> list[Any]:
         """
@@ -210,13 +213,8 @@ class EnvPoolVecEnv(VecEnv):
         :param indices: which
         :return: the first observation of each
         """
-        self._returns[indices] = 0
-        self._lengths[indices] = 0
         self._is_busy = True
-        first_observations, columns = self._pool.reset(np.asarray(indices, dtype=np.int32))
-        parts = self._copies(first_observations)
-        for index, info in zip(indices, rows(columns), strict=True):
-            self.reset_infos[index] = info
+        parts = self._first_observations(np.array(indices))
         self._is_busy = False
         return [
             dict_to_obs(self.observation_space, {key: part[row] for key, part in parts.items()}) for row in range(len(indices))

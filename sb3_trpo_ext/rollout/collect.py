@@ -17,6 +17,7 @@ returns have the lambda of the advantages.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -164,7 +165,7 @@ class LeanRollout:
         """Compute advantages; returns the values after the last step, and its log-probabilities and rewards."""
         model, buffer = self.model, self.buffer
         with th.no_grad():
-            values = self.policy.predict_values(obs_as_tensor(self._scope["new_obs"], model.device))
+            values = self.policy.predict_values(self._sent(self._scope["new_obs"]))
         buffer.compute_returns_and_advantage(last_values=values, dones=self._scope["dones"])
         return values, th.tensor(buffer.log_probs[-1], device=model.device), buffer.rewards[-1].copy()
 
@@ -270,6 +271,14 @@ class LeanRollout:
                 values, log_probs = self._actor.evaluate(observations, number, number + 1)
         return values.reshape(-1, 1), log_probs.flatten()
 
+    def _steps_at_a_time(self, n_numbers: int) -> int:
+        """How many steps are evaluated in one batch, of which each has so many numbers in its observations."""
+        return max(1, CHUNK_NUMBERS // n_numbers)
+
+    def _sent(self, observations: Any) -> PyTorchObs:
+        """Observations of the buffer or the environment on the device of the policy."""
+        return obs_as_tensor(observations, self.model.device)
+
     @th.no_grad()
     def _evaluate(self) -> None:
         """Compute values, log-probabilities and bootstrapped rewards of all stored steps that do not have them yet."""
@@ -280,15 +289,17 @@ class LeanRollout:
         self._n_evaluated = stop
         stored, space = parts_of(self.buffer.observations), self.model.observation_space
         shapes = {key: part.shape or () for key, part in parts_of(space).items()}
-        chunk = max(1, CHUNK_NUMBERS // sum(array[0].size for array in stored.values()))
+        chunk = self._steps_at_a_time(sum(math.prod(array.shape[1:]) for array in stored.values()))
         with self._snapshot.restored():
             for begin in range(start, stop, chunk):
                 end = min(begin + chunk, stop)
                 parts = {key: stored[key][begin:end].reshape(-1, *shape) for key, shape in shapes.items()}
-                observations = obs_as_tensor(parts if isinstance(space, spaces.Dict) else parts[""], self.model.device)
+                observations = self._sent(parts if isinstance(space, spaces.Dict) else parts[""])
                 values, log_probs = self._actor.evaluate(observations, begin - self._first_step, end - self._first_step)
-                self._values[begin:end] = values.reshape(end - begin, -1).cpu().numpy()
-                self._log_probs[begin:end] = log_probs.reshape(end - begin, -1).cpu().numpy()
+                outputs: tuple[tuple[Any, th.Tensor], ...] = ((self._values, values), (self._log_probs, log_probs))
+                for array, output in outputs:
+                    numbers = output.reshape(end - begin, -1)
+                    array[begin:end] = numbers if isinstance(array, th.Tensor) else numbers.cpu().numpy()
             n_observations = chunk * self.env.num_envs
             for first in range(0, len(truncated), n_observations):
                 steps, indices, terminal = zip(*truncated[first : first + n_observations], strict=True)

@@ -22,7 +22,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from sb3_trpo_ext._observations import mapped, parts_of
 from sb3_trpo_ext.envs.tensor import TensorObs, TensorStep, TensorVecEnv
 from sb3_trpo_ext.rollout.actors import Actor, is_deferrable_policy
-from sb3_trpo_ext.rollout.collect import CHUNK_NUMBERS, LeanRollout
+from sb3_trpo_ext.rollout.collect import LeanRollout
 from sb3_trpo_ext.rollout.errors import INTACT
 from sb3_trpo_ext.rollout.lazy import callbacks_in, lazy_class, lazy_pair, may_look
 from sb3_trpo_ext.rollout.tensors import TensorRolloutBuffer
@@ -184,26 +184,14 @@ class TensorRollout(LeanRollout):
         info_buffer.extend(episodes)
         self._scope["finished_episodes"] = episodes
 
-    @th.no_grad()
-    def _evaluate(self) -> None:
-        """Compute values and log-probabilities of all stored steps that do not have them yet."""
-        start, stop, buffer = self._n_evaluated, self._n_stored, self.buffer
-        if start == stop:
-            return
-        self._n_evaluated = stop
-        space = self.model.observation_space
-        shapes = {key: part.shape or () for key, part in parts_of(space).items()}
-        stored = parts_of(buffer.observations)
-        n_numbers = sum(tensor[0].numel() for tensor in stored.values())
-        chunk = max(1, min(CHUNK_NUMBERS // n_numbers, _CHUNK // self.env.num_envs))
-        with self._snapshot.restored():
-            for begin in range(start, stop, chunk):
-                end = min(begin + chunk, stop)
-                parts = {key: stored[key][begin:end].reshape(-1, *shape) for key, shape in shapes.items()}
-                observations = parts if isinstance(space, spaces.Dict) else parts[""]
-                values, log_probs = self._actor.evaluate(observations, begin - self._first_step, end - self._first_step)
-                self._values[begin:end] = values.reshape(end - begin, -1)
-                self._log_probs[begin:end] = log_probs.reshape(end - begin, -1)
+    def _steps_at_a_time(self, n_numbers: int) -> int:
+        """How many steps are evaluated in one batch."""
+        # Of small observations, the layers of the networks take more memory
+        return max(1, min(super()._steps_at_a_time(n_numbers), _CHUNK // self.env.num_envs))
+
+    def _sent(self, observations: Any) -> Any:
+        """Observations are on the device."""
+        return observations
 
     def _finish(self) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """Compute rewards and advantages; returns the values after the last step, and its log-probabilities and rewards."""

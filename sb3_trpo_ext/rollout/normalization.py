@@ -15,7 +15,6 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 from sb3_trpo_ext._checks import ArgumentError, is_known
 from sb3_trpo_ext.rollout.device import set_rewards_
 from sb3_trpo_ext.rollout.returns import by_step, ending
-from sb3_trpo_ext.rollout.tensors import TensorRolloutBuffer
 from sb3_trpo_ext.update.batch import rollout_batch
 from sb3_trpo_ext.update.calls import PolicyCalls
 from sb3_trpo_ext.update.normalization import CLIP, NormalizedExtractor, RewardScale, normalized_extractors
@@ -62,6 +61,17 @@ class ScaledRewards(VecEnvWrapper):
         scaled = rewards if self.scale is None else np.clip(rewards / self.scale, -CLIP, CLIP)
         return observations, scaled, dones, infos
 
+    def record(self, buffer: Any) -> tuple[Any, Any]:
+        """The rewards of the rollout as they came, and whether episodes ended: shape ``(n_steps, n_envs)``."""
+        return np.array(self.rewards), np.array(self.dones)
+
+    def reward_again_(self, model: Any, buffer: Any, scale: float | None) -> None:
+        """Give a full buffer the rewards in a scale, ``None`` for 1, with what truncated episodes are still worth."""
+        raw = np.array(self.rewards)
+        buffer.rewards[:] = raw if scale is None else np.clip(raw / scale, -CLIP, CLIP)
+        for step, index, observation in self.truncated:
+            buffer.rewards[step, index] += model.gamma * model._terminal_value(buffer, step, index, observation)
+
 
 class RewardsOnDevice:
     """
@@ -72,6 +82,14 @@ class RewardsOnDevice:
 
     def __init__(self, scale: float | None):
         self.scale = scale
+
+    def record(self, buffer: Any) -> tuple[Any, Any]:
+        """What :meth:`ScaledRewards.record` returns."""
+        return buffer.raw_rewards, buffer.dones
+
+    def reward_again_(self, model: Any, buffer: Any, scale: float | None) -> None:
+        """Do what :meth:`ScaledRewards.reward_again_` does."""
+        set_rewards_(model, buffer, scale)
 
 
 class Normalization:
@@ -158,7 +176,7 @@ class Normalization:
         self.protect_(model.policy)
         if self.rewards is not None and self._env is not None:
             self.rewards.gamma = model.gamma
-            self.rewards.update(*_record(self._env, buffer))
+            self.rewards.update(*self._env.record(buffer))
         env, self._env = self._env, None
         if env is None or env.scale is not None or not isinstance(buffer, RolloutBuffer) or buffer.generator_ready:
             return False
@@ -170,7 +188,10 @@ class Normalization:
         if fresh:
             model._renew_states(buffer)
             evaluate_again_(model, buffer)
-        reward_again_(model, buffer, env, self.rewards)
+        with th.no_grad():
+            # The rewards in the first scale, and advantages and returns of these
+            env.reward_again_(model, buffer, None if self.rewards is None else self.rewards.scale)
+            buffer.compute_returns_and_advantage(*ending(model))
         return bool(fresh)
 
     def after_update(self, model: OnPolicyAlgorithm) -> None:
@@ -184,14 +205,6 @@ class Normalization:
             if extractor not in self._observed:
                 extractor.update(model.rollout_buffer.observations)
         self._observed = []
-
-
-def _record(env: ScaledRewards | RewardsOnDevice, buffer: RolloutBuffer) -> tuple[Any, Any]:
-    """The rewards of a rollout as they came, and whether episodes ended: shape ``(n_steps, n_envs)``."""
-    if isinstance(buffer, TensorRolloutBuffer):
-        return buffer.raw_rewards, buffer.dones
-    assert isinstance(env, ScaledRewards)
-    return np.array(env.rewards), np.array(env.dones)
 
 
 def _networks(policy: ActorCriticPolicy) -> dict[str, th.Tensor]:
@@ -224,26 +237,3 @@ def evaluate_again_(model: Any, buffer: RolloutBuffer) -> None:
     for array, column in zip(arrays, zip(*outputs, strict=True), strict=True):
         numbers = by_step(th.cat(column), array.shape)
         array[:] = numbers if isinstance(array, th.Tensor) else numbers.cpu().numpy()
-
-
-@th.no_grad()
-def reward_again_(
-    model: Any, buffer: RolloutBuffer, env: ScaledRewards | RewardsOnDevice, rewards: RewardScale | None
-) -> None:
-    """
-    Give a rollout the rewards in the first scale, and advantages and returns of these.
-
-    :param model: after the rollout
-    :param buffer: full
-    :param env: with the rewards as they came
-    :param rewards: the scale; ``None`` for 1
-    """
-    if isinstance(buffer, TensorRolloutBuffer):
-        set_rewards_(model, buffer, None if rewards is None else rewards.scale)
-    else:
-        assert isinstance(env, ScaledRewards)
-        raw = np.array(env.rewards)
-        buffer.rewards[:] = raw if rewards is None else np.clip(raw / rewards.scale, -CLIP, CLIP)
-        for step, index, observation in env.truncated:
-            buffer.rewards[step, index] += model.gamma * model._terminal_value(buffer, step, index, observation)
-    buffer.compute_returns_and_advantage(*ending(model))

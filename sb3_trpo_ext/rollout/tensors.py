@@ -8,9 +8,8 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
-from stable_baselines3.common.utils import get_device
 
-from sb3_trpo_ext._observations import mapped
+from sb3_trpo_ext._observations import mapped, parts_of
 from sb3_trpo_ext.envs.tensor import TensorObs, TensorStep
 from sb3_trpo_ext.update.batch import in_order, take
 
@@ -39,29 +38,11 @@ class TensorRolloutBuffer(RolloutBuffer):
     dones: th.Tensor
     truncated: th.Tensor
     #: What each step led to, before episodes that ended began anew; ``None`` if none was ever cut off.
-    final_observations: TensorObs | None
-
-    def __init__(
-        self,
-        buffer_size: int,
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Space[Any],
-        device: th.device | str = "auto",
-        gae_lambda: float = 1,
-        gamma: float = 0.99,
-        n_envs: int = 1,
-    ):
-        # SB3's constructor calls `reset`
-        self._shape = (buffer_size, n_envs)
-        self._device = get_device(device)
-        self.final_observations = None
-        self._is_allocated = False
-        super().__init__(buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs)
+    final_observations: TensorObs | None = None
 
     def _tensor(self, shape: tuple[int, ...] = (), dtype: th.dtype = th.float32) -> th.Tensor:
         """Zeros of the shape ``(n_steps, n_envs, *shape)``."""
-        n_steps, n_envs = self._shape
-        return th.zeros(n_envs, n_steps, *shape, dtype=dtype, device=self._device).transpose(0, 1)
+        return th.zeros(self.n_envs, self.buffer_size, *shape, dtype=dtype, device=self.device).transpose(0, 1)
 
     def _allocate(self) -> None:
         """Make the tensors."""
@@ -70,7 +51,6 @@ class TensorRolloutBuffer(RolloutBuffer):
         for name in ("rewards", "raw_rewards", "returns", "episode_starts", "values", "log_probs", "advantages"):
             setattr(self, name, self._tensor())
         self.dones, self.truncated = self._tensor(dtype=th.bool), self._tensor(dtype=th.bool)
-        self._is_allocated = True
 
     def _like_observations(self) -> TensorObs:
         """Zeros for the observations of all steps."""
@@ -81,7 +61,7 @@ class TensorRolloutBuffer(RolloutBuffer):
 
     def reset(self) -> None:
         """Begin with the first step again, in the same memory."""
-        if not self._is_allocated:
+        if not hasattr(self, "raw_rewards"):
             self._allocate()
         # A callback may look at what is not there yet, which is zero in SB3's
         for tensor in (self.rewards, self.values, self.log_probs, self.advantages, self.returns):
@@ -132,7 +112,7 @@ class TensorRolloutBuffer(RolloutBuffer):
 
     def advantages_for(self, gae_lambda: float, last_values: th.Tensor, dones: Any) -> th.Tensor:
         """Advantages for a lambda, shape ``(n_steps, n_envs)``."""
-        ends = th.as_tensor(dones, device=self._device)
+        ends = th.as_tensor(dones, device=self.device)
         columns = self.rewards, self.values, self.episode_starts, last_values.flatten(), ends
         return advantages_of(*columns, gamma=self.gamma, gae_lambda=gae_lambda)
 
@@ -144,7 +124,7 @@ class TensorRolloutBuffer(RolloutBuffer):
         """
         assert self.full
         n_samples = self.buffer_size * self.n_envs
-        for index in th.randperm(n_samples, device=self._device).split(batch_size or n_samples):
+        for index in th.randperm(n_samples, device=self.device).split(batch_size or n_samples):
             columns = (self.actions.float(), self.values, self.log_probs, self.advantages, self.returns)
             observations = take(mapped(functools.partial(in_order, self), self.observations), index)
             kind: Any = DictRolloutBufferSamples if isinstance(observations, dict) else RolloutBufferSamples
@@ -187,11 +167,9 @@ def advantages_of(
 
 def _write(stored: Any, step: int, observations: Any) -> None:
     """Write the observations of a step."""
-    if isinstance(stored, dict):
-        for key, tensor in stored.items():
-            tensor[step].copy_(observations[key].reshape(tensor[step].shape))
-    else:
-        stored[step].copy_(observations.reshape(stored[step].shape))
+    given = parts_of(observations)
+    for key, tensor in parts_of(stored).items():
+        tensor[step].copy_(given[key].reshape(tensor[step].shape))
 
 
 def _dtype_of(space: spaces.Space[Any]) -> th.dtype:

@@ -8,6 +8,7 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor
 from torch import nn
 
+from sb3_trpo_ext._observations import parts_of
 from sb3_trpo_ext.parallel.moments import Moments, all_joined, joined, moments_of
 from sb3_trpo_ext.parallel.reductions import all_true
 
@@ -175,7 +176,7 @@ def normalized_parts(space: spaces.Space[Any]) -> dict[str, tuple[int, ...]]:
     :param space: of the observations
     :return: shapes by the keys of a Dict; by an empty key for any other space
     """
-    parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
+    parts = parts_of(space)
     return {key: part.shape for key, part in parts.items() if isinstance(part, spaces.Box) and len(part.shape) < 3}
 
 
@@ -186,7 +187,7 @@ def one_hot_sizes(space: spaces.Space[Any]) -> dict[str, list[int]]:
     :param space: of the observations
     :return: their sizes by the keys of a Dict; by an empty key for any other space
     """
-    parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
+    parts = parts_of(space)
     sizes = {key: [int(part.n)] for key, part in parts.items() if isinstance(part, spaces.Discrete)}
     return sizes | {key: part.nvec.tolist() for key, part in parts.items() if isinstance(part, spaces.MultiDiscrete)}
 

@@ -33,7 +33,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from sb3_trpo_ext import TRPO, TrainingRecorder
 from sb3_trpo_ext.arguments import AUTO
 from sb3_trpo_ext.callbacks import TimedEvalCallback
-from sb3_trpo_ext.envs import BraxVecEnv, EnvPoolVecEnv, PlaygroundVecEnv
+from sb3_trpo_ext.envs import EnvPoolVecEnv
+from sb3_trpo_ext.envs.jax_envs import LIBRARIES
 from sb3_trpo_ext.parallel.launch import attempt, is_launched, is_one_machine
 from sb3_trpo_ext.parallel.reductions import rank, world_size
 from sb3_trpo_ext.recurrent import RecurrentTRPO
@@ -182,8 +183,8 @@ class Manager(ExperimentManager):
         """Stand in for the class of RL-Zoo's ``VecEnv``, for environments that step together on the device of the model."""
         assert self._simulator is not None
         library, name = self._simulator
-        make: Any = {"brax": BraxVecEnv, "playground": PlaygroundVecEnv}[library]
-        return make(name, len(env_fns), device=get_device(self.device), **kwargs)
+        env: VecEnv = LIBRARIES[library](name, len(env_fns), device=get_device(self.device), **kwargs)
+        return env
 
     def learn(self, model: BaseAlgorithm) -> None:
         """Train a model, or train a resumed one for the steps that are left."""

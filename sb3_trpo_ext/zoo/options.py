@@ -19,6 +19,7 @@ import gymnasium as gym
 import numpy as np
 
 from sb3_trpo_ext._checks import closest
+from sb3_trpo_ext.envs.jax_envs import LIBRARIES
 from sb3_trpo_ext.parallel.launch import broadcast, is_launched, join_process_group
 from sb3_trpo_ext.parallel.reductions import rank
 from sb3_trpo_ext.zoo.display import check_window, prepare_film
@@ -159,7 +160,7 @@ def simulator_of(env_id: str | None) -> tuple[str, str] | None:
     :return: the library and the name that it has there; ``None`` if it is another environment
     """
     library, _, name = (env_id or "").partition("/")
-    return (library, name) if library in ("brax", "playground") else None
+    return (library, name) if library in LIBRARIES else None
 
 
 def register_simulator(env_id: str | None) -> None:
