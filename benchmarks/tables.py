@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas
 
-from benchmarks import masks_and_memory, returns
+from benchmarks import masks_and_memory, returns, tensors
 from benchmarks.markdown import ROOT, filled, pages, table
 from benchmarks.studies import one_setting, traffic, tried
 
@@ -292,7 +292,7 @@ def process_tables() -> dict[str, str]:
 def tensor_tables() -> dict[str, str]:
     """The tables about environments of tensors: speed of training in them, and what is learned in simulators."""
     speed = []
-    for task, label in (("cartpole", "CartPole in PyTorch"), ("ant", "Brax's ant")):
+    for task, label in tensors.TASK_NAMES.items():
         for row in load(f"tensors_{task}")["rows"]:
             rates = [f"{rate:,.0f}" for rate in row["steps_per_second"].values()]
             names = ("TRPO, NumPy", "PPO, NumPy")

@@ -1,12 +1,14 @@
 """Time training in environments of tensors against their NumPy side, in turn in one process.
 
     python -m benchmarks.tensors cartpole --output benchmarks/results/tensors_cartpole.json
-    python -m benchmarks.tensors ant --n-envs 64 256 --output benchmarks/results/tensors_ant.json
+    python -m benchmarks.tensors ant --n-envs 64 1024 --output benchmarks/results/tensors_ant.json
+    python -m benchmarks.tensors draw
 
 What is timed is ``learn()`` for some rollouts of 32 steps: of TRPO in a ``TensorVecEnv``, of TRPO on its NumPy side, and of
 SB3's PPO there. All have networks of [64, 64], ten passes over a rollout and minibatches of the same size; all else is at the
 defaults of each. What is reported are medians over repetitions in turn, and the ratios within each repetition. The share of
-the environment comes from a repetition of its own. Brax's ant needs ``pip install "sb3-trpo-ext[brax]"``.
+the environment comes from a repetition of its own. Brax's ant needs ``pip install "sb3-trpo-ext[brax]"``. ``draw`` makes
+``docs/images/tensors.png`` of the results.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch as th
+from matplotlib.figure import Figure
 from stable_baselines3 import PPO
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
@@ -30,6 +33,7 @@ from sb3_trpo_ext.envs import TensorCartPole, TensorVecEnv
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from tensor_envs import NumpySide
 
+ROOT = Path(__file__).resolve().parents[1]
 N_STEPS = 32
 OURS, OURS_NUMPY, PPO_NUMPY = "TRPO, tensors", "TRPO, NumPy", "PPO, NumPy"
 
@@ -47,6 +51,7 @@ def brax_ant(n_envs: int) -> TensorVecEnv:
 
 
 TASKS: dict[str, Callable[[int], TensorVecEnv]] = {"cartpole": TensorCartPole, "ant": brax_ant}
+TASK_NAMES = {"cartpole": "CartPole in PyTorch", "ant": "Brax's ant"}
 
 
 def make_models(task: str, n_envs: int) -> dict[str, OnPolicyAlgorithm]:
@@ -122,14 +127,44 @@ def compare(task: str, n_envs: int, n_repetitions: int) -> dict[str, Any]:
     return row
 
 
+def draw(path: Path) -> None:
+    """
+    Draw the steps per second relative to PPO over the number of environments, with the range of the repetitions.
+
+    :param path: of the picture
+    """
+    figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for task, label in TASK_NAMES.items():
+        rows = json.loads((ROOT / "benchmarks" / "results" / f"tensors_{task}.json").read_text())["rows"]
+        numbers = [row["n_envs"] for row in rows]
+        ratios, lows, highs = zip(*(row[f"ratio to {PPO_NUMPY}"] for row in rows), strict=True)
+        (line,) = axes.plot(numbers, ratios, "o-", label=label)
+        axes.fill_between(numbers, lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.axhline(1, color="gray", linewidth=1)
+    axes.set_xscale("log", base=2)
+    ticks = [2**power for power in range(6, 15, 2)]
+    axes.set_xticks(ticks, [f"{number:,}" for number in ticks])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("environments")
+    axes.set_ylabel("steps per second, relative to PPO")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("task", choices=(*TASKS, "draw"))
     parser.add_argument("--n-envs", type=int, nargs="+", default=[64, 256, 1024, 4096, 16384])
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    if args.task == "draw":
+        draw(ROOT / "docs" / "images" / "tensors.png")
+        return
     rows = []
     for n_envs in args.n_envs:
         rows.append(compare(args.task, n_envs, args.repetitions))

@@ -266,10 +266,11 @@ def phases(model: TRPO, case: Case) -> dict[str, float]:
     :return: seconds, and the Fisher-vector product's share of the GEMM rate
     """
     batch = model._full_batch()
+    stride = model._fisher_stride(batch.n_samples)
     timed = functools.partial(median_time, device=model.device)
 
     def first_pass() -> Surrogate:
-        return Surrogate(model.policy, model._parts.actor_params, batch, fisher_stride=model.sub_sampling_factor)
+        return Surrogate(model.policy, model._parts.actor_params, batch, fisher_stride=stride)
 
     surrogate = first_pass()
     _, gradient = surrogate.objective_and_gradient()
@@ -286,7 +287,7 @@ def phases(model: TRPO, case: Case) -> dict[str, float]:
         result["preconditioner_setup"] = timed(lambda: fisher.preconditioner(model.cg_damping))
         result["preconditioner_product"] = timed(lambda: preconditioner @ gradient)
         assert case.net_arch is not None
-        n_samples = -(-batch.n_samples // model.sub_sampling_factor)
+        n_samples = -(-batch.n_samples // stride)
         sizes = [batch.observations.shape[1], *case.net_arch, model.policy.action_net.out_features]
         rate = gemm_rate(n_samples, sizes, model.device)
         result["gemm_gflops"] = rate / 1e9

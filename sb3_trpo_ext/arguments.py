@@ -197,7 +197,7 @@ def check_env(env: Any) -> None:
 def check_settings(model: Any) -> None:
     """Check arguments that an update takes as they are, and make Python's integers of NumPy's."""
     for name in ("n_steps", "batch_size", "cg_max_steps", "line_search_max_iter", "sub_sampling_factor"):
-        if not (name in ("n_steps", "batch_size") and getattr(model, name) is None):
+        if not (name in ("n_steps", "batch_size", "sub_sampling_factor") and getattr(model, name) is None):
             setattr(model, name, check_integer(name, getattr(model, name), 1))
     for name in ("norm_obs", "norm_reward", "stagger_episodes"):
         if getattr(model, name) != AUTO:

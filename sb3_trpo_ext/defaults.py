@@ -20,6 +20,8 @@ N_SAMPLES = 2048
 MIN_BATCH_SIZE = 64
 #: Minibatches in a pass over a rollout, at most: thousands of environments fill long ones, and the fit would take minutes.
 MAX_MINIBATCHES = 128
+#: Samples that the Fisher matrix is computed on, about, in a long rollout: unlike the gradient, it needs no more.
+N_FISHER_SAMPLES = 16_384
 #: Steps of a rollout, however many environments there are: estimates of the advantage look ahead about as far.
 MIN_STEPS = 16
 #: The noise of an untrained Gaussian policy, summed over the action dimensions, is at most that of so many with a standard
@@ -64,6 +66,18 @@ def batch_size(n_samples: int) -> int:
         return MIN_BATCH_SIZE
     counts = range(MAX_MINIBATCHES, MAX_MINIBATCHES // 2 - 1, -1)
     return n_samples // next((count for count in counts if n_samples % count == 0), MAX_MINIBATCHES)
+
+
+def sub_sampling_factor(n_samples: int) -> int:
+    """
+    Which samples the Fisher matrix is computed on: every k-th.
+
+    :param n_samples: of the rollout, of all processes
+    :return: k, an odd number: the samples of an environment are side by side and most often a power of two in number, so that
+        an even k would leave out the same steps in all of them
+    """
+    factor = max(n_samples // N_FISHER_SAMPLES, 1)
+    return factor - (factor + 1) % 2
 
 
 def target_kl(action_space: spaces.Space[Any], n_samples: int, total_timesteps: int, progress_remaining: float) -> float:

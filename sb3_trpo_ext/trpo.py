@@ -82,7 +82,8 @@ class TRPO(SavingAlgorithm):
         that the KL of all updates of a training adds up to one nat per action dimension, or in a longer training to one for
         each 250,000 steps
     :param sub_sampling_factor: Take the Fisher matrix on every k-th sample only. Gradient, objective and KL always see
-        the whole rollout (sb3-contrib thins them too)
+        the whole rollout (sb3-contrib thins them too). ``None`` for every sample of a rollout of less than 49,152, and for
+        about 16,384 of a longer one
     :param stats_window_size: Number of episodes that the reported means are taken over
     :param tensorboard_log: The log location for TensorBoard (if ``None``, no logging)
     :param policy_kwargs: Additional arguments to be passed to the policy on creation
@@ -145,7 +146,7 @@ class TRPO(SavingAlgorithm):
         rollout_buffer_kwargs: dict[str, Any] | None = None,
         normalize_advantage: bool = True,
         target_kl: float | Schedule | str = "auto",
-        sub_sampling_factor: int = 1,
+        sub_sampling_factor: int | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -446,7 +447,7 @@ class TRPO(SavingAlgorithm):
                     parts.actor_params,
                     batch,
                     ent_coef=ent_coef,
-                    fisher_stride=self.sub_sampling_factor,
+                    fisher_stride=self._fisher_stride(shares.total(n_samples)),
                     noise_seed=self._n_updates * world_size() + rank(),
                     bounds=action_bounds(self.policy) if is_clipped else None,
                     shares=shares,
@@ -489,6 +490,10 @@ class TRPO(SavingAlgorithm):
         if self.cg_damping != arguments.AUTO:
             return self._scheduled("cg_damping", 0.0)
         return defaults.CG_DAMPING * get_action_dim(self.action_space)
+
+    def _fisher_stride(self, n_samples: int) -> int:
+        """Which of so many samples the Fisher matrix is computed on: every k-th."""
+        return self.sub_sampling_factor or defaults.sub_sampling_factor(n_samples)
 
     def _carried_kl(self, target_kl: float) -> float:
         """What an update takes over of the budget that those before it have left."""

@@ -72,6 +72,31 @@ def test_the_length_of_a_rollout_follows_the_number_of_environments(tmp_path: An
     assert make_model(random_vec_env(4), n_steps=32).n_steps == 32
 
 
+# --- Samples of the Fisher matrix -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n_samples", "factor"), [(1, 1), (16_384, 1), (49_151, 1), (49_152, 3), (65_536, 3), (2**17, 7), (2**20, 63)]
+)
+def test_the_fisher_matrix_needs_no_more_than_so_many_samples(n_samples: int, factor: int) -> None:
+    assert defaults.sub_sampling_factor(n_samples) == factor
+    assert factor == 1 or defaults.N_FISHER_SAMPLES <= n_samples / factor < 2 * defaults.N_FISHER_SAMPLES
+
+
+def test_a_long_rollout_has_its_fisher_matrix_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = collect(make_model())
+    n_samples = full.rollout_buffer.buffer_size * full.rollout_buffer.n_envs
+    curvatures = []
+    for factor, n_fisher_samples in ((1, n_samples // 3), (3, n_samples), (None, n_samples // 3), (None, n_samples)):
+        monkeypatch.setattr(defaults, "N_FISHER_SAMPLES", n_fisher_samples)
+        model = make_model(sub_sampling_factor=factor)
+        model.rollout_buffer = copy.deepcopy(full.rollout_buffer)
+        curvatures.append(train(model)["train/curvature"])
+    every, third, left_long, left_short = curvatures
+    assert (left_long, left_short) == (third, every)
+    assert third != every
+
+
 # --- The KL of a training -------------------------------------------------------------------------------------------------
 
 

@@ -98,7 +98,9 @@ def gains(model: TRPO, rollouts: list[tuple[Batch, Advantages]], target_kl: floa
             others = (total - own) / (len(rollouts) - 1)
             for key, values in found.items():
                 weighted = batch._replace(advantages=advantages[key])
-                surrogate = Surrogate(model.policy, params, weighted, fisher_stride=model.sub_sampling_factor, bounds=bounds)
+                surrogate = Surrogate(
+                    model.policy, params, weighted, fisher_stride=model._fisher_stride(batch.n_samples), bounds=bounds
+                )
                 update = KLConstraint(cg_damping=float(model.cg_damping), cg_max_steps=model.cg_max_steps)  # type: ignore[arg-type]
                 result = update.update(surrogate, target_kl)
                 assert result.is_accepted, result.status
