@@ -40,7 +40,7 @@ $(DOCS_STAMP): $(STAMP)
 
 # A gigabyte, which training does not need
 $(TEST_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".[brax,playground]"
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".[brax,export,playground]"
 	touch $@
 
 train: $(STAMP) ## Train and evaluate an agent: ENV=Humanoid-v5 STEPS=400000 SEED=0 LOGS=logs

@@ -304,8 +304,10 @@ def tensor_tables() -> dict[str, str]:
     for (env, n_envs, steps), part in runs.groupby(["env", "n_envs", "steps"], sort=False):
         returns_of_seeds = ", ".join(f"{value:,.4g}" for value in part["return"])
         rate, share = part["steps_per_second"].median(), part["share_of_environment"].median()
-        learned.append([f"`{env}`", n_envs, f"{steps:,}", returns_of_seeds, f"{rate:,.0f}", f"{share:.0%}"])
+        learned.append([f"`{env}`", f"{n_envs:,}", f"{steps:,}", returns_of_seeds, f"{rate:,.0f}", f"{share:.0%}"])
+    brax = pandas.read_csv(ROOT / "results" / "brax_ppo.csv")
     return {
+        "brax ppo": table([f"{steps:,} steps" for steps in brax["steps"]], [[f"{value:,.0f}" for value in brax["return"]]]),
         "tensors": table(
             (
                 *("environment", "number", "TRPO, tensors: steps/s", "TRPO, NumPy", "PPO, NumPy"),
@@ -317,6 +319,17 @@ def tensor_tables() -> dict[str, str]:
             ("environment", "number", "steps", "return of each seed", "steps/s", "share of the environment"), learned
         ),
     }
+
+
+def export_table() -> dict[str, str]:
+    """The table about the time of one action."""
+    names = {"predict": "`model.predict`", "onnx": "ONNX Runtime", "torchscript": "TorchScript, in Python"}
+    rows = []
+    for name, label in names.items():
+        row = load("export_latency")["rows"][name]
+        speed = "" if name == "predict" else ratio(row, 1)
+        rows.append([label, f"{1e6 * row['seconds']:.0f}", speed, f"{row['bytes'] / 1e6:.1f} MB"])
+    return {"export": table(("way", "microseconds per action", "as fast as `predict`", "file"), rows)}
 
 
 def all_tables() -> dict[str, str]:
@@ -332,6 +345,7 @@ def all_tables() -> dict[str, str]:
         **envpool_tables(),
         **process_tables(),
         **tensor_tables(),
+        **export_table(),
     }
 
 

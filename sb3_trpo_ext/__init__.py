@@ -19,8 +19,12 @@ from sb3_trpo_ext.update.distributions import Family, register_family
 
 __version__ = "0.2.0"
 
-#: Classes that need sb3-contrib, which is loaded when one of them is used.
-_LAZY = {"MaskableTRPO": "sb3_trpo_ext.maskable", "RecurrentTRPO": "sb3_trpo_ext.recurrent"}
+#: What needs an extra, which is loaded when it is used: modules by names.
+_LAZY = {
+    "MaskableTRPO": "sb3_trpo_ext.maskable",
+    "RecurrentTRPO": "sb3_trpo_ext.recurrent",
+    "export": "sb3_trpo_ext.deployed",
+}
 
 # By name, so that the environment is imported only when it is made
 register(

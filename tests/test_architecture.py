@@ -27,6 +27,9 @@ EXTRAS = (
     "matplotlib",
     "mujoco",
     "mujoco_playground",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
     "optuna",
     "pandas",
     "rich",
@@ -51,7 +54,7 @@ LAYERS = (
     ("defaults", "saving"),
     ("trpo",),
     ("maskable", "recurrent"),
-    ("callbacks",),
+    ("callbacks", "deployed"),
     ("",),  # the package itself: what users import
     ("zoo",),
     ("tools",),

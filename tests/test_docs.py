@@ -129,6 +129,8 @@ OTHER_PUBLIC_NAMES = {
     "envs.blocks.Blocks",
     "envs.point_mass.PointMass1D",
     # `from sb3_trpo_ext import` knows these too, and loads sb3-contrib for them
+    "deployed.DeployedPolicy",
+    "deployed.export",
     "maskable.MaskableTRPO",
     "recurrent.RecurrentTRPO",
 }

@@ -32,6 +32,7 @@ BUDGETS = {
     "kl_penalty": (2048, 8),
     "masks": (2048, 15),
     "memory": (2048, 8),
+    "onnx": (2048, -2000),
     "pendulum": (2048, -2000),
     "point_mass": (4800, None),
     "pretrain": (1024, 30),
@@ -48,6 +49,7 @@ THRESHOLDS = {
     "kl_penalty": 475,  # 500 and 500
     "masks": 45,  # 61
     "memory": 400,  # 500
+    "onnx": -300,
     "pendulum": -300,  # -160
     "pretrain": 475,  # 500
     "squashed_policy": -400,  # -243

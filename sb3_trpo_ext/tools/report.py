@@ -172,8 +172,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("sb3-trpo report", description="Evaluate a trained agent and draw its learning curve.")
+def run_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """
+    A parser for the options that tell a run.
+
+    :param name: of the command
+    :param description: of the command
+    """
+    parser = argparse.ArgumentParser(name, description=description)
     default = " (default: %(default)s)"
     exp_id_help = "number of the run (default: the latest with an agent; -1: no folder of its own)"
     env_kwargs_help = "arguments of the environment (default: those of training)"
@@ -181,10 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-f", "--folder", "--log-folder", dest="folder", default="logs", help=f"folder of all runs{default}")
     parser.add_argument("--algo", default=KEY, choices=list(ALGOS), metavar="ALGO", help=f"key of the algorithm{default}")
     parser.add_argument("--exp-id", type=int, default=0, help=exp_id_help)
-    parser.add_argument("--n-eval-episodes", type=int, default=20, help=f"number of episodes{default}")
-    parser.add_argument("--seed", type=int, default=1000, help=f"seed of the evaluation{default}")
     parser.add_argument("--stochastic", action="store_true", help="sample the actions")
-    parser.add_argument("--device", default="auto", help=f"device of the policy{default}")
     parser.add_argument("--env-kwargs", nargs="+", action=StoreDict, metavar="NAME:VALUE", help=env_kwargs_help)
     return parser
 
@@ -196,7 +199,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     :param argv: the arguments, those of the process if None
     :raises ValueError: for arguments that are wrong
     """
-    args = _parser().parse_args(argv)
+    parser = run_parser("sb3-trpo report", "Evaluate a trained agent and draw its learning curve.")
+    parser.add_argument("--n-eval-episodes", type=int, default=20, help="number of episodes (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1000, help="seed of the evaluation (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="device of the policy (default: %(default)s)")
+    args = parser.parse_args(argv)
     if args.n_eval_episodes < 1:
         raise ValueError(f"--n-eval-episodes must be at least 1, got {args.n_eval_episodes}")
     run = load_run(args.env, args.folder, args.algo, args.exp_id, args.seed, args.device, env_kwargs=args.env_kwargs)

@@ -35,6 +35,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("train an agent, or tune hyperparameters with -optimize", "rl_zoo3.train", "train"),
     "report": Command("evaluate a trained agent and draw its learning curve", "sb3_trpo_ext.tools.report"),
+    "export": Command("write a trained agent to a file that runs without Stable-Baselines3", "sb3_trpo_ext.tools.export"),
     "plot": Command("draw returns and updates of one run, or of several", "sb3_trpo_ext.tools.diagnostics"),
     "compare": Command("train several algorithms on a task and compare them", "sb3_trpo_ext.tools.compare"),
     "enjoy": Command("watch a trained agent", "rl_zoo3.enjoy", "enjoy"),

@@ -63,7 +63,7 @@ _LOADED = ("env", "algo", "folder", "env_kwargs", "exp_id", "load_best", "load_c
 _READ = {
     "train": ("env", "algo", "conf_file", "seed", "save_freq", "optimize", "track", "vec_env", "resume", *_PAIRS),
     **dict.fromkeys(LOADING, (*_LOADED, "no_render")),
-    "report": ("env", "env_kwargs"),
+    **dict.fromkeys(("report", "export"), ("env", "env_kwargs")),
     "compare": ("env",),
     **dict.fromkeys(("plot-train", "all-plots"), ("algos",)),
 }
