@@ -37,6 +37,7 @@ BUDGETS = {
     "pretrain": (1024, 30),
     "squashed_policy": (2048, -2000),
     "tensors": (2048, 8),
+    "vector_env": (2048, -2000),
 }
 #: A return that is not reached by chance, after the default number of steps; that of seed 0 in the comment.
 THRESHOLDS = {
