@@ -1,4 +1,4 @@
-"""A pendulum in eight processes, as a vector environment of Gymnasium."""
+"""Eight pendulums in a vector environment of Gymnasium."""
 
 import argparse
 
@@ -15,7 +15,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    env = gym.make_vec("Pendulum-v1", 8, vectorization_mode="async")
+    # A process for each, with "async", is for environments that take longer
+    env = gym.make_vec("Pendulum-v1", 8, vectorization_mode="sync")
     model = TRPO("MlpPolicy", env, seed=args.seed, verbose=1)
     model.learn(args.steps)
     env.close()
