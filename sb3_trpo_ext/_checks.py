@@ -60,6 +60,14 @@ def check_seed(seed: Any) -> int | None:
     return None if seed is None else int(seed)
 
 
+def checked_actions(actions: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Check the shape of the actions of a step, one for each environment."""
+    actions = np.asarray(actions)
+    if actions.shape != shape:
+        raise ArgumentError(f"`actions` must be of shape {shape}, got {actions.shape}.")
+    return actions
+
+
 def closest(name: str, names: Iterable[str]) -> str:
     """A suggestion for a name that does not exist."""
     known = sorted(names)

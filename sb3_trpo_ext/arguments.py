@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
@@ -186,9 +185,6 @@ def check_env(env: Any) -> None:
     # First: EnvPool's classes say that they are environments and vector environments of Gymnasium, too
     if any(base.__module__.partition(".")[0] == "envpool" for base in type(env).__mro__):
         raise ArgumentError(f"`env` is EnvPool's own {name}: use sb3_trpo_ext.envs.EnvPoolVecEnv(env_id, n_envs=16).")
-    if isinstance(env, gym.vector.VectorEnv):
-        use = "stable_baselines3.common.env_util.make_vec_env(env_id, n_envs=8)"
-        raise ArgumentError(f"`env` is a {name} of gymnasium.vector, which SB3 does not support: use {use}.")
     if isinstance(env, type) or not hasattr(env, "step"):
         hint = f"call it: {env.__name__}()" if isinstance(env, type) else "pass an environment, or the id of one"
         raise ArgumentError(f"`env` must be an environment of Gymnasium, a VecEnv of SB3 or an id, got {env!r}: {hint}.")

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
 import torch as th
+from gymnasium.vector import VectorEnv
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import load_from_zip_file
@@ -77,7 +78,7 @@ class SavingAlgorithm(OnPolicyAlgorithm):
     def load(
         cls: type[SelfSaving],
         path: str | pathlib.Path | io.BufferedIOBase,
-        env: GymEnv | None = None,
+        env: GymEnv | VectorEnv | None = None,
         device: th.device | str = "auto",
         custom_objects: dict[str, Any] | None = None,
         print_system_info: bool = False,
@@ -109,7 +110,15 @@ class SavingAlgorithm(OnPolicyAlgorithm):
         kwargs = {name: value for name, value in arguments.EARLIER.items() if name not in saved} | kwargs
         if is_contrib_model(saved):
             kwargs.update(joint_kl_arguments(path, custom_objects, given=kwargs))
-        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        model = super().load(
+            path,
+            env,  # type: ignore[arg-type]
+            device,
+            custom_objects,
+            print_system_info,
+            force_reset,
+            **kwargs,
+        )
         # SB3 draws the noise of gSDE with a graph
         drop_graph_(model.policy.action_dist)
         return model

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch as th
 from gymnasium import spaces
+from gymnasium.vector import VectorEnv
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -19,6 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_trpo_ext import arguments, defaults
 from sb3_trpo_ext._checks import ArgumentError, check_seed, closest, is_known
 from sb3_trpo_ext.envs.tensor import TensorVecEnv
+from sb3_trpo_ext.envs.vector import VectorEnvAdapter
 from sb3_trpo_ext.optim import AdaptiveKLPenalty, KLConstraint, PolicyUpdate, UpdateResult, UpdateStatus
 from sb3_trpo_ext.parallel import launch
 from sb3_trpo_ext.parallel.reductions import Shares, is_parallel, rank, world_size
@@ -59,7 +61,8 @@ class TRPO(SavingAlgorithm):
 
     :param policy: The policy model to use: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, the same with "Squashed"
         in front (tanh-squashed Gaussian for bounded Box actions), or a class
-    :param env: The environment to learn from (if registered in Gymnasium, can be a str)
+    :param env: The environment to learn from (if registered in Gymnasium, can be a str); a vector environment of Gymnasium is
+        wrapped in :class:`~sb3_trpo_ext.envs.VectorEnvAdapter`
     :param learning_rate: The learning rate of the value function, a number or a function of the progress remaining (1 to 0)
     :param n_steps: The number of steps to run for each environment per update; ``None`` for about 2048 samples in all, and at
         least 16 steps
@@ -129,7 +132,7 @@ class TRPO(SavingAlgorithm):
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],
-        env: GymEnv | str,
+        env: GymEnv | VectorEnv | str,
         learning_rate: float | Schedule = 3e-4,
         n_steps: int | None = None,
         batch_size: int | None = None,
@@ -171,7 +174,7 @@ class TRPO(SavingAlgorithm):
     ):
         super().__init__(
             policy,
-            env,
+            env,  # type: ignore[arg-type]
             learning_rate=learning_rate,
             n_steps=n_steps,  # type: ignore[arg-type]
             gamma=gamma,
@@ -230,7 +233,7 @@ class TRPO(SavingAlgorithm):
             self._setup_model()
 
     @staticmethod
-    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+    def _wrap_env(env: GymEnv | VectorEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         """
         Wrap an environment as SB3 does, and explain what is wrong with one that SB3 does not know.
 
@@ -241,6 +244,8 @@ class TRPO(SavingAlgorithm):
         :raises ValueError: if SB3 does not support it
         """
         arguments.check_env(env)
+        if isinstance(env, VectorEnv):
+            env = VectorEnvAdapter(env)
         return OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
@@ -323,7 +328,7 @@ class TRPO(SavingAlgorithm):
             **({} if is_on_device else self.rollout_buffer_kwargs),
         )
 
-    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+    def set_env(self, env: GymEnv | VectorEnv, force_reset: bool = True) -> None:
         """
         Replace the training environment.
 
@@ -331,7 +336,7 @@ class TRPO(SavingAlgorithm):
         :param force_reset: whether to reset it before the next rollout
         :raises ValueError: if its spaces are others, or its tensors on another device than the policy
         """
-        super().set_env(env, force_reset)
+        super().set_env(env, force_reset)  # type: ignore[arg-type]
         self._fit_buffer_to_env()
 
     @property

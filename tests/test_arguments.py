@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -61,16 +60,6 @@ def test_observation_spaces_that_sb3_would_misread(space: spaces.Space, message:
 
 
 # --- Environments --------------------------------------------------------------------------------------------------------
-
-
-def test_vector_environments_of_others_are_named() -> None:
-    env = gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
-    with pytest.raises(ValueError, match=r"SyncVectorEnv of gymnasium.vector.*make_vec_env"):
-        TRPO("MlpPolicy", env)  # type: ignore[arg-type]
-    model = make_model("CartPole-v1")
-    with pytest.raises(ValueError, match=r"gymnasium\.vector"):
-        model.set_env(env)  # type: ignore[arg-type]
-    env.close()
 
 
 @pytest.mark.parametrize("make", ["make_gymnasium", "make_gym"])

@@ -38,6 +38,7 @@ BUDGETS = {
     "pretrain": (1024, 30),
     "squashed_policy": (2048, -2000),
     "tensors": (2048, 8),
+    "vector_env": (2048, -2000),
 }
 #: A return that is not reached by chance, after the default number of steps; that of seed 0 in the comment.
 THRESHOLDS = {
@@ -54,6 +55,7 @@ THRESHOLDS = {
     "pretrain": 475,  # 500
     "squashed_policy": -400,  # -243
     "tensors": 475,  # 500
+    "vector_env": -300,  # -193
 }
 FIGURES = ("kl_penalty", "point_mass")
 #: Examples with the settings of an entry in hyperparams/trpo_ext.yml.

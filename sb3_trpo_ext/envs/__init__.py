@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from sb3_trpo_ext.envs.jax_envs import BraxVecEnv, PlaygroundVecEnv
     from sb3_trpo_ext.envs.tensor import GymnasiumTensorVecEnv, TensorStep, TensorVecEnv
     from sb3_trpo_ext.envs.tensor_tasks import TensorCartPole, TensorPointMass
+    from sb3_trpo_ext.envs.vector import VectorEnvAdapter
 
 __all__ = [
     "BraxVecEnv",
@@ -18,6 +19,7 @@ __all__ = [
     "TensorPointMass",
     "TensorStep",
     "TensorVecEnv",
+    "VectorEnvAdapter",
 ]
 
 #: Modules by the names that are in them.
@@ -26,6 +28,7 @@ _MODULES = {
     "jax_envs": ("BraxVecEnv", "PlaygroundVecEnv"),
     "tensor": ("GymnasiumTensorVecEnv", "TensorStep", "TensorVecEnv"),
     "tensor_tasks": ("TensorCartPole", "TensorPointMass"),
+    "vector": ("VectorEnvAdapter",),
 }
 
 

@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 from stable_baselines3.common.vec_env.util import dict_to_obs, obs_space_info
 
-from sb3_trpo_ext._checks import check_integer, check_seed, closest
+from sb3_trpo_ext._checks import check_integer, check_seed, checked_actions, closest
 
 #: Options of EnvPool that have a name of their own here, or that this class cannot do.
 RESERVED = ("num_envs", "batch_size", "env_seed", "gym_reset_return_info", "render_mode", "max_num_players")
@@ -151,11 +151,8 @@ class EnvPoolVecEnv(VecEnv):
         """
         if self._pool is None or self._is_busy:
             raise RuntimeError("call `reset` before the first step, and after a step that was interrupted")
-        actions = np.asarray(actions)
-        expected = (self.num_envs, *(self.action_space.shape or ()))
-        if actions.shape != expected:
-            # EnvPool checks the first step only, and reads beyond the array after that
-            raise ValueError(f"`actions` must be of shape {expected}, got {actions.shape}")
+        # EnvPool checks the first step only, and reads beyond the array after that
+        actions = checked_actions(actions, (self.num_envs, *(self.action_space.shape or ())))
         self._is_busy = True
         self._pool.send(actions)
 

@@ -14,7 +14,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from sb3_trpo_ext._checks import ArgumentError, check_integer
+from sb3_trpo_ext._checks import ArgumentError, check_integer, checked_actions
 from sb3_trpo_ext._observations import mapped
 
 #: One tensor of shape ``(n_envs, *shape)``, or a dict of those.
@@ -227,11 +227,7 @@ class TensorVecEnv(VecEnv):
         :param actions: of shape ``(n_envs, *action_space.shape)``
         :raises ValueError: if they have another shape
         """
-        actions = np.asarray(actions)
-        expected = (self.num_envs, *(self.action_space.shape or ()))
-        if actions.shape != expected:
-            raise ArgumentError(f"`actions` must be of shape {expected}, got {actions.shape}.")
-        self._actions = actions
+        self._actions = checked_actions(actions, (self.num_envs, *(self.action_space.shape or ())))
 
     def step_wait(self) -> VecEnvStepReturn:
         """Make the step."""

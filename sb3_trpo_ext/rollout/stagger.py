@@ -11,6 +11,7 @@ from sb3_trpo_ext._checks import is_known
 from sb3_trpo_ext._observations import parts_of
 from sb3_trpo_ext.envs.envpool import EnvPoolVecEnv
 from sb3_trpo_ext.envs.tensor import TensorVecEnv
+from sb3_trpo_ext.envs.vector import VectorEnvAdapter
 
 #: Steps over which the beginnings of episodes are spread: twice the most common time limit. What begins in the second thousand
 #: falls between what began in the first.
@@ -85,7 +86,7 @@ def can_restart(env: VecEnv) -> bool:
     """Whether single environments can be reset in the middle of an episode, with no wrapper that would not know of it."""
     if type(env) is EnvPoolVecEnv:
         return True
-    if isinstance(env, TensorVecEnv):
+    if isinstance(env, (TensorVecEnv, VectorEnvAdapter)):
         return env.can_restart
     if type(env) not in (DummyVecEnv, SubprocVecEnv):
         return False
@@ -100,7 +101,7 @@ def restarted(env: Any, indices: list[int]) -> list[Any]:
     :param indices: of which environments
     :return: their first observations
     """
-    if isinstance(env, (EnvPoolVecEnv, TensorVecEnv)):
+    if isinstance(env, (EnvPoolVecEnv, TensorVecEnv, VectorEnvAdapter)):
         return env.restart(indices)
     results = env.env_method("reset", indices=indices)
     env.reset_infos = list(env.reset_infos)

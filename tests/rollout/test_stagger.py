@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 from tensor_envs import RandomTensorEnv
 
 from sb3_trpo_ext import TRPO
-from sb3_trpo_ext.envs import EnvPoolVecEnv, TensorPointMass
+from sb3_trpo_ext.envs import EnvPoolVecEnv, TensorPointMass, VectorEnvAdapter
 
 
 class Clock(gym.Env):
@@ -71,6 +71,25 @@ def test_environments_in_step_are_taken_apart(kind: Any, is_dict: bool) -> None:
     # One after each rollout: 2,000 steps would have room for twenty
     assert seen[:5] == [[0, 0, 0, 0], [0, 100, 100, 100], [100, 0, 200, 200], [200, 100, 0, 300], [300, 200, 100, 400]]
     assert len(set(seen[-1])) == 4
+
+
+@pytest.mark.parametrize("mode", gym.vector.AutoresetMode)
+@pytest.mark.parametrize("kind", [gym.vector.SyncVectorEnv, gym.vector.AsyncVectorEnv])
+def test_vector_environments_of_gymnasium_are_taken_apart(kind: Any, mode: Any) -> None:
+    env = VectorEnvAdapter(kind([lambda: Clock(150)] * 3, autoreset_mode=mode))
+    # The second episodes end by themselves
+    assert phases(env, 3) == [[0, 0, 0], [0, 100, 100], [100, 0, 50]]
+    assert all(info["began"] for info in env.reset_infos)
+    env.close()
+
+
+@pytest.mark.parametrize("kind", ["monitor", "vector wrapper"])
+def test_vector_environments_that_must_not_begin_early_are_left_alone(kind: str) -> None:
+    is_monitor = kind == "monitor"
+    env: gym.vector.VectorEnv = gym.vector.SyncVectorEnv([lambda: Monitor(Clock(), allow_early_resets=not is_monitor)] * 2)
+    if not is_monitor:
+        env = gym.wrappers.vector.RecordEpisodeStatistics(env)
+    assert phases(VectorEnvAdapter(env), 3) == [[0, 0], [100, 100], [200, 200]]
 
 
 def test_many_environments_begin_in_groups() -> None:
