@@ -11,6 +11,7 @@ import functools
 import importlib
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = f"there is no command {name!r}" if name else "a command is missing"
         print(f"{USAGE}\n\nsb3-trpo: error: {problem}", file=sys.stderr)
         return 2
-    options, training = parse(name, arguments), Training()
+    options, training = parse(name, arguments), Training(command=shlex.join(["sb3-trpo", name, *arguments]))
     try:
         run(options, training)
     except Exception as error:
