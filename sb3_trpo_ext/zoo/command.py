@@ -34,6 +34,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "init": Command("make a folder with an environment of your own, ready to train in", "sb3_trpo_ext.zoo.init"),
     "train": Command("train an agent, or tune hyperparameters with -optimize", "rl_zoo3.train", "train"),
     "report": Command("evaluate a trained agent and draw its learning curve", "sb3_trpo_ext.tools.report"),
     "plot": Command("draw returns and updates of one run, or of several", "sb3_trpo_ext.tools.diagnostics"),
@@ -109,7 +110,7 @@ def run(options: Options, training: Training) -> None:
     :param training: its settings are set here, and the manager notes in it that training has begun
     """
     command, needs_help = COMMANDS[options.name], not {"-h", "--help"}.isdisjoint(options.others)
-    if options.name != "plot":
+    if options.name not in ("init", "plot"):
         # All others use RL-Zoo
         from sb3_trpo_ext.zoo.manager import register
 
