@@ -1,6 +1,7 @@
 """The record of a training: one row of a CSV file for each update."""
 
 import csv
+import inspect
 import os
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
-from stable_baselines3.common.logger import CSVOutputFormat
+from stable_baselines3.common.logger import CSVOutputFormat, HParam, TensorBoardOutputFormat
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from sb3_trpo_ext._files import replacing
@@ -57,6 +58,8 @@ class TrainingRecorder(BaseCallback):
     :class:`TimedEvalCallback`, which ``sb3-trpo train`` makes, are left out of the rollout and have their own
     ``time/evaluation``; those of SB3's ``EvalCallback`` count as part of it.
 
+    Where SB3 logs to TensorBoard, its tab of hyperparameters gets the arguments of the model.
+
     :param folder: where to write. None: the folder of the run under ``sb3-trpo train``, else the logger's folder
     :param verbose: 1 to say where the file is
     :raises ValueError: if the folder is not a path
@@ -101,6 +104,10 @@ class TrainingRecorder(BaseCallback):
             raise ValueError(f"`folder`: cannot write {path} ({error.strerror}): pass another folder.") from error
         if self.verbose > 0:
             print(f"Updates are recorded in {path}")
+        if any(isinstance(output, TensorBoardOutputFormat) for output in self.logger.output_formats):
+            # TensorBoard needs a metric by which it compares runs; the value here is not shown
+            table = HParam(self._hyperparameters(), {"rollout/ep_rew_mean": 0.0})
+            self.logger.record("hparams", table, exclude=("stdout", "log", "json", "csv"))
         self._phase_started = time.perf_counter()
         # A continued training has already lasted for some time
         self._started = self._phase_started - float(rows[-1].get("time/time_elapsed") or 0 if rows else 0)
@@ -127,6 +134,12 @@ class TrainingRecorder(BaseCallback):
     def _on_training_end(self) -> None:
         # RL-Zoo calls this a second time, and after an error as well: then no update is expected, or none was made
         self._finish_row()
+
+    def _hyperparameters(self) -> dict[str, bool | str | float | None]:
+        """The arguments of the model that are numbers or text: TensorBoard takes no others."""
+        names = ["n_envs", *inspect.signature(type(self.model)).parameters]
+        values = {name: getattr(self.model, name, None) for name in names}
+        return {name: value for name, value in values.items() if isinstance(value, bool | str | float | int)}
 
     def _n_updates(self) -> int:
         return int(getattr(self.model, "_n_updates", 0))

@@ -234,3 +234,20 @@ def test_bad_folder_is_explained(tmp_path: Path) -> None:
 def test_reader_skips_what_is_no_row(text: str, tmp_path: Path) -> None:
     (tmp_path / "progress.csv").write_text(text)
     assert read_rows(tmp_path / "progress.csv") == []
+
+
+def test_tensorboard_gets_the_hyperparameters(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    plugin = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2")
+    model = make_model(tensorboard_log=str(tmp_path), gamma=0.9, ent_coef=lambda progress: 0.1 * progress)
+    model.learn(100, callback=TrainingRecorder(tmp_path))
+    (folder,) = tmp_path.glob("TRPO_*")
+    events = accumulator.EventAccumulator(str(folder)).Reload()
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    values = plugin.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert values["gamma"].number_value == 0.9
+    assert values["target_kl"].number_value == 0.05
+    assert values["n_envs"].number_value == model.n_envs
+    # A function has no place in the table
+    assert "ent_coef" not in values
+    assert "rollout/ep_rew_mean" in events.Tags()["scalars"]

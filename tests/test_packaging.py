@@ -14,6 +14,7 @@ from interpreters import Interpreter
 import sb3_trpo_ext
 from sb3_trpo_ext.envs import EnvPoolVecEnv
 from sb3_trpo_ext.zoo.command import main
+from sb3_trpo_ext.zoo.init import TEMPLATE
 from sb3_trpo_ext.zoo.settings import KEYS, hyperparams_path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,13 +63,14 @@ def test_settings_are_found() -> None:
     assert all(hyperparams_path(key).is_file() for key in KEYS)
 
 
-def test_wheel_ships_settings_and_types(wheel: Path) -> None:
+def test_wheel_ships_settings_template_and_types(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         settings = {key: archive.read(f"sb3_trpo_ext/hyperparams/{key}.yml") for key in KEYS}
     assert settings == {key: (ROOT / "hyperparams" / f"{key}.yml").read_bytes() for key in KEYS}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sb3_trpo_ext").rglob("*.py")}
-    assert sources | {"sb3_trpo_ext/py.typed"} <= names
+    template = {path.relative_to(ROOT).as_posix() for path in TEMPLATE.iterdir() if path.is_file()}
+    assert sources | template | {"sb3_trpo_ext/py.typed", "sb3_trpo_ext/zoo/template/Makefile"} <= names
     assert not any(name.startswith(("tests/", "benchmarks/", "hyperparams/")) for name in names)
 
 

@@ -11,6 +11,7 @@ import functools
 import importlib
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "init": Command("make a folder with an environment of your own, ready to train in", "sb3_trpo_ext.zoo.init"),
     "train": Command("train an agent, or tune hyperparameters with -optimize", "rl_zoo3.train", "train"),
     "report": Command("evaluate a trained agent and draw its learning curve", "sb3_trpo_ext.tools.report"),
     "export": Command("write a trained agent to a file that runs without Stable-Baselines3", "sb3_trpo_ext.tools.export"),
@@ -89,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = f"there is no command {name!r}" if name else "a command is missing"
         print(f"{USAGE}\n\nsb3-trpo: error: {problem}", file=sys.stderr)
         return 2
-    options, training = parse(name, arguments), Training()
+    options, training = parse(name, arguments), Training(command=shlex.join(["sb3-trpo", name, *arguments]))
     try:
         run(options, training)
     except Exception as error:
@@ -109,7 +111,7 @@ def run(options: Options, training: Training) -> None:
     :param training: its settings are set here, and the manager notes in it that training has begun
     """
     command, needs_help = COMMANDS[options.name], not {"-h", "--help"}.isdisjoint(options.others)
-    if options.name != "plot":
+    if options.name not in ("init", "plot"):
         # All others use RL-Zoo
         from sb3_trpo_ext.zoo.manager import register
 

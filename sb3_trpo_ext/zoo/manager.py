@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ from sb3_trpo_ext.envs.jax_envs import LIBRARIES
 from sb3_trpo_ext.parallel.launch import attempt, is_launched, is_one_machine
 from sb3_trpo_ext.parallel.reductions import rank, world_size
 from sb3_trpo_ext.recurrent import RecurrentTRPO
+from sb3_trpo_ext.zoo.launches import Launch
 from sb3_trpo_ext.zoo.masks import MaskedAgent, remember
 from sb3_trpo_ext.zoo.options import Training, simulator_of
 from sb3_trpo_ext.zoo.resume import Checkpoint, folder_of_launch, last_checkpoint, mark_folder, restore_evaluations
@@ -60,6 +61,7 @@ class Manager(ExperimentManager):
         super().__init__(*args, **kwargs)
         self.training = Training() if training is None else training
         self._checkpoint: Checkpoint | None = None
+        self._launch = Launch()
         #: Library and name of an environment of Brax or of MuJoCo Playground.
         self._simulator = simulator_of(self.env_name.gym_id)
 
@@ -72,7 +74,8 @@ class Manager(ExperimentManager):
         # The other processes get the state of the first one
         if folder is not None and rank() == 0:
             self._go_to_checkpoint(folder)
-        return super().setup_experiment()
+        with self._launch.errors_noted():
+            return super().setup_experiment()
 
     def _go_to_checkpoint(self, folder: Path) -> None:
         """Continue in the folder of an earlier run from its last checkpoint; without one, start again."""
@@ -119,6 +122,14 @@ class Manager(ExperimentManager):
         if rank() > 0:
             return
         super().create_log_folder()
+        self._launch.begin(
+            Path(self.save_path),
+            get_device(self.device),
+            command=self.training.command,
+            algorithm=self.algo,
+            env=self.env_name.gym_id,
+            seed=self.seed,
+        )
         if world_size() > 1:
             mark_folder(Path(self.save_path))
 
@@ -189,20 +200,40 @@ class Manager(ExperimentManager):
     def learn(self, model: BaseAlgorithm) -> None:
         """Train a model, or train a resumed one for the steps that are left."""
         self.training.has_begun = True
-        if self._checkpoint is None:
-            super().learn(model)
-            return
-        if model.num_timesteps >= self.n_timesteps:
-            print(f"The run has already made its {self.n_timesteps:,} steps: ask for more with `-n`.")
-        self.n_timesteps = max(self.n_timesteps - model.num_timesteps, 0)
-        learn = functools.partial(model.learn, reset_num_timesteps=False)
-        # RL-Zoo always starts counting at zero; of a model it uses only these three
-        super().learn(SimpleNamespace(learn=learn, env=model.env, policy=model.policy))  # type: ignore[arg-type]
+        self._launch.model = model
+        learn: Callable[..., Any] = model.learn
+        if self._checkpoint is not None:
+            if model.num_timesteps >= self.n_timesteps:
+                print(f"The run has already made its {self.n_timesteps:,} steps: ask for more with `-n`.")
+            self._launch.steps_before = model.num_timesteps
+            self.n_timesteps = max(self.n_timesteps - model.num_timesteps, 0)
+            # RL-Zoo always starts counting at zero
+            learn = functools.partial(learn, reset_num_timesteps=False)
+
+        def noted(*args: Any, **kwargs: Any) -> None:
+            # In here: RL-Zoo catches Ctrl-C around it
+            with self._launch.errors_noted():
+                learn(*args, **kwargs)
+
+        # Of a model RL-Zoo uses only these three
+        super().learn(SimpleNamespace(learn=noted, env=model.env, policy=model.policy))  # type: ignore[arg-type]
+        self._launch.end("finished")
 
     def objective(self, trial: optuna.Trial) -> float:
         """Train for a trial of a search."""
         self.training.has_begun = True
-        return super().objective(trial)
+        try:
+            return super().objective(trial)
+        except KeyboardInterrupt:
+            # As above; another error is the end of the trial alone
+            self._launch.end("interrupted")
+            raise
+
+    def hyperparameters_optimization(self) -> None:
+        """Search for hyperparameters."""
+        with self._launch.errors_noted():
+            super().hyperparameters_optimization()
+        self._launch.end("finished")
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
         """Save the agent, in the first process only."""

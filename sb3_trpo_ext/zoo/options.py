@@ -9,9 +9,10 @@ of its run, and the others get its state.
 import argparse
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,8 @@ class Training:
     #: The run to continue.
     folder: Path | None = None
     has_begun: bool = False
+    #: As the user typed it.
+    command: str = field(default_factory=lambda: shlex.join(sys.argv))
 
 
 def parse(name: str, arguments: Sequence[str]) -> Options:
