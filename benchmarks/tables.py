@@ -332,6 +332,24 @@ def export_table() -> dict[str, str]:
     return {"export": table(("way", "microseconds per action", "as fast as `predict`", "file"), rows)}
 
 
+def forward_mode_table() -> dict[str, str]:
+    """The table about forward mode through an LSTM."""
+    rows = []
+    for row in load("forward_mode")["rows"]:
+        times = [f"{1e3 * row[name]:.0f}" for name in ("reverse", "forward mode", "transposed", "graph")]
+        rows.append([row["hidden_size"], row["n_sequences"], *times, ratio(row, 2)])
+    head = (
+        "units",
+        "sequences",
+        "J v, reverse: ms",
+        "J v, forward mode: ms",
+        "J^T u: ms",
+        "the graph: ms",
+        "J v, reverse / forward",
+    )
+    return {"forward mode": table(head, rows)}
+
+
 def all_tables() -> dict[str, str]:
     """Every generated table, by its name."""
     return {
@@ -346,6 +364,7 @@ def all_tables() -> dict[str, str]:
         **process_tables(),
         **tensor_tables(),
         **export_table(),
+        **forward_mode_table(),
     }
 
 
