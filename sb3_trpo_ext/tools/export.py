@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sb3_trpo_ext.deployed import FORMATS, DeployedPolicy, export
-from sb3_trpo_ext.tools.report import load_run, run_parser
+from sb3_trpo_ext.tools.report import add_acting, load_run, run_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     :raises ValueError: if there is no such run
     """
     parser = run_parser("sb3-trpo export", "Write a trained agent to a file that runs without Stable-Baselines3.")
+    add_acting(parser)
     parser.add_argument("--format", choices=tuple(FORMATS), default="onnx", help="of the file (default: %(default)s)")
     parser.add_argument("-o", "--output", type=Path, help="the file (default: in the folder of the run)")
     args = parser.parse_args(argv)

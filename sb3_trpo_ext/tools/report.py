@@ -100,6 +100,25 @@ class Run(NamedTuple):
         return self.model_path.parent
 
 
+def model_of_run(env_id: str, folder: str, algo: str = KEY, exp_id: int = 0) -> Path:
+    """
+    Find the agent of a run.
+
+    :param env_id: the environment
+    :param folder: the folder of all runs
+    :param algo: key of the algorithm
+    :param exp_id: number of the run, 0 for the latest one with an agent, -1 for an agent that lies in the folder of the
+        algorithm itself
+    :return: its file
+    :raises AssertionError: if there is no such run
+    :raises ValueError: if there is no agent in it
+    """
+    name = EnvironmentName(env_id)
+    if exp_id == 0:
+        exp_id = latest_run(Path(folder) / algo, name, [f"{name}.zip"])
+    return Path(get_model_path(exp_id, folder, algo, name)[1])
+
+
 def load_run(
     env_id: str,
     folder: str,
@@ -116,8 +135,7 @@ def load_run(
     :param env_id: the environment
     :param folder: the folder of all runs
     :param algo: key of the algorithm
-    :param exp_id: number of the run, 0 for the latest one with an agent, -1 for an agent that lies in the folder of the
-        algorithm itself
+    :param exp_id: number of the run, as for :func:`model_of_run`
     :param seed: seed of the environment
     :param device: device of the policy
     :param n_envs: number of environments
@@ -126,12 +144,10 @@ def load_run(
     :raises AssertionError: if there is no such run
     :raises ValueError: if there is no agent in it
     """
-    name = EnvironmentName(env_id)
-    if exp_id == 0:
-        exp_id = latest_run(Path(folder) / algo, name, [f"{name}.zip"])
-    _, model_path, run_path = get_model_path(exp_id, folder, algo, name)
-    hyperparams, stats_path = get_saved_hyperparams(f"{run_path}/{name}", norm_reward=False, test_mode=True)
-    args_path = Path(run_path, name, "args.yml")
+    model_path = model_of_run(env_id, folder, algo, exp_id)
+    settings = model_path.parent / EnvironmentName(env_id)
+    hyperparams, stats_path = get_saved_hyperparams(str(settings), norm_reward=False, test_mode=True)
+    args_path = settings / "args.yml"
     options = read_settings(args_path)
     if args_path.is_file() and not options:
         raise ValueError(f"{args_path} is damaged, or holds what only Python can read: remove it, and give --env-kwargs")
@@ -147,7 +163,7 @@ def load_run(
         env_kwargs={**kwargs_in_training, **(env_kwargs or {})},
         vec_env_cls=ExperimentManager.default_vec_env_cls or DummyVecEnv,
     )
-    return Run(ALGOS[algo].load(model_path, device=device), Path(model_path), remember(env))
+    return Run(ALGOS[algo].load(model_path, device=device), model_path, remember(env))
 
 
 def summarize(run: Run, episodes: Episodes) -> dict[str, Any]:
@@ -182,14 +198,18 @@ def run_parser(name: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(name, description=description)
     default = " (default: %(default)s)"
     exp_id_help = "number of the run (default: the latest with an agent; -1: no folder of its own)"
-    env_kwargs_help = "arguments of the environment (default: those of training)"
     parser.add_argument("--env", required=True, help="environment id")
     parser.add_argument("-f", "--folder", "--log-folder", dest="folder", default="logs", help=f"folder of all runs{default}")
     parser.add_argument("--algo", default=KEY, choices=list(ALGOS), metavar="ALGO", help=f"key of the algorithm{default}")
     parser.add_argument("--exp-id", type=int, default=0, help=exp_id_help)
+    return parser
+
+
+def add_acting(parser: argparse.ArgumentParser) -> None:
+    """Add the options that tell how an agent acts, and where."""
+    env_kwargs_help = "arguments of the environment (default: those of training)"
     parser.add_argument("--stochastic", action="store_true", help="sample the actions")
     parser.add_argument("--env-kwargs", nargs="+", action=StoreDict, metavar="NAME:VALUE", help=env_kwargs_help)
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -200,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     :raises ValueError: for arguments that are wrong
     """
     parser = run_parser("sb3-trpo report", "Evaluate a trained agent and draw its learning curve.")
+    add_acting(parser)
     parser.add_argument("--n-eval-episodes", type=int, default=20, help="number of episodes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1000, help="seed of the evaluation (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="device of the policy (default: %(default)s)")

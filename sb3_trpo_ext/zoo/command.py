@@ -40,6 +40,8 @@ COMMANDS = {
     "export": Command("write a trained agent to a file that runs without Stable-Baselines3", "sb3_trpo_ext.tools.export"),
     "plot": Command("draw returns and updates of one run, or of several", "sb3_trpo_ext.tools.diagnostics"),
     "compare": Command("train several algorithms on a task and compare them", "sb3_trpo_ext.tools.compare"),
+    "push": Command("upload a trained agent to the Hugging Face Hub", "sb3_trpo_ext.tools.hub", "push"),
+    "pull": Command("download an agent from there", "sb3_trpo_ext.tools.hub", "pull"),
     "enjoy": Command("watch a trained agent", "rl_zoo3.enjoy", "enjoy"),
     "record-video": Command("film a trained agent", "rl_zoo3.record_video", None),
     "record-training": Command("film every checkpoint of a run", "rl_zoo3.record_training", None),

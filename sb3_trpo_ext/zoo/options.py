@@ -65,7 +65,7 @@ _READ = {
     "train": ("env", "algo", "conf_file", "seed", "save_freq", "optimize", "track", "vec_env", "resume", *_PAIRS),
     **dict.fromkeys(LOADING, (*_LOADED, "no_render")),
     **dict.fromkeys(("report", "export"), ("env", "env_kwargs")),
-    "compare": ("env",),
+    **dict.fromkeys(("compare", "push", "pull"), ("env",)),
     **dict.fromkeys(("plot-train", "all-plots"), ("algos",)),
 }
 #: Which of the common options a command's own parser has as well.
