@@ -33,7 +33,7 @@ from sb3_trpo_ext.zoo import search_space
 from sb3_trpo_ext.zoo.command import COMMANDS, main
 from sb3_trpo_ext.zoo.manager import Manager, register
 from sb3_trpo_ext.zoo.masks import MaskedAgent, remember
-from sb3_trpo_ext.zoo.options import parse, with_defaults
+from sb3_trpo_ext.zoo.options import parse, register_simulator, simulator_of, with_defaults
 from sb3_trpo_ext.zoo.settings import KEY, SCHEDULED, hyperparams_path, linear_schedule, load_hyperparams
 
 register()
@@ -89,6 +89,10 @@ def test_entry_constructs_our_model(env_id: str, tmp_path: Path) -> None:
         pytest.importorskip("cv2")
     if env_id in BOX2D:
         pytest.importorskip("Box2D")
+    simulator = simulator_of(env_id)
+    if simulator is not None:
+        pytest.importorskip({"brax": "brax", "playground": "mujoco_playground"}[simulator[0]])
+        register_simulator(env_id)
     gym_id = {"atari": "PongNoFrameskip-v4", "default": "MountainCar-v0"}.get(env_id, env_id)
     config = tmp_path / "one_entry.yml"
     # An entry of its own, so that "atari" and "default" are what RL-Zoo falls back to.
