@@ -43,7 +43,7 @@ class RandomTensorEnv(TensorVecEnv):
         elif isinstance(space, spaces.Discrete):
             numbers = self._random.integers(0, space.n, shape)
         else:
-            numbers = self._random.integers(0, space.nvec, shape)
+            numbers = self._random.integers(0, getattr(space, "nvec", 2), shape)
         return th.as_tensor(numbers).to(self.device)
 
     def reset_tensors(self, seed: int | None = None) -> TensorObs:

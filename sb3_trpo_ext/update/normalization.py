@@ -117,7 +117,8 @@ class NormalizedExtractor(BaseFeaturesExtractor):
         is_dict = isinstance(observation_space, spaces.Dict)
         extractor_class = features_extractor_class or (CombinedExtractor if is_dict else FlattenExtractor)
         extractor = extractor_class(observation_space, **(features_extractor_kwargs or {}))
-        super().__init__(observation_space, extractor.features_dim)
+        # NumPy's number for MultiDiscrete, which an LSTM does not take
+        super().__init__(observation_space, int(extractor.features_dim))
         self.extractor = extractor
         modules: dict[str, nn.Module] = {}
         modules |= {key: RunningNormalization(shape) for key, shape in normalized_parts(observation_space).items()}
