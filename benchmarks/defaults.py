@@ -2,12 +2,13 @@
 
     python -m benchmarks.defaults run --agents ppo-1 ppo-16-normalized ours-16 --tasks judging --seeds 0 1 2
     python -m benchmarks.defaults show
+    python -m benchmarks.defaults draw
 
 An agent is an algorithm and its number of environments, each with all of its arguments at their defaults; "normalized" has the
 environments in SB3's VecNormalize, with its defaults. "ppo-tuned" is PPO with RL-Zoo's settings for the task, if any.
 ``run`` trains each agent on each task with each seed, and adds a row to ``results/defaults.csv``: the mean return of 20
 deterministic episodes after the training, and the mean returns of the training episodes in each twentieth of the steps. A run
-that has a row is left out, so that an interrupted ``run`` can be repeated.
+that has a row is left out, so that an interrupted ``run`` can be repeated. ``draw`` makes ``results/defaults.png``.
 
 Settings are chosen on one half of the tasks (``choosing``) and judged on the other (``judging``): see :mod:`benchmarks.tasks`.
 """
@@ -31,6 +32,7 @@ import sb3_contrib
 import torch as th
 import yaml
 from gymnasium import spaces
+from matplotlib.figure import Figure
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -385,6 +387,30 @@ def humanoid_table(frame: pandas.DataFrame) -> str:
     return table([f"seed {seed}" for seed in runs["seed"]], [[f"{value:,.4g}" for value in runs["return"]]])
 
 
+def draw(path: Path) -> None:
+    """
+    Draw the performance profile: for each score, the share of runs on the judging half that are above it.
+
+    :param path: of the picture
+    """
+    frame = scored(pandas.read_csv(RESULTS))
+    rivals = best_rivals(frame)
+    figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    taus = np.linspace(-0.05, 1.05, 221)
+    for label, agents in {"ours": dict.fromkeys(TASKS, OURS), "the best default rival of each task": rivals}.items():
+        columns = [runs_of(frame, task.name, agents.get(task.name))["score"].to_numpy() for task in JUDGING]
+        # Each task counts the same, however many seeds it has
+        shares = np.mean([(column[:, None] > taus).mean(0) for column in columns if len(column)], axis=0)
+        axes.plot(taus, shares, label=label)
+    axes.set_xlabel("score: 0 for random actions, 1 for the best agent that is known")
+    axes.set_ylabel("share of runs above it")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, pil_kwargs={"optimize": True})
+
+
 def selected_tasks(names: Sequence[str]) -> list[str]:
     """Names of tasks, where "choosing" and "judging" stand for the two halves."""
     halves = {"choosing": [task.name for task in CHOOSING], "judging": [task.name for task in JUDGING]}
@@ -410,7 +436,11 @@ def main() -> None:
     train.add_argument("--workers", type=int, default=2)
     train.add_argument("--steps", type=int, help="length of the training, which is added to the agent's name")
     commands.add_parser("show", help="print the tables of the judging half")
+    commands.add_parser("draw", help="draw the profile of the judging half")
     args = parser.parse_args()
+    if args.command == "draw":
+        draw(RESULTS.with_suffix(".png"))
+        return
     if args.command == "show":
         print("\n".join(tables().values()))
         return

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas
 
-from benchmarks import masks_and_memory, returns, tensors
+from benchmarks import defaults, masks_and_memory, returns, tensors
 from benchmarks.markdown import ROOT, filled, pages, table
 from benchmarks.studies import one_setting, traffic, tried
 
@@ -350,6 +350,15 @@ def forward_mode_table() -> dict[str, str]:
     return {"forward mode": table(head, rows)}
 
 
+def budget_table() -> dict[str, str]:
+    """The table about the KL of whole trainings."""
+    rows = [
+        [row["task"], f"{row['steps']:,}", row["budget"], f"{row['spent']:.3f}", row["updates"], row["rejected"]]
+        for row in load("budget")["rows"]
+    ]
+    return {"budget": table(("task", "steps", "budget in nats", "spent", "updates", "of which rejected"), rows)}
+
+
 def all_tables() -> dict[str, str]:
     """Every generated table, by its name."""
     return {
@@ -363,6 +372,8 @@ def all_tables() -> dict[str, str]:
         **envpool_tables(),
         **process_tables(),
         **tensor_tables(),
+        **defaults.tables(),
+        **budget_table(),
         **export_table(),
         **forward_mode_table(),
     }

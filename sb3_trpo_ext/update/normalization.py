@@ -243,7 +243,8 @@ class RewardScale(nn.Module):
         :param rewards: as the environment gave them, shape ``(n_steps, n_envs)``: an array or a tensor
         :param dones: whether an episode ended with that step, the same shape
         """
-        rewards, dones = _in_double(th.as_tensor(rewards)), th.as_tensor(dones)
+        # Some environments have numbers of 0 and 1 for what is done
+        rewards, dones = _in_double(th.as_tensor(rewards)), th.as_tensor(dones).bool()
         if self._returns is None or self._returns.shape != rewards.shape[1:] or self._returns.device != rewards.device:
             self._returns = th.zeros_like(rewards[0])
         history = th.empty_like(rewards)
