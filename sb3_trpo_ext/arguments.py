@@ -24,7 +24,9 @@ from sb3_trpo_ext._checks import (
     is_known,
     is_number,
 )
+from sb3_trpo_ext.envs.tensor import TensorVecEnv
 from sb3_trpo_ext.update.critic import VALUE_LOSSES
+from sb3_trpo_ext.update.mixed import parts_of_actions
 
 ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 #: Which class is for which policies of sb3-contrib.
@@ -137,26 +139,45 @@ def check_normalization(policy: nn.Module, given: Iterable[str]) -> None:
 
 def check_action_space(space: spaces.Space) -> None:
     """Check that there is a distribution for an action space, and that actions arrive as they were sampled."""
-    size = math.prod(space.shape or ())
-    if not isinstance(space, ACTION_SPACES):
-        problem = f"TRPO supports {', '.join(kind.__name__ for kind in ACTION_SPACES)}"
-    elif size == 0:
-        problem = "it has no number in it"
-    elif isinstance(space, spaces.Box) and not np.issubdtype(space.dtype, np.floating):
-        problem = (
-            "it needs a float dtype such as np.float32, or the buffer would truncate it; round in the environment's `step`"
-        )
-    elif isinstance(space, spaces.MultiBinary) and not isinstance(space.n, int):
-        # The first words are SB3's
-        hint = f"use MultiBinary({size}), and reshape the action in the environment's `step`"
-        raise ArgumentError(f"Multi-dimensional {space} action space is not supported: {hint}.")
-    elif isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim != 1:
+    problem = _problem_of_actions(space)
+    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim != 1 and problem is None:
         flat = space.nvec.flatten().tolist()
         problem = f"it must have one dimension; use MultiDiscrete({flat}), and reshape the action in the environment's `step`"
-    else:
-        _check_start("action", space, "TransformAction")
-        return
-    raise ArgumentError(f"The action space {space} is not supported: {problem}.")
+    if problem is not None:
+        raise ArgumentError(f"The action space {space} is not supported: {problem}.")
+    if isinstance(space, spaces.MultiBinary) and not isinstance(space.n, int):
+        # The first words are SB3's
+        hint = f"use MultiBinary({math.prod(space.shape)}), and reshape the action in the environment's `step`"
+        raise ArgumentError(f"Multi-dimensional {space} action space is not supported: {hint}.")
+    _check_start("action", space, "TransformAction")
+
+
+def check_mixed_actions(model: Any) -> None:
+    """Check the parts of a Tuple or a Dict of actions, and whether an algorithm and an environment can have them."""
+    space = model.action_space
+    problem = None if parts_of_actions(space) else "it has no part"
+    for part in parts_of_actions(space):
+        if isinstance(part, (spaces.Tuple, spaces.Dict)):
+            problem = f"it has {part} in it; put the parts of that beside the others"
+        elif problem_of_part := _problem_of_actions(part):
+            problem = f"in {part}, {problem_of_part}"
+    if model.policy_base is not None:
+        problem = f"{type(model).__name__} has no policy for it; use TRPO"
+    elif isinstance(model.env, TensorVecEnv):
+        problem = "an environment of tensors takes one tensor; make it a Box, and take it apart in `advance`"
+    if problem is not None:
+        raise ArgumentError(f"The action space {space} is not supported: {problem}.")
+
+
+def _problem_of_actions(space: spaces.Space) -> str | None:
+    """Why there is no distribution for a space, alone or as a part of a Tuple or a Dict."""
+    if not isinstance(space, ACTION_SPACES):
+        return f"TRPO supports {', '.join(kind.__name__ for kind in ACTION_SPACES)}, and a Tuple or a Dict of these"
+    if math.prod(space.shape or ()) == 0:
+        return "it has no number in it"
+    if isinstance(space, spaces.Box) and not np.issubdtype(space.dtype, np.floating):
+        return "it needs a float dtype such as np.float32, or the buffer would truncate it; round in the environment's `step`"
+    return None
 
 
 def check_observation_space(space: spaces.Space) -> None:

@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch import nn
 
 from sb3_trpo_ext._checks import ArgumentError, is_known
+from sb3_trpo_ext.update.mixed import MixedDistribution
 from sb3_trpo_ext.update.normalization import NormalizedExtractor, normalized_parts, one_hot_sizes
 
 #: Samples of one rollout.
@@ -171,21 +172,27 @@ def spread_over_bounds_(policy: ActorCriticPolicy, with_std: bool) -> None:
     Let an untrained Gaussian policy act over the range of its action space.
 
     The mean starts near the middle of the bounds, and the standard deviation at half of their distance, or less where there
-    are more than :data:`NOISY_DIMS` dimensions. Other distributions keep SB3's start, and so do dimensions whose bounds mean
-    nothing.
+    are more than :data:`NOISY_DIMS` dimensions. Other distributions keep SB3's start, also as parts of a mixed one, and so do
+    dimensions whose bounds mean nothing.
 
     :param policy: whose ``action_net`` and ``log_std`` change
     :param with_std: whether the standard deviation is to change
     """
-    space = policy.action_space
-    if type(policy.action_dist) is not DiagGaussianDistribution or not isinstance(space, spaces.Box):
+    space, distribution = policy.action_space, policy.action_dist
+    if type(distribution) not in (DiagGaussianDistribution, MixedDistribution) or not isinstance(space, spaces.Box):
         return
     assert isinstance(policy.action_net, nn.Linear), "as SB3's distribution makes it"
     low, high = (th.as_tensor(bound.flatten(), dtype=th.float64) for bound in (space.low, space.high))
+    means: Any = slice(None)
+    if isinstance(distribution, MixedDistribution):
+        is_continuous = distribution.where_gaussian(distribution.n_actions)
+        if not is_continuous.any():
+            return
+        means, low, high = distribution.where_gaussian(distribution.n_outputs), low[is_continuous], high[is_continuous]
     half = (high - low) / 2
     is_range = (half > 0) & (half <= MAX_RANGE)
-    policy.action_net.weight.mul_(th.where(is_range, half, 1).float().to(policy.device)[:, None])
-    policy.action_net.bias.copy_(th.where(is_range, (low + high) / 2, 0).float())
+    policy.action_net.weight[means] *= th.where(is_range, half, 1).float().to(policy.device)[:, None]
+    policy.action_net.bias[means] = th.where(is_range, (low + high) / 2, 0).float().to(policy.device)
     if with_std:
         share = math.sqrt(min(NOISY_DIMS / len(half), 1.0))
         policy.log_std.copy_(th.where(is_range, share * half, 1).log().float())

@@ -17,6 +17,7 @@ from torch import nn
 from sb3_trpo_ext._checks import ArgumentError, check_choice
 from sb3_trpo_ext._files import replacing
 from sb3_trpo_ext._observations import parts_of
+from sb3_trpo_ext.update.mixed import MixedDistribution
 from sb3_trpo_ext.update.settings import no_argument_checks
 
 #: What a file can be, and its ending.
@@ -127,18 +128,22 @@ class DeployedPolicy(nn.Module):
             distribution, states = self._recurrent(observations, *inputs[len(parts) :])
         else:
             distribution = self.policy.get_distribution(observations, *inputs[len(parts) :])
-        inner = getattr(distribution, "distribution", None)
-        if isinstance(inner, th.distributions.Bernoulli) and not self.deterministic:
-            # PyTorch's exporter makes all samples of `bernoulli` the same
-            actions = (th.rand_like(inner.probs) < inner.probs).float()
-        else:
-            actions = distribution.get_actions(deterministic=self.deterministic)
-        actions = actions.reshape(-1, *self._action_shape)
-        if self.policy.squash_output:
+        actions = self._chosen(distribution).reshape(-1, *self._action_shape)
+        if self.policy.squash_output and not isinstance(distribution, MixedDistribution):
             actions = self.low + 0.5 * (actions + 1.0) * (self.high - self.low)
         elif hasattr(self, "low"):
             actions = actions.clamp(self.low, self.high)
         return actions, *states
+
+    def _chosen(self, distribution: Any) -> th.Tensor:
+        """The mode of a distribution, or a sample of it."""
+        if isinstance(distribution, MixedDistribution):
+            return th.cat([self._chosen(part).float() for part in distribution.parts], dim=1)
+        inner = getattr(distribution, "distribution", None)
+        if isinstance(inner, th.distributions.Bernoulli) and not self.deterministic:
+            # PyTorch's exporter makes all samples of `bernoulli` the same
+            return (th.rand_like(inner.probs) < inner.probs).float()
+        return distribution.get_actions(deterministic=self.deterministic)
 
     def _recurrent(self, observations: Any, hidden: th.Tensor, cell: th.Tensor, start: th.Tensor) -> tuple[Any, Any]:
         """One step of the LSTM, as sb3-contrib makes it, without its branch on whether an episode begins."""

@@ -1,12 +1,17 @@
 """Policies for TRPO."""
 
+import functools
 from typing import Any
 
+import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, BasePolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import Schedule
+
+from sb3_trpo_ext._checks import ArgumentError
+from sb3_trpo_ext.update.mixed import MixedActions, MixedDistribution
 
 MlpPolicy = ActorCriticPolicy
 
@@ -75,6 +80,52 @@ class SquashedCnnPolicy(_SquashedMixin, CnnPolicy):
 
 class SquashedMultiInputPolicy(_SquashedMixin, MultiInputPolicy):
     """``MultiInputPolicy`` with a tanh-squashed Gaussian for Box actions with finite bounds."""
+
+
+class _MixedMixin(ActorCriticPolicy):
+    """An actor of Tuple or Dict actions: the networks and the rollout buffer have them as one vector."""
+
+    action_space: MixedActions
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        """
+        Put the distribution of all parts in place of SB3's before the networks are made.
+
+        :param lr_schedule: of the optimizer
+        :raises ValueError: for gSDE, and for a policy with a distribution of its own
+        """
+        if self.use_sde:
+            raise ArgumentError("`use_sde` must be False for Tuple and Dict actions, got True: gSDE is for Box actions.")
+        self.action_dist = MixedDistribution(self.action_space)
+        # What makes SB3 call `unscale_action` in `predict` and in the rollout
+        self._squash_output = True
+        super()._build(lr_schedule)
+        if type(self.action_dist) is not MixedDistribution:
+            kind = type(self).__mro__[2].__name__
+            raise ArgumentError(
+                f"`policy` must leave the distribution of Tuple and Dict actions to TRPO, and {kind} makes a "
+                f"{type(self.action_dist).__name__}: use 'MlpPolicy', 'CnnPolicy', 'MultiInputPolicy' or a subclass of these."
+            )
+
+    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
+        """
+        Give the environment actions of the structure that it knows.
+
+        :param scaled_action: as one vector each, shape ``(n_actions, n_numbers)``
+        :return: an array of tuples or dicts, shape ``(n_actions,)``
+        """
+        return self.action_space.structures(scaled_action)
+
+    def predict(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[np.ndarray, ...] | None]:
+        """As in SB3; the action for one observation is a tuple or a dict, and those for a batch are an array of these."""
+        actions, state = super().predict(*args, **kwargs)
+        return (actions if actions.ndim > 0 else actions.item()), state
+
+
+@functools.cache
+def mixed_policy(policy: type[ActorCriticPolicy]) -> type[ActorCriticPolicy]:
+    """The class of a policy for Tuple and Dict actions."""
+    return policy if issubclass(policy, _MixedMixin) else type(f"Mixed{policy.__name__}", (_MixedMixin, policy), {})
 
 
 #: The names that :class:`~sb3_trpo_ext.trpo.TRPO` takes for its policies.

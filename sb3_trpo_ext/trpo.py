@@ -24,7 +24,7 @@ from sb3_trpo_ext.envs.vector import VectorEnvAdapter
 from sb3_trpo_ext.optim import AdaptiveKLPenalty, KLConstraint, PolicyUpdate, UpdateResult, UpdateStatus
 from sb3_trpo_ext.parallel import launch
 from sb3_trpo_ext.parallel.reductions import Shares, is_parallel, rank, world_size
-from sb3_trpo_ext.policies import POLICY_ALIASES
+from sb3_trpo_ext.policies import POLICY_ALIASES, mixed_policy
 from sb3_trpo_ext.rollout.collect import collect_rollouts
 from sb3_trpo_ext.rollout.device import TensorRollout
 from sb3_trpo_ext.rollout.normalization import Normalization
@@ -38,6 +38,7 @@ from sb3_trpo_ext.update.clipping import action_bounds
 from sb3_trpo_ext.update.critic import CriticFit, fit_critic
 from sb3_trpo_ext.update.distributions import family_of
 from sb3_trpo_ext.update.log import record_update, warn_if_rejected
+from sb3_trpo_ext.update.mixed import MixedActions
 from sb3_trpo_ext.update.normalization import RewardScale, normalized_extractors
 from sb3_trpo_ext.update.settings import no_argument_checks, twice_differentiable_attention
 from sb3_trpo_ext.update.structure import PolicyParts, drop_graph_
@@ -259,6 +260,9 @@ class TRPO(SavingAlgorithm):
         """Check the arguments, and create buffer, policy and optimizer."""
         arguments.check_policy(self.policy_class, self.policy_base)
         arguments.check_settings(self)
+        if isinstance(self.action_space, (spaces.Tuple, spaces.Dict)):
+            arguments.check_mixed_actions(self)
+            self.action_space = MixedActions(self.action_space)
         launch.join_process_group()
         has_batch_size = self.batch_size is not None and self.batch_size != self._auto_batch_size
         if self.n_steps is None or self.n_steps == self._auto_n_steps:
@@ -302,7 +306,11 @@ class TRPO(SavingAlgorithm):
 
     def _setup_policy(self) -> None:
         """Create buffer, policy and optimizer as SB3 does."""
+        given = self.policy_class
+        if isinstance(self.action_space, MixedActions):
+            self.policy_class = mixed_policy(self.policy_class)
         super()._setup_model()
+        self.policy_class = given
 
     def _fit_buffer_to_env(self) -> None:
         """

@@ -22,6 +22,18 @@ VECTOR = spaces.Box(-2.0, 2.0, (3,))
 IMAGE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
 DICT = spaces.Dict({"position": VECTOR, "door": spaces.Discrete(2)})
 BOX_ACTIONS = spaces.Box(-1.0, 1.0, (2,))
+#: A part of each kind, with what the parts may have and the spaces alone may not.
+TUPLE_ACTIONS = spaces.Tuple(
+    [
+        spaces.Discrete(3, start=-1),
+        spaces.Box(-1.0, 1.0, (2, 1), np.float64),
+        spaces.MultiBinary([1, 2]),
+        spaces.Box(0.0, 5.0, (1,)),
+        spaces.MultiDiscrete(np.array([[2], [3]])),
+    ]
+)
+#: Its parts are sorted by name.
+DICT_ACTIONS = spaces.Dict({"move": BOX_ACTIONS, "grip": spaces.Discrete(2)})
 
 
 class Dense(LinearOperator):

@@ -1,5 +1,6 @@
 """The kinds of spaces of docs/spaces.md, and small trainings with them."""
 
+import math
 import os
 from typing import Any
 
@@ -24,6 +25,9 @@ EVERYTHING = spaces.Dict(
         "binary": spaces.MultiBinary(2),
     }
 )
+MIXED = spaces.Dict(
+    {"box": BOX_ACTIONS, "arm": ARMS, "several": spaces.MultiDiscrete([2, 3]), "binary": spaces.MultiBinary(2)}
+)
 #: Of each row: observations, actions, arguments.
 ACTIONS: dict[str, tuple[spaces.Space, spaces.Space, dict[str, Any]]] = {
     "Box": (VECTOR, BOX_ACTIONS, {}),
@@ -32,6 +36,7 @@ ACTIONS: dict[str, tuple[spaces.Space, spaces.Space, dict[str, Any]]] = {
     "Discrete": (VECTOR, ARMS, {}),
     "MultiDiscrete": (VECTOR, spaces.MultiDiscrete([2, 3]), {}),
     "MultiBinary": (VECTOR, spaces.MultiBinary(2), {}),
+    "Tuple or Dict of these": (VECTOR, MIXED, {}),
 }
 OBSERVATIONS: dict[str, tuple[spaces.Space, spaces.Space, dict[str, Any]]] = {
     "Box": (VECTOR, ARMS, {}),
@@ -53,7 +58,7 @@ class MaskedEnv(RandomEnv):
     def action_masks(self) -> np.ndarray:
         space: Any = self.action_space
         sizes = {spaces.Discrete: lambda: space.n, spaces.MultiDiscrete: lambda: space.nvec.sum()}
-        return np.ones(sizes.get(type(space), lambda: 2 * space.shape[0])(), dtype=bool)
+        return np.ones(sizes.get(type(space), lambda: 2 * math.prod(space.shape or (1,)))(), dtype=bool)
 
 
 def policy_of(case: Case, ending: str = "Policy") -> str:

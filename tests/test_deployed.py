@@ -10,7 +10,7 @@ import pytest
 import torch as th
 from agents import RandomEnv
 from gymnasium import spaces
-from helpers import BOX_ACTIONS, DICT, IMAGE, VECTOR, BetaPolicy
+from helpers import BOX_ACTIONS, DICT, IMAGE, TUPLE_ACTIONS, VECTOR, BetaPolicy
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -88,6 +88,22 @@ def test_the_actions_are_those_of_predict(case: str, format: str, tmp_path: Path
     np.testing.assert_allclose(actions, expected, rtol=1e-5, atol=1e-5)
     assert len(np.unique(expected, axis=0)) > 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+@with_formats
+def test_parts_of_mixed_actions_are_side_by_side(format: str, tmp_path: Path) -> None:
+    model = TRPO("MlpPolicy", RandomEnv(VECTOR, TUPLE_ACTIONS), **SMALL, target_kl=0.1).learn(96)
+    observations = samples_of(VECTOR)
+    path = export(model, tmp_path / f"agent{FORMATS[format]}", format)
+    (actions,) = run(path, DeployedPolicy(model), [observations])
+    # Discrete, Box, MultiBinary, Box, MultiDiscrete: in this order, and counted from 0
+    for row, expected in zip(actions, model.predict(observations, deterministic=True)[0], strict=True):
+        flat = np.concatenate([np.ravel(part) for part in (expected[0] + 1, *expected[1:])])
+        np.testing.assert_allclose(row, flat, rtol=1e-5, atol=1e-5)
+    path = export(model, tmp_path / f"samples{FORMATS[format]}", format, deterministic=False)
+    (samples,) = run(path, DeployedPolicy(model), [np.repeat(observations[:1], 500, axis=0)])
+    assert (samples.std(axis=0) > 0).all()
+    assert all(TUPLE_ACTIONS.contains(action) for action in model.policy.unscale_action(samples))
 
 
 @with_formats

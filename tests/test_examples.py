@@ -32,6 +32,7 @@ BUDGETS = {
     "kl_penalty": (2048, 8),
     "masks": (2048, 15),
     "memory": (2048, 8),
+    "mixed_actions": (2048, 3),
     "onnx": (2048, -2000),
     "pendulum": (2048, -2000),
     "point_mass": (4800, None),
@@ -50,6 +51,7 @@ THRESHOLDS = {
     "kl_penalty": 475,  # 500 and 500
     "masks": 45,  # 61
     "memory": 400,  # 500
+    "mixed_actions": 16,  # 17.9
     "onnx": -300,
     "pendulum": -300,  # -160
     "pretrain": 475,  # 500

@@ -42,8 +42,13 @@ def save_and_load(case: Case, algorithm: type[TRPO] = TRPO) -> None:
     assert th.equal(state_of(loaded), state_of(model))
     observations = samples_of(support.CASES[case][0], 10)
     expected = model.predict(observations, deterministic=True)[0]
-    np.testing.assert_array_equal(loaded.predict(observations, deterministic=True)[0], expected)
+    np.testing.assert_equal(list(loaded.predict(observations, deterministic=True)[0]), list(expected))
     loaded.learn(64, reset_num_timesteps=False)
+
+
+def flat(actions: np.ndarray) -> np.ndarray:
+    """Dicts of actions as rows of numbers."""
+    return np.stack([np.concatenate([np.ravel(part) for part in action.values()]) for action in actions])
 
 
 def write_and_run(case: Case, folder: Path) -> None:
@@ -51,7 +56,11 @@ def write_and_run(case: Case, folder: Path) -> None:
     path = export(model, folder / "agent.pt", "torchscript")
     observations = samples_of(support.CASES[case][0], 20)
     (actions,) = run(path, DeployedPolicy(model), as_inputs(observations))
-    np.testing.assert_allclose(actions, model.predict(observations, deterministic=True)[0], rtol=1e-5, atol=1e-5)
+    expected = model.predict(observations, deterministic=True)[0]
+    if expected.dtype == object:
+        # One vector each in the file
+        actions, expected = (flat(rows) for rows in (model.policy.unscale_action(actions), expected))
+    np.testing.assert_allclose(actions, expected, rtol=1e-5, atol=1e-5)
 
 
 def train_on_device(case: Case) -> None:
@@ -93,5 +102,5 @@ def test_cell(case: Case, column: str, content: str, tmp_path: Path, request: py
     if content == "yes":
         columns[column]()
     else:
-        with pytest.raises(ValueError, match=r"(only supports|has no policy|needs|must)"):
+        with pytest.raises(ValueError, match=r"(only supports|has no policy|is not supported)"):
             columns[column]()

@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.vector.utils import concatenate, create_empty_array
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
@@ -89,10 +90,14 @@ class VectorEnvAdapter(VecEnv):
         """
         Keep the actions of a step.
 
-        :param actions: of shape ``(n_envs, *action_space.shape)``
+        :param actions: of shape ``(n_envs, *action_space.shape)``; an array of tuples or dicts for Tuple and Dict actions
         :raises ValueError: if they have another shape
         """
-        self._actions = checked_actions(actions, (self.num_envs, *(self.action_space.shape or ())))
+        self._actions: Any = checked_actions(actions, (self.num_envs, *(self.action_space.shape or ())))
+        if isinstance(self.action_space, (spaces.Tuple, spaces.Dict)):
+            # Gymnasium wants a structure of arrays, and there is an array of structures
+            empty: Any = create_empty_array(self.action_space, self.num_envs)
+            self._actions = concatenate(self.action_space, self._actions, empty)
 
     def step_wait(self) -> VecEnvStepReturn:
         """Make the step, and start a new episode in the environments that are done."""

@@ -104,14 +104,14 @@ class KroneckerPreconditioner(LinearOperator):
         # The last layer's cotangent is the score itself, for which there is something better
         sources = [*jacobian.layer_inputs(), *jacobian.layer_cotangents(score)[:-1]]
         factors = [source.t() @ source / jacobian.n_samples for source in sources]
-        zeros = [th.zeros_like(score)] if jacobian.has_log_std else []
+        zeros = [score.new_zeros(len(score), jacobian.n_stds)] if jacobian.n_stds else []
         basis = th.eye(score.shape[1], dtype=score.dtype, device=score.device)
         columns = [output_fisher((row.expand_as(score), *zeros))[0].mean(dim=0) for row in basis]
         factors.append(th.stack(columns, dim=1))
-        if jacobian.has_log_std:
-            factors.append(output_fisher((*zeros, th.ones_like(score)))[1].mean(dim=0))
+        if jacobian.n_stds:
+            factors.append(output_fisher((th.zeros_like(score), th.ones_like(zeros[0])))[1].mean(dim=0))
         means = list(shares.means(factors))
-        self._log_std_scale: th.Tensor | None = 1 / (means.pop() + damping) if jacobian.has_log_std else None
+        self._log_std_scale: th.Tensor | None = 1 / (means.pop() + damping) if jacobian.n_stds else None
         eigen = _eigen(means)
         n_layers = len(eigen) // 2
         self._blocks: list[_Block] = []

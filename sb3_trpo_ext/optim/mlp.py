@@ -64,7 +64,7 @@ class MlpJacobian(Jacobian):
     :param layers: the linear layers, which have a bias, from input to output
     :param activations: one per layer but the last, each of a type in :data:`ELEMENTWISE_ACTIVATIONS`
     :param params: the parameters in the order of the flat vectors: those of the layers, and ``log_std``
-    :param log_std: shape ``(n_outputs,)``, if there is one
+    :param log_std: shape ``(n_stds,)``, if there is one: not every output needs to be a mean
     :raises ValueError: if ``params`` are not exactly the parameters of the layers and ``log_std``, or an activation is not
         elementwise
     """
@@ -133,14 +133,14 @@ class MlpJacobian(Jacobian):
             if layer.slope is not None:
                 tangent.mul_(layer.slope)
         assert tangent is not None
-        return (tangent,) if self._log_std_index is None else (tangent, parts[self._log_std_index].expand_as(tangent))
+        return (tangent,) if self._log_std_index is None else (tangent, parts[self._log_std_index].expand(len(tangent), -1))
 
     @th.no_grad()
     def vjp(self, cotangents: Statistics) -> th.Tensor:
         """
         J^T u, from the last layer to the first.
 
-        :param cotangents: those of the output and of the log std, each of shape ``(n_samples, n_outputs)``
+        :param cotangents: those of the output, of shape ``(n_samples, n_outputs)``, and of the log std if there is one
         :return: shape ``(n_params,)``
         """
         result = cotangents[0].new_empty(sum(self._sizes))
@@ -167,9 +167,9 @@ class MlpJacobian(Jacobian):
         return cotangents[::-1]
 
     @property
-    def has_log_std(self) -> bool:
-        """Whether the log std is the second statistic."""
-        return self._log_std_index is not None
+    def n_stds(self) -> int:
+        """How many numbers the log std has, which then is the second statistic; 0 without one."""
+        return 0 if self._log_std_index is None else self._sizes[self._log_std_index]
 
     def layer_inputs(self) -> list[th.Tensor]:
         """The inputs of each linear layer, with a column of ones for the bias; shape ``(n_samples, n_in + 1)``."""

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from sb3_trpo_ext.optim.mlp import ELEMENTWISE_ACTIVATIONS
+from sb3_trpo_ext.update.mixed import MixedDistribution
 from sb3_trpo_ext.update.normalization import NormalizedExtractor, OneHotScale, RunningNormalization
 from sb3_trpo_ext.update.settings import threads_for
 from sb3_trpo_ext.update.structure import (
@@ -141,7 +142,7 @@ class MlpActor(Actor):
         self._activations = [activation.forward for activation in structure.activations]
         self._features = policy.pi_features_extractor
         self._log_std = structure.log_std
-        self._draw = _sampler(self._distribution, structure)
+        self._draw = _sampler(self._distribution, structure.log_std)
         self._outputs: list[th.Tensor] = []
         self._size = sum(weight.numel() for weight, _ in self._layers)
 
@@ -188,16 +189,22 @@ def make_actor(policy: ActorCriticPolicy) -> Actor:
     return Actor(policy) if structure is None else MlpActor(policy, structure)
 
 
-def _sampler(distribution: Distribution, structure: MlpStructure) -> Callable[[th.Tensor], th.Tensor]:
+def _sampler(distribution: Distribution, log_std: th.Tensor | None) -> Callable[[th.Tensor], th.Tensor]:
     """
     How actions are drawn from the outputs of an MLP: the same numbers from the same generator as SB3's distributions.
 
     Operation by operation what `torch.distributions` does, to the last bit: one action that differs would make two runs with
     the same seed diverge.
     """
+    if isinstance(distribution, MixedDistribution):
+        sizes, log_stds = distribution.n_outputs, [None] * len(distribution.parts)
+        if log_std is not None:
+            log_stds = log_std.split(distribution.n_stds)
+        draws = [_sampler(*pair) for pair in zip(distribution.parts, log_stds, strict=True)]
+        return lambda outputs: th.cat([draw(own) for draw, own in zip(draws, outputs.split(sizes, dim=1), strict=True)], dim=1)
     if isinstance(distribution, DiagGaussianDistribution):
-        assert structure.log_std is not None
-        std = structure.log_std.detach().exp()
+        assert log_std is not None
+        std = log_std.detach().exp()
         if isinstance(distribution, SquashedDiagGaussianDistribution):
             return lambda mean: th.randn_like(mean).mul_(std).add_(mean).tanh_()
         return lambda mean: th.randn_like(mean).mul_(std).add_(mean)

@@ -57,7 +57,7 @@ class PolicyCalls:
         """
         The action distribution, given what the network of an MLP actor returned.
 
-        :param statistics: output of the network, and log std if there is one; shape ``(n_samples, n_outputs)`` each
+        :param statistics: output of the network, and log std if there is one, a row for each sample
         :param batch: the rollout
         :param part: of which samples the output is
         """

@@ -10,6 +10,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.autograd.function import once_differentiable
 
 from sb3_trpo_ext.optim.devices import sent_to
+from sb3_trpo_ext.update.mixed import MixedDistribution
 
 _HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
 
@@ -23,13 +24,15 @@ class ActionBounds(NamedTuple):
 
 def action_bounds(policy: ActorCriticPolicy) -> ActionBounds | None:
     """Find out to what the actions of a policy are clipped before the environment gets them."""
-    space, kind = policy.action_space, type(policy.action_dist)
-    if (
-        not isinstance(space, spaces.Box)
-        or kind not in (DiagGaussianDistribution, StateDependentNoiseDistribution)
-        or policy.squash_output
-        or not (space.bounded_below | space.bounded_above).any()
-    ):
+    space, distribution = policy.action_space, policy.action_dist
+    if not isinstance(space, spaces.Box):
+        return None
+    is_bounded = space.bounded_below | space.bounded_above
+    if isinstance(distribution, MixedDistribution):
+        is_bounded &= distribution.where_gaussian(distribution.n_actions).numpy()
+    elif type(distribution) not in (DiagGaussianDistribution, StateDependentNoiseDistribution) or policy.squash_output:
+        return None
+    if not is_bounded.any():
         return None
     weights = next(policy.parameters())
     bounds = (th.as_tensor(bound.flatten(), dtype=weights.dtype) for bound in (space.low, space.high))
@@ -82,11 +85,19 @@ def clipped_log_prob(distribution: Distribution, actions: th.Tensor, bounds: Act
     only, hence the expected gradient is the same, and its variance is never greater (Fujita and Maeda 2018, "Clipped Action
     Policy Gradient", https://arxiv.org/abs/1802.07564).
 
-    :param distribution: one of SB3's Gaussians, without squashing
+    :param distribution: one of SB3's Gaussians, without squashing, or one with such parts
     :param actions: what came out of it, shape ``(n_batch, n_actions)``
     :param bounds: of the action space
     :return: summed over action dimensions, shape ``(n_batch,)``
     """
+    if isinstance(distribution, MixedDistribution):
+        sizes = distribution.n_actions
+        pieces = zip(distribution.parts, actions.split(sizes, dim=1), *(bound.split(sizes) for bound in bounds), strict=True)
+        terms = [
+            clipped_log_prob(part, own, ActionBounds(*within)) if distribution.is_gaussian(part) else part.log_prob(own)
+            for part, own, *within in pieces
+        ]
+        return th.stack(terms).sum(dim=0)
     normal = distribution.distribution
     assert isinstance(normal, th.distributions.Normal)
     log_prob: th.Tensor = _ClippedNormal.apply(normal.loc, normal.scale, actions, bounds)  # type: ignore[no-untyped-call]

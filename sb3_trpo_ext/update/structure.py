@@ -25,6 +25,7 @@ from sb3_trpo_ext.optim.mlp import ELEMENTWISE_ACTIVATIONS
 from sb3_trpo_ext.optim.regression import REGRESSION_ACTIVATIONS
 from sb3_trpo_ext.update.calls import PolicyCalls
 from sb3_trpo_ext.update.distributions import BernoulliFamily, CategoricalFamily, GaussianFamily, family_of
+from sb3_trpo_ext.update.mixed import MixedDistribution, MixedFamily
 from sb3_trpo_ext.update.normalization import NormalizedExtractor
 
 
@@ -152,12 +153,13 @@ PLAIN_DISTRIBUTIONS: list[type[Distribution]] = [
     CategoricalDistribution,
     MultiCategoricalDistribution,
     BernoulliDistribution,
+    MixedDistribution,
 ]
 #: Classes of policies whose methods are known. A module for further policies adds its own to both lists.
 STOCK_POLICIES: list[type[BasePolicy]] = [ActorCriticPolicy]
 #: Families whose statistics these are. Exact types: a user's family, a subclass too, may describe the same distribution by
 #: other numbers, and the products of `MlpJacobian` would be of the wrong ones.
-_PLAIN_FAMILIES = (GaussianFamily, CategoricalFamily, BernoulliFamily)
+_PLAIN_FAMILIES = (GaussianFamily, CategoricalFamily, BernoulliFamily, MixedFamily)
 
 
 def actor_structure(policy: ActorCriticPolicy) -> MlpStructure | None:

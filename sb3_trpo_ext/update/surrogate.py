@@ -153,7 +153,7 @@ class Surrogate(Problem):
         jacobian = self._mlp_jacobian(structure, take(self.batch.observations, part))
         leaves = [jacobian.output.detach().requires_grad_()]
         if structure.log_std is not None:
-            leaves.append(structure.log_std.detach().expand_as(leaves[0]).clone().requires_grad_())
+            leaves.append(structure.log_std.detach().expand(len(leaves[0]), -1).clone().requires_grad_())
         return jacobian, leaves, self._calls.distribution_of(leaves, self.batch, part)
 
     def _mlp_jacobian(self, structure: MlpStructure, observations: PyTorchObs) -> MlpJacobian:

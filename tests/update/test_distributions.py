@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from helpers import BetaDistribution, as_matrix, relative_error
 from stable_baselines3.common.distributions import (
     BernoulliDistribution,
@@ -25,6 +26,7 @@ from sb3_trpo_ext import Family, register_family
 from sb3_trpo_ext.optim import HessianFisher
 from sb3_trpo_ext.update import distributions
 from sb3_trpo_ext.update.distributions import BernoulliFamily, CategoricalFamily, GaussianFamily, TorchFamily, family_of
+from sb3_trpo_ext.update.mixed import MixedActions, MixedDistribution
 from sb3_trpo_ext.update.settings import no_argument_checks
 
 Statistics = tuple[th.Tensor, ...]
@@ -46,6 +48,15 @@ def normal(statistics: Statistics) -> list[th.distributions.Distribution]:
     return [Normal(statistics[0], statistics[1].exp(), validate_args=False)]
 
 
+#: Of two Gaussians, a categorical of three and two Bernoullis.
+MIXED = MixedActions(spaces.Tuple([spaces.Box(-1.0, 1.0, (2,)), spaces.Discrete(3), spaces.MultiBinary(2)]))
+
+
+def mixed(statistics: Statistics) -> list[th.distributions.Distribution]:
+    means, logits, binary_logits = statistics[0].split([2, 3, 2], dim=-1)
+    return [*normal((means, statistics[1])), Categorical(logits=logits), Bernoulli(logits=binary_logits)]
+
+
 KINDS = {
     "gaussian": Kind(GaussianFamily(), (3, 3), normal),
     "squashed": Kind(GaussianFamily(squashed=True), (3, 3), normal),
@@ -54,6 +65,7 @@ KINDS = {
         CategoricalFamily([2, 3]), (5,), lambda s: [Categorical(logits=part) for part in th.split(s[0], [2, 3], dim=-1)]
     ),
     "bernoulli": Kind(BernoulliFamily(), (3,), lambda s: [Bernoulli(logits=s[0])]),
+    "mixed": Kind(family_of(MixedDistribution(MIXED)), (7, 2), mixed),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 double = pytest.mark.usefixtures("float64")
@@ -359,6 +371,7 @@ MAKERS = {
     "categorical": Maker(lambda: CategoricalDistribution(3), ((N_SAMPLES, 3),)),
     "multi_categorical": Maker(lambda: MultiCategoricalDistribution([2, 3]), ((N_SAMPLES, 5),)),
     "bernoulli": Maker(lambda: BernoulliDistribution(2), ((N_SAMPLES, 2),)),
+    "mixed": Maker(lambda: MixedDistribution(MIXED), ((N_SAMPLES, 7), (2,))),
     "users": Maker(lambda: BetaDistribution(2), ((N_SAMPLES, 4),)),
 }
 
@@ -385,9 +398,10 @@ def test_std_is_that_of_the_gaussian_or_nothing(name: str) -> None:
     distribution.proba_distribution(*MAKERS[name].arguments())
     family = family_of(distribution)
     std = family.std(family.statistics(distribution))
-    if isinstance(distribution.distribution, Normal):
+    inner = distribution.distribution[0] if name == "mixed" else distribution.distribution
+    if isinstance(inner, Normal):
         assert std is not None
-        assert relative_error(std, distribution.distribution.scale) < 1e-12
+        assert relative_error(std, inner.scale) < 1e-12
     else:
         assert std is None
 

@@ -10,6 +10,7 @@ from gymnasium import spaces
 from helpers import (
     BOX_ACTIONS,
     DICT,
+    TUPLE_ACTIONS,
     BetaPolicy,
     finite_difference,
     make_batch,
@@ -21,10 +22,11 @@ from stable_baselines3.common.distributions import DiagGaussianDistribution, Dis
 from torch.distributions import Normal, kl_divergence
 
 from sb3_trpo_ext.optim.vectors import assign_, flatten
-from sb3_trpo_ext.policies import MultiInputPolicy, SquashedMlpPolicy
+from sb3_trpo_ext.policies import MlpPolicy, MultiInputPolicy, SquashedMlpPolicy, mixed_policy
 from sb3_trpo_ext.update import distributions
 from sb3_trpo_ext.update.batch import numbers_per_sample, take
 from sb3_trpo_ext.update.distributions import GaussianFamily
+from sb3_trpo_ext.update.mixed import MixedActions
 from sb3_trpo_ext.update.structure import split_policy
 from sb3_trpo_ext.update.surrogate import Limits, Surrogate
 
@@ -40,6 +42,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "multi_categorical": {"action_space": spaces.MultiDiscrete([2, 3])},
     "bernoulli": {"action_space": spaces.MultiBinary(2)},
     "dict": {"observation_space": DICT, "policy_class": MultiInputPolicy},
+    "mixed": {"action_space": MixedActions(TUPLE_ACTIONS), "policy_class": mixed_policy(MlpPolicy)},
     "users": {"action_space": spaces.Box(0.0, 1.0, (2,)), "policy_class": BetaPolicy},
 }
 each_policy = pytest.mark.parametrize("name", POLICIES)
