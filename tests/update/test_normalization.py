@@ -108,7 +108,8 @@ def test_the_extractor_of_a_user_gets_normalized_observations() -> None:
 @pytest.mark.parametrize("dtype", [bool, np.uint8])
 def test_rewards_are_divided_by_the_standard_deviation_of_the_discounted_return(dtype: type) -> None:
     rng = np.random.default_rng(0)
-    rewards, dones = rng.normal(1, 2, (60, 4)), (rng.random((60, 4)) < 0.1).astype(dtype)
+    rewards = rng.normal(1, 2, (60, 4))
+    dones: np.ndarray = (rng.random((60, 4)) < 0.1).astype(dtype)
     scale = RewardScale(gamma=0.9)
     assert scale.scale == 1.0
     for part in (slice(0, 25), slice(25, 60)):
