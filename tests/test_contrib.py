@@ -267,7 +267,7 @@ def test_signature_begins_with_contribs() -> None:
     ours = list(inspect.signature(TRPO.__init__).parameters.values())
     theirs = list(inspect.signature(sb3_contrib.TRPO.__init__).parameters.values())
     # Where ours are chosen for a task that nobody tuned
-    own_defaults = {"learning_rate", "n_steps", "batch_size", "gae_lambda", "cg_damping", "target_kl"}
+    own_defaults = {"learning_rate", "n_steps", "batch_size", "gae_lambda", "cg_damping", "target_kl", "sub_sampling_factor"}
     for our_parameter, their_parameter in zip(ours, theirs, strict=False):
         default = our_parameter.default if our_parameter.name in own_defaults else their_parameter.default
         assert our_parameter.replace(annotation=None) == their_parameter.replace(annotation=None, default=default)

@@ -393,8 +393,11 @@ def test_bad_option_of_the_trust_region_is_named(trust_region: str, options: Any
 @pytest.mark.parametrize(
     ("action_space", "message"),
     [
-        (spaces.Tuple([spaces.Discrete(2), BOX_ACTIONS]), "Tuple.* is not supported: TRPO supports Box, Discrete"),
-        (spaces.Dict({"move": spaces.Discrete(2)}), "Dict.* is not supported: TRPO supports"),
+        (
+            spaces.Tuple([spaces.Discrete(2), spaces.Text(4)]),
+            "Tuple.* is not supported: in Text.*, TRPO supports Box, Discrete",
+        ),
+        (spaces.Dict({"move": spaces.Dict({"x": BOX_ACTIONS})}), "Dict.* is not supported: it has Dict.* in it"),
         (spaces.Text(4), "Text.* is not supported: TRPO supports"),
         (
             spaces.MultiBinary([2, 3]),
