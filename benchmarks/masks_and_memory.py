@@ -30,6 +30,7 @@ from sb3_contrib.common.maskable.evaluation import evaluate_policy
 from stable_baselines3.common.env_util import make_vec_env
 
 from benchmarks.markdown import ROOT, table
+from benchmarks.timing import spread
 from sb3_trpo_ext import MaskableTRPO, RecurrentTRPO
 from sb3_trpo_ext.envs.blocks import Blocks
 
@@ -115,13 +116,10 @@ def compare_updates(n_pairs: int) -> dict[str, dict[str, float]]:
                 pair.append(time.perf_counter() - started)
             seconds.append(pair)
         ours, theirs = zip(*seconds, strict=True)
-        ratios = [second / first for first, second in seconds]
         results[name] = {
             "ours_s": statistics.median(ours),
             "theirs_s": statistics.median(theirs),
-            "ratio": statistics.median(ratios),
-            "ratio_min": min(ratios),
-            "ratio_max": max(ratios),
+            **spread([second / first for first, second in seconds]),
         }
         print(name, json.dumps(results[name]), flush=True)
     return results

@@ -120,7 +120,8 @@ class TRPO(SavingAlgorithm):
         does it
     :param stagger_episodes: Whether environments whose episodes begin and end together are taken apart: after each of the
         first rollouts some of them begin a new episode, and no sample is lost. In ``DummyVecEnv``, ``SubprocVecEnv``,
-        ``EnvPoolVecEnv`` and environments of tensors, without wrappers. ``"auto"``: where ``n_steps`` is left to the class
+        ``EnvPoolVecEnv``, ``VectorEnvAdapter`` and environments of tensors, without wrappers. ``"auto"``: where ``n_steps``
+        is left to the class
     :param norm_reward: Whether rewards are divided by the standard deviation of the discounted return. ``"auto"``: unless a
         ``VecNormalize`` does it
     :raises ValueError: for a bad argument, with its name

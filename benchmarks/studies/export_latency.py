@@ -6,7 +6,6 @@ Each is timed on the same 2,000 observations, one at a time, in turn and several
 the ratios within each, and the sizes of the files.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -19,6 +18,7 @@ import numpy as np
 import onnxruntime
 import torch as th
 
+from benchmarks.timing import spread, timing_parser
 from sb3_trpo_ext import export
 from sb3_trpo_ext.tools.report import load_run
 from sb3_trpo_ext.zoo.manager import register
@@ -43,10 +43,7 @@ def seconds(act: Callable[[np.ndarray], Any], observations: np.ndarray) -> float
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    args = timing_parser(__doc__, repetitions=9).parse_args()
     th.set_num_threads(1)
     register()
     run = load_run("Humanoid-v5", str(ROOT / "results"), device="cpu")
@@ -67,12 +64,9 @@ def main() -> None:
     times = [{name: seconds(act, observations) for name, act in ways.items()} for _ in range(args.repetitions)]
     rows = {}
     for name in ways:
-        ratios = [each["predict"] / each[name] for each in times]
         rows[name] = {
             "seconds": statistics.median(each[name] for each in times),
-            "ratio": statistics.median(ratios),
-            "ratio_min": min(ratios),
-            "ratio_max": max(ratios),
+            **spread([each["predict"] / each[name] for each in times]),
             "bytes": sizes.get(name, run.model_path.stat().st_size),
         }
     result = {"torch": th.__version__, "onnxruntime": onnxruntime.__version__, "rows": rows}

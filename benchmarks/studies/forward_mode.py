@@ -9,12 +9,10 @@ timed in turn, on rollouts of 2,048 samples of CartPole-v1 without velocities, w
 the building of the graph, and ``J^T u``, which every product with the Fisher matrix needs as well.
 """
 
-import argparse
 import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch as th
@@ -22,9 +20,11 @@ import torch.autograd.forward_ad as forward_ad
 from rl_zoo3.wrappers import MaskVelocityWrapper
 from stable_baselines3.common.env_util import make_vec_env
 
+from benchmarks.timing import spread, timing_parser
 from sb3_trpo_ext import RecurrentTRPO
 from sb3_trpo_ext.optim import AutogradJacobian
-from sb3_trpo_ext.optim.vectors import flatten, unflatten
+from sb3_trpo_ext.optim.vectors import unflatten
+from sb3_trpo_ext.update.distributions import family_of
 from sb3_trpo_ext.update.settings import no_argument_checks
 from sb3_trpo_ext.update.surrogate import _Outputs
 
@@ -53,7 +53,7 @@ def compare(n_envs: int, hidden_size: int, n_repetitions: int) -> dict[str, Any]
     batch, calls = model._full_batch(), model.calls_class.on(model.policy, model.rollout_buffer)
     params = model._parts.actor_params
     with no_argument_checks:
-        family_outputs = _Outputs(calls, batch, model_family(model, calls, batch))
+        family_outputs = _Outputs(calls, batch, family_of(model.policy.action_dist))
         everything = slice(0, batch.n_samples)
         by_name = {name: param for name, param in family_outputs.named_parameters() if any(param is each for each in params)}
         vector = th.randn(sum(param.numel() for param in params))
@@ -83,8 +83,6 @@ def compare(n_envs: int, hidden_size: int, n_repetitions: int) -> dict[str, Any]
             }
             for _ in range(n_repetitions)
         ]
-    assert flatten(list(by_name.values())).numel() == vector.numel()
-    ratios = [each["reverse"] / each["forward mode"] for each in times]
     return {
         "n_envs": n_envs,
         "hidden_size": hidden_size,
@@ -92,26 +90,13 @@ def compare(n_envs: int, hidden_size: int, n_repetitions: int) -> dict[str, Any]
         "longest": int(calls.sequences.lengths.max()),
         "difference": difference,
         **{name: statistics.median(each[name] for each in times) for name in times[0]},
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
+        **spread([each["reverse"] / each["forward mode"] for each in times]),
     }
-
-
-def model_family(model: RecurrentTRPO, calls: Any, batch: Any) -> Any:
-    """The family of a policy's distribution."""
-    from sb3_trpo_ext.update.distributions import family_of
-
-    with th.no_grad():
-        return family_of(calls.distribution(batch, slice(1)))
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    args = timing_parser(__doc__, repetitions=9).parse_args()
     th.set_num_threads(1)
     rows = []
     for n_envs, hidden_size in ((16, 64), (1, 64), (16, 256)):

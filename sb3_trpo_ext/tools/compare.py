@@ -19,10 +19,10 @@ from typing import Any
 import yaml
 from rich.progress import Progress, TaskID
 
+from sb3_trpo_ext._files import write_json
 from sb3_trpo_ext.callbacks import FILE_NAME, read_rows
 from sb3_trpo_ext.tools.comparison_settings import Settings, find_settings, with_equal_kl
 from sb3_trpo_ext.tools.comparison_table import as_markdown, draw_curves, make_table
-from sb3_trpo_ext.tools.report import write_json
 from sb3_trpo_ext.zoo.runs import Run, RunError, read_run, reward_threshold
 from sb3_trpo_ext.zoo.settings import KEY, as_option
 

@@ -1,7 +1,6 @@
 """The command ``sb3-trpo report``: evaluates the agent of a run in RL-Zoo's layout and draws its learning curve."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
-from sb3_trpo_ext._files import replacing
+from sb3_trpo_ext._files import write_json
 from sb3_trpo_ext.tools.plots import Panel, draw_learning_curve, return_lines
 from sb3_trpo_ext.zoo.masks import remember
 from sb3_trpo_ext.zoo.runs import evaluation_curve, latest_run, read_settings, training_curve
@@ -180,12 +179,6 @@ def summarize(run: Run, episodes: Episodes) -> dict[str, Any]:
         if values:
             summary[name] = {"mean": float(np.mean(values)), "std": float(np.std(values)), "episodes": values}
     return summary
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file completely or not at all."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def run_parser(name: str, description: str) -> argparse.ArgumentParser:

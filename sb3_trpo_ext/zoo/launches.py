@@ -16,7 +16,7 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_trpo_ext import __version__
-from sb3_trpo_ext._files import replacing
+from sb3_trpo_ext._files import write_json
 from sb3_trpo_ext.parallel.reductions import world_size
 
 FILE_NAME = "run.json"
@@ -122,5 +122,4 @@ class Launch:
 
     def _write(self) -> None:
         assert self._path is not None
-        with replacing(self._path) as path:
-            path.write_text(json.dumps({"launches": self._entries}, indent=2) + "\n", encoding="utf-8")
+        write_json(self._path, {"launches": self._entries})
