@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 TEST_STAMP := $(VENV)/.installed-test
+SLOW_STAMP := $(VENV)/.installed-slow
 CORE := .venv-core
 OLDEST := .venv-oldest
 
@@ -43,6 +44,10 @@ $(TEST_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".[brax,export,playground]"
 	touch $@
 
+$(SLOW_STAMP): $(TEST_STAMP)
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".[tracking]"
+	touch $@
+
 train: $(STAMP) ## Train and evaluate an agent: ENV=Humanoid-v5 STEPS=400000 SEED=0 LOGS=logs
 	$(BIN)/sb3-trpo train --env $(ENV) -n $(STEPS) --seed $(SEED) -f $(LOGS) -P --verbose 0
 	$(BIN)/sb3-trpo report --env $(ENV) -f $(LOGS)
@@ -54,7 +59,7 @@ test: $(TEST_STAMP) ## Run the tests
 coverage: $(TEST_STAMP) ## Run the tests and show the coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report term
 
-test-slow: $(TEST_STAMP) ## Run the tests that take longer
+test-slow: $(SLOW_STAMP) ## Run the tests that take longer
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
 
 test-core: ## Check what works with the core dependencies alone
