@@ -12,6 +12,8 @@ from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.save_util import load_from_zip_file, open_path
 
+from sb3_trpo_ext._checks import ArgumentError
+
 
 def saved_attributes(path: str | pathlib.Path | io.BufferedIOBase) -> dict[str, Any]:
     """The attributes in a file of a saved model, as far as JSON has them."""
@@ -29,6 +31,21 @@ def saved_attributes(path: str | pathlib.Path | io.BufferedIOBase) -> dict[str, 
 def is_contrib_model(attributes: Collection[str]) -> bool:
     """Whether a saved model is sb3-contrib's TRPO rather than ours."""
     return "cg_max_steps" in attributes and "trust_region" not in attributes
+
+
+def check_is_trpo(path: Any, attributes: Collection[str]) -> None:
+    """
+    Check that a saved model is one of TRPO.
+
+    :param path: of the file
+    :param attributes: what is known of those in it
+    :raises ValueError: if another algorithm saved it
+    """
+    if attributes and "cg_max_steps" not in attributes:
+        raise ArgumentError(
+            f"`path`: the model in {path} is of another algorithm, such as PPO. To go on with its policy, make a model with "
+            "`norm_obs=False` and `norm_reward=False`, and call its `set_parameters` with this file."
+        )
 
 
 def joint_kl_factor(action_space: spaces.Space) -> int:

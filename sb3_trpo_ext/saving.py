@@ -14,7 +14,7 @@ from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 
 from sb3_trpo_ext import arguments
 from sb3_trpo_ext._files import replacing
-from sb3_trpo_ext.contrib import is_contrib_model, joint_kl_arguments, saved_attributes
+from sb3_trpo_ext.contrib import check_is_trpo, is_contrib_model, joint_kl_arguments, saved_attributes
 from sb3_trpo_ext.optim import AdaptiveKLPenalty
 from sb3_trpo_ext.parallel import launch
 from sb3_trpo_ext.parallel.reductions import rank
@@ -100,9 +100,11 @@ class SavingAlgorithm(OnPolicyAlgorithm):
         :param kwargs: attributes to change when loading, such as ``target_kl``
         :return: new model instance
         :raises TypeError: for an attribute that neither the constructor nor the saved model has
+        :raises ValueError: for a model of another algorithm
         """
         device = launch.rank_device(device)
         saved = saved_attributes(path)
+        check_is_trpo(path, saved)
         arguments.check_attributes(cls, kwargs, saved)
         if "n_steps" in {**kwargs, **(custom_objects or {})}:
             # Not what it had come to by itself, even if it is the same number

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import sb3_contrib
+import stable_baselines3
 import torch as th
 from agents import assert_identical, collect, copies, log_of, make_model, random_vec_env, train
 from gymnasium import spaces
 from helpers import BOX_ACTIONS, DICT, VECTOR, relative_error
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from stable_baselines3.common.logger import Logger
 
-from sb3_trpo_ext import TRPO
+from sb3_trpo_ext import TRPO, MaskableTRPO, RecurrentTRPO
 
 #: What makes our step sb3-contrib's: plain conjugate gradient, scaled by the damped curvature, and no filling of the region.
 CONTRIB_STEP = {"fill": False, "damped_scale": True, "precondition": False}
@@ -245,6 +247,26 @@ def test_file_that_is_no_model_is_reported_as_sb3_does(tmp_path: Path) -> None:
     (tmp_path / "model.zip").write_text("not an archive")
     with pytest.raises(ValueError, match="wasn't a zip-file"):
         TRPO.load(tmp_path / "model.zip")
+
+
+@pytest.mark.parametrize(
+    ("other", "ours", "policy"),
+    [
+        (stable_baselines3.PPO, TRPO, "MlpPolicy"),
+        (sb3_contrib.MaskablePPO, MaskableTRPO, "MlpPolicy"),
+        (sb3_contrib.RecurrentPPO, RecurrentTRPO, "MlpLstmPolicy"),
+    ],
+)
+def test_model_of_another_algorithm_gives_its_policy(other: Any, ours: type[TRPO], policy: str, tmp_path: Path) -> None:
+    env = InvalidActionEnvDiscrete(dim=4)
+    saved = other(policy, env, n_steps=32, batch_size=32, device="cpu")
+    saved.save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"^`path`: the model in .*model is of another algorithm.*set_parameters"):
+        ours.load(tmp_path / "model")
+    model = ours(policy, env, n_steps=32, batch_size=32, norm_obs=False, norm_reward=False, device="cpu")
+    model.set_parameters(tmp_path / "model")  # type: ignore[arg-type]
+    assert_identical(model.policy.state_dict(), saved.policy.state_dict())
+    model.learn(64)
 
 
 @pytest.mark.parametrize("from_file", [False, True], ids=["parameters", "file"])
