@@ -30,7 +30,8 @@ class Shown(NamedTuple):
 
 
 SHOWN = {
-    "Humanoid-v5": Shown((100, 200, 300, 400, 500, 700, 1000)),
+    "Humanoid-v5": Shown((100, 200, 300, 400, 500, 600, 700, 1000)),
+    "HalfCheetah-v5": Shown((100, 200, 300)),
     "Ant-v5": Shown((200, 400, 600, 800, 1000)),
     "Hopper-v5": Shown((200, 400, 600, 800, 1000)),
     "Swimmer-v5": Shown((100, 200, 400, 600, 1000)),
