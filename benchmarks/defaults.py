@@ -22,7 +22,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_normalization
 
 from benchmarks.markdown import table
-from benchmarks.tasks import CHOOSING, JUDGING, TASKS, Task
+from benchmarks.tasks import CHOOSING, JUDGING, TASKS, Task, task_named
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.envs import EnvPoolVecEnv
 from sb3_trpo_ext.tools.comparison_table import interquartile_means
@@ -64,8 +64,8 @@ class Agent(NamedTuple):
     settings: dict[str, Any] = {}  # noqa: RUF012 it is not changed
     #: Whether it trains in EnvPool, where that has the task: the same physics, and faster.
     is_in_envpool: bool = False
-    #: Whether RL-Zoo's settings for the task are used, environments and normalization included.
-    is_tuned: bool = False
+    #: Makes the model, environments and normalization included, of a task and a seed; the above is not used then.
+    make_model: Callable[[Task, int], OnPolicyAlgorithm] | None = None
 
 
 class Job(NamedTuple):
@@ -76,26 +76,6 @@ class Job(NamedTuple):
     name: str
     agent: Agent
     seed: int
-
-
-RIVALS = {
-    f"{name}-{n_envs}{'-normalized' * is_normalized}": Agent(algorithm, n_envs, is_normalized)
-    for name, algorithm in (("ppo", PPO), ("trpo", sb3_contrib.TRPO))
-    for n_envs in (1, 16)
-    for is_normalized in (False, True)
-}
-#: Those that have more than one seed.
-FINALISTS = ("trpo-1-normalized", "ppo-1-normalized")
-TUNED = "ppo-tuned"
-AGENTS: dict[str, Agent] = {
-    "random": Agent(None),
-    **RIVALS,
-    TUNED: Agent(PPO, is_tuned=True),
-    **{f"ours-{n_envs}": Agent(TRPO, n_envs) for n_envs in (1, 8, 16, 32)},
-}
-
-#: Ours, as it is compared with the rivals.
-OURS = "ours-16"
 
 
 #: Where RL-Zoo has settings for PPO under the name of an older version, and of the same simulator.
@@ -117,30 +97,55 @@ def tuned_settings() -> dict[str, dict[str, Any]]:
     return {task: entries[name] for task, name in names.items() if name in entries}
 
 
-def tuned_model(task: Task, seed: int) -> OnPolicyAlgorithm:
-    """The PPO that ``python -m rl_zoo3.train --algo ppo`` makes, with the settings that it has for a task."""
-    from rl_zoo3.exp_manager import ExperimentManager
+def zoo_model(
+    manager_class: Callable[..., Any], algo: str, settings: dict[str, Any], task: Task, seed: int
+) -> OnPolicyAlgorithm:
+    """
+    The model that RL-Zoo's ``train`` makes.
 
+    :param manager_class: RL-Zoo's, or one that knows more
+    :param algo: key of the algorithm
+    :param settings: for the task
+    :param task: the task
+    :param seed: of the training
+    :return: with its environments
+    """
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        config = Path(folder, "ppo.yml")
-        config.write_text(yaml.safe_dump({task.name: tuned_settings()[task.name]}))
-        manager = ExperimentManager(
-            argparse.Namespace(),
-            "ppo",
-            task.name,
-            folder,
-            n_timesteps=task.n_steps,
-            eval_freq=-1,
-            seed=seed,
-            verbose=0,
-            device="cpu",
-            config=str(config),
-        )
-        experiment = manager.setup_experiment()
+        config = Path(folder, f"{algo}.yml")
+        config.write_text(yaml.safe_dump({task.name: settings}))
+        options = {"n_timesteps": task.n_steps, "eval_freq": -1, "verbose": 0, "device": "cpu", "config": str(config)}
+        experiment = manager_class(argparse.Namespace(), algo, task.name, folder, seed=seed, **options).setup_experiment()
     assert experiment is not None
     model = experiment[0]
     assert isinstance(model, OnPolicyAlgorithm)
     return model
+
+
+def tuned_model(task: Task, seed: int) -> OnPolicyAlgorithm:
+    """The PPO that ``python -m rl_zoo3.train --algo ppo`` makes, with the settings that it has for a task."""
+    from rl_zoo3.exp_manager import ExperimentManager
+
+    return zoo_model(ExperimentManager, "ppo", tuned_settings()[task.name], task, seed)
+
+
+RIVALS = {
+    f"{name}-{n_envs}{'-normalized' * is_normalized}": Agent(algorithm, n_envs, is_normalized)
+    for name, algorithm in (("ppo", PPO), ("trpo", sb3_contrib.TRPO))
+    for n_envs in (1, 16)
+    for is_normalized in (False, True)
+}
+#: Those that have more than one seed.
+FINALISTS = ("trpo-1-normalized", "ppo-1-normalized")
+TUNED = "ppo-tuned"
+AGENTS: dict[str, Agent] = {
+    "random": Agent(None),
+    **RIVALS,
+    TUNED: Agent(PPO, make_model=tuned_model),
+    **{f"ours-{n_envs}": Agent(TRPO, n_envs) for n_envs in (1, 8, 16, 32)},
+}
+
+#: Ours, as it is compared with the rivals.
+OURS = "ours-16"
 
 
 def policy_for(space: spaces.Space) -> str:
@@ -185,7 +190,7 @@ class Returns(BaseCallback):
 def run(job: Job) -> dict[str, Any]:
     """Train an agent, and let it act: a row of the file."""
     agent, seed = job.agent, job.seed
-    task = TASKS[job.task]._replace(n_steps=job.n_steps)
+    task = task_named(job.task)._replace(n_steps=job.n_steps)
     th.set_num_threads(1)
     warnings.simplefilter("ignore")
     started = time.time()
@@ -193,8 +198,8 @@ def run(job: Job) -> dict[str, Any]:
     row = {"task": task.name, "agent": job.name, "seed": seed, "episodes": N_EPISODES}
     if agent.algorithm is None:
         return {**row, "steps": 0, **_random(evaluation, seed), "seconds": round(time.time() - started), "curve": ""}
-    if agent.is_tuned:
-        model = tuned_model(task, seed)
+    if agent.make_model is not None:
+        model = agent.make_model(task, seed)
     else:
         venv = environments(task, agent, seed)
         if agent.is_normalized:
@@ -204,7 +209,7 @@ def run(job: Job) -> dict[str, Any]:
     model.learn(task.n_steps, recorder)
     training = model.get_vec_normalize_env()
     if training is not None:
-        evaluation = normalized(evaluation, training=False, norm_reward=False)
+        evaluation = normalized(evaluation, training=False, norm_obs=training.norm_obs, norm_reward=False)
         sync_envs_normalization(training, evaluation)
     returns, _ = evaluate_policy(model, evaluation, N_EPISODES, deterministic=True, return_episode_rewards=True)
     curve = np.full(N_BINS, np.nan)

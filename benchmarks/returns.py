@@ -190,10 +190,10 @@ def seed_lines(results: Sequence[Result], color: str, label: str) -> list[Line]:
 def draw_humanoid() -> None:
     """Draw the learning curves on Humanoid-v5."""
     lines = []
-    for algorithm, label in LABELS.items():
+    for algorithm, color in COLORS.items():
         settings, whose = (PUBLISHED, "") if algorithm == "trpo_ext" else ("RL-Zoo", ", RL-Zoo's settings")
         results = humanoid(algorithm, settings)
-        lines += seed_lines(results, COLORS[algorithm], f"{label}{whose} ({n_seeds(results)})")
+        lines += seed_lines(results, color, f"{LABELS[algorithm]}{whose} ({n_seeds(results)})")
     title = "Humanoid-v5: 10 deterministic episodes, each seed and the mean over seeds"
     draw_learning_curve(RESULTS / "humanoid.png", Panel(title, lines), 1e6)
 

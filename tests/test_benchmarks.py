@@ -41,3 +41,16 @@ def test_update_is_timed_and_its_quality_measured(update: Any) -> None:
     quality = update.step_quality(pair, 2, callback)
     # Both climb, on the samples that they were computed from
     assert quality["ours"]["in_sample"] > 0 and quality["theirs"]["in_sample"] > 0
+
+
+def test_pictures_of_the_results_can_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    with importable_benchmarks():
+        returns = importlib.import_module("benchmarks.returns")
+        if not returns.SUITE.exists():
+            pytest.skip("a source distribution has no results")
+        monkeypatch.setattr(returns.Figure, "savefig", lambda figure, path, **_: drawn.append(path.name))
+        monkeypatch.setattr(returns, "draw_learning_curve", lambda path, *_: drawn.append(path.name))
+        returns.draw_humanoid()
+        returns.draw_suite()
+    assert drawn == ["humanoid.png", "suite.png"]

@@ -153,7 +153,7 @@ def test_equal_kl_needs_numbers() -> None:
         comparison_settings.with_equal_kl(comparison_settings.find_settings("trpo", "Hopper-v5"), "Reacher-v5")
 
 
-@pytest.mark.parametrize(("env_id", "n_dims"), [("Acrobot-v1", 1), ("Hopper-v5", 3), ("Pendulum-v1", 1)])
+@pytest.mark.parametrize(("env_id", "n_dims"), [("MountainCar-v0", 1), ("Hopper-v5", 3), ("MountainCarContinuous-v0", 1)])
 def test_equal_kl_divides_by_the_number_of_action_dimensions(env_id: str, n_dims: int) -> None:
     converted = comparison_settings.with_equal_kl(comparison_settings.find_settings("trpo", env_id), env_id)
     ours = load_hyperparams()[env_id]["cg_damping"]
