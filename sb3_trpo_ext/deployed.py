@@ -11,7 +11,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 from torch import nn
 
 from sb3_trpo_ext._checks import ArgumentError, check_choice
@@ -29,11 +29,16 @@ _STATE, _MASKS = ("hidden", "cell", "episode_start"), "action_masks"
 class _VecNormalized(nn.Module):
     """What a ``VecNormalize`` does to observations, by its statistics of now."""
 
-    def __init__(self, normalize: VecNormalize):
+    def __init__(self, normalize: VecNormalize, parts: dict[str, spaces.Space[Any]]):
         super().__init__()
         self.clip = normalize.clip_obs
         rms = normalize.obs_rms
         for key, moments in (rms if isinstance(rms, dict) else {"": rms}).items():
+            if key not in parts or moments.mean.shape != parts[key].shape:
+                raise ArgumentError(
+                    f"`env`: its VecNormalize has statistics of shape {moments.mean.shape}, and the policy has no observation "
+                    "like that. Wrappers that change observations, such as VecFrameStack, must be below VecNormalize."
+                )
             std = np.sqrt(moments.var + normalize.epsilon)
             for name, value in (("mean", moments.mean), ("std", std)):
                 self.register_buffer(f"{name}_{key}", th.as_tensor(value, dtype=th.float32))
@@ -44,6 +49,20 @@ class _VecNormalized(nn.Module):
             return observations
         mean, std = getattr(self, f"mean_{key}"), getattr(self, f"std_{key}")
         return ((observations.float() - mean) / std).clamp(-self.clip, self.clip)
+
+
+def _normalizing(env: Any) -> VecNormalize | None:
+    """The ``VecNormalize`` that normalizes the observations of an environment; ``None`` without one."""
+    if env is not None and not isinstance(env, VecEnv):
+        raise ArgumentError(f"`env` must be a VecEnv of SB3, such as the VecNormalize of the training, got {env!r}.")
+    found = []
+    while isinstance(env, VecEnvWrapper):
+        if isinstance(env, VecNormalize) and env.norm_obs:
+            found.append(env)
+        env = env.venv
+    if len(found) > 1:
+        raise ArgumentError("`env` has two VecNormalize that both normalize observations: leave it to one of them.")
+    return found[0] if found else None
 
 
 class DeployedPolicy(nn.Module):
@@ -73,10 +92,16 @@ class DeployedPolicy(nn.Module):
             raise ArgumentError("`deterministic=False` with gSDE: its noise lasts for many steps. Use `deterministic=True`.")
         self.policy: Any = policy
         self.deterministic = deterministic
+        if env is None and model.env is None and not getattr(model, "norm_obs", False):
+            warnings.warn(
+                "The model has no environment. If it was trained in a VecNormalize, pass that as `env`, or the file lacks it.",
+                stacklevel=3,
+            )
+        self._parts = parts_of(model.observation_space)
+        wrapper = _normalizing(model.env if env is None else env)
         self.normalize: _VecNormalized | None = None
-        wrapper = model.get_vec_normalize_env() if env is None else unwrap_vec_normalize(env)
-        if wrapper is not None and wrapper.norm_obs:
-            self.normalize = _VecNormalized(wrapper).to(policy.device)
+        if wrapper is not None:
+            self.normalize = _VecNormalized(wrapper, self._parts).to(policy.device)
         self.is_recurrent = hasattr(policy, "lstm_actor")
         self.has_masks = _MASKS in inspect.signature(policy.get_distribution).parameters
         self._action_shape = model.action_space.shape or ()
@@ -84,14 +109,16 @@ class DeployedPolicy(nn.Module):
             for name in ("low", "high"):
                 bound = th.as_tensor(getattr(model.action_space, name), dtype=th.float32, device=policy.device)
                 self.register_buffer(name, bound)
-        self._parts = parts_of(model.observation_space)
         #: Names of the inputs: a part of the observations each, then masks or the state of an LSTM.
         self.inputs = [key or "observation" for key in self._parts]
         self.inputs += list(_STATE) * self.is_recurrent + [_MASKS] * self.has_masks
-        if len(set(self.inputs)) < len(self.inputs):
-            raise ArgumentError(f"`model`: a key of {model.observation_space} is the name of another input: {self.inputs}.")
         #: Names of the outputs.
         self.outputs = ["action", *(f"next_{name}" for name in _STATE[:2] * self.is_recurrent)]
+        names = [*self.inputs, *self.outputs]
+        if len(set(names)) < len(names):
+            raise ArgumentError(
+                f"`model`: a key of {model.observation_space} is the name of another input or output: {names}."
+            )
 
     def examples(self, n_batch: int = 2) -> tuple[th.Tensor, ...]:
         """
@@ -164,18 +191,26 @@ def export(
     Inputs and outputs are those of :class:`DeployedPolicy`, of which the file is a copy; the size of the batch is free.
 
     :param model: an algorithm with an actor-critic policy, such as TRPO or PPO
-    :param path: of the file; an existing one is replaced
+    :param path: of the file; an existing one is replaced, and folders that are missing are made
     :param format: ``"onnx"``, which needs the extra ``export``, or ``"torchscript"``
     :param env: whose ``VecNormalize`` normalizes the observations; ``None`` for the model's own environment
     :param deterministic: whether the file takes the mode of the distribution, not a sample
     :return: the path
-    :raises ValueError: for a policy that cannot be exported
+    :raises ValueError: for a policy that cannot be exported, a ``VecNormalize`` that does not fit, or a bad path
     :raises ImportError: if the extra is missing
     """
     check_choice("format", format, tuple(FORMATS))
-    policy, path = DeployedPolicy(model, env, deterministic), Path(path)
+    path = Path(path)
+    if path.is_dir():
+        raise ArgumentError(f"`path` must be a file, and {path} is a folder: {path / ('policy' + FORMATS[format])} would do.")
+    if path.suffix != FORMATS[format] and path.suffix in FORMATS.values():
+        raise ArgumentError(f"`path` must not end in {path.suffix} with format={format!r}, got {path}: use {FORMATS[format]}.")
+    policy = DeployedPolicy(model, env, deterministic)
+    path.parent.mkdir(parents=True, exist_ok=True)
     model.policy.set_training_mode(False)
-    with th.no_grad(), no_argument_checks, replacing(path) as partial, warnings.catch_warnings():
+    # The trace of a policy that samples draws numbers, which must not be missing in a training
+    devices = [policy.policy.device] if policy.policy.device.type == "cuda" else []
+    with th.no_grad(), no_argument_checks, th.random.fork_rng(devices), replacing(path) as partial, warnings.catch_warnings():
         # PyTorch calls TorchScript deprecated, and comments on constants of a trace
         warnings.simplefilter("ignore")
         if format == "onnx":
@@ -191,7 +226,8 @@ def _write_onnx(policy: DeployedPolicy, path: Path) -> None:
     # It warns of torchvision's operations, which nobody needs here
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     batch = th.export.Dim("batch")
-    axes = tuple({1 if name in _STATE[:2] else 0: batch} for name in policy.inputs)
+    states = _STATE[:2] if policy.is_recurrent else ()
+    axes = tuple({1 if name in states else 0: batch} for name in policy.inputs)
     try:
         program = th.onnx.export(
             policy,

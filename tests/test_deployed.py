@@ -14,7 +14,7 @@ from helpers import BOX_ACTIONS, DICT, IMAGE, TUPLE_ACTIONS, VECTOR, BetaPolicy
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
 from sb3_trpo_ext import TRPO, MaskableTRPO, RecurrentTRPO, export
 from sb3_trpo_ext._observations import parts_of
@@ -202,8 +202,14 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch: pytest.
         export(TRPO("MlpPolicy", RandomEnv(), **SMALL, use_sde=True), path, deterministic=False)
     clash = spaces.Dict({"hidden": VECTOR})
     recurrent = RecurrentTRPO("MultiInputLstmPolicy", RandomEnv(clash), **SMALL)
-    with pytest.raises(ValueError, match="is the name of another input"):
+    with pytest.raises(ValueError, match="is the name of another input or output"):
         export(recurrent, path)
+    with pytest.raises(ValueError, match="is the name of another input or output"):
+        export(TRPO("MultiInputPolicy", RandomEnv(spaces.Dict({"action": VECTOR})), **SMALL), path)
+    with pytest.raises(ValueError, match=r"`path` must be a file, and .* is a folder"):
+        export(model, tmp_path)
+    with pytest.raises(ValueError, match=r"`path` must not end in \.pt with format='onnx'"):
+        export(model, tmp_path / "agent.pt")
     original = builtins.__import__
 
     def without_onnx(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -215,3 +221,47 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(ImportError, match=r"pip install 'sb3-trpo-ext\[export\]'"):
         export(model, path)
     assert not list(tmp_path.iterdir())
+
+
+@with_formats
+def test_names_of_an_lstms_states_are_names_of_observations_elsewhere(format: str, tmp_path: Path) -> None:
+    model = TRPO("MultiInputPolicy", RandomEnv(spaces.Dict({"cell": VECTOR, "hidden": VECTOR})), **SMALL)
+    path = export(model, tmp_path / "new" / "folder" / f"agent{FORMATS[format]}", format)
+    inputs = [np.zeros((9, *VECTOR.shape), np.float32)] * 2
+    assert run(path, DeployedPolicy(model), inputs)[0].shape == (9, *BOX_ACTIONS.shape)
+
+
+def framed(width: int, **kwargs: Any) -> VecNormalize:
+    """Observations of so many numbers, normalized."""
+    return VecNormalize(DummyVecEnv([lambda: RandomEnv(spaces.Box(-1, 1, (width,)))]), **kwargs)
+
+
+def test_a_normalization_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "agent.onnx"
+    stacked = TRPO("MlpPolicy", VecFrameStack(framed(1), 2), **SMALL)
+    with pytest.raises(ValueError, match=r"`env`: its VecNormalize has statistics of shape \(1,\)"):
+        export(stacked, path)
+    twice = TRPO("MlpPolicy", VecNormalize(framed(3)), **SMALL)
+    with pytest.raises(ValueError, match="`env` has two VecNormalize"):
+        export(twice, path)
+    with pytest.raises(ValueError, match=r"`env` must be a VecEnv of SB3.* got 'vecnormalize.pkl'"):
+        export(twice, path, env="vecnormalize.pkl")
+    below = TRPO("MlpPolicy", VecNormalize(framed(3), norm_obs=False), **SMALL)
+    assert DeployedPolicy(below).normalize is not None
+    TRPO("MlpPolicy", framed(3), **SMALL).save(tmp_path / "model")
+    with pytest.warns(UserWarning, match="If it was trained in a VecNormalize, pass that as `env`"):
+        DeployedPolicy(TRPO.load(tmp_path / "model"))
+
+
+@pytest.mark.filterwarnings("error:The model has no environment")
+def test_a_model_that_normalizes_by_itself_needs_no_environment(tmp_path: Path) -> None:
+    TRPO("MlpPolicy", RandomEnv(), **SMALL).save(tmp_path / "model")
+    DeployedPolicy(TRPO.load(tmp_path / "model"))
+
+
+@with_formats
+def test_an_export_draws_no_numbers_of_the_training(format: str, tmp_path: Path) -> None:
+    model = TRPO("MlpPolicy", RandomEnv(), **SMALL)
+    before = th.get_rng_state()
+    export(model, tmp_path / f"agent{FORMATS[format]}", format, deterministic=False)
+    assert th.equal(th.get_rng_state(), before)

@@ -22,6 +22,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = load_run(args.env, args.folder, args.algo, args.exp_id, device="cpu", env_kwargs=args.env_kwargs)
     path = args.output or run.model_path.with_suffix(FORMATS[args.format])
     export(run.model, path, args.format, env=run.env, deterministic=not args.stochastic)
+    policy = DeployedPolicy(run.model, run.env)
     run.env.close()
-    policy = DeployedPolicy(run.model)
     print(f"{path}\n  inputs   {', '.join(policy.inputs)}\n  outputs  {', '.join(policy.outputs)}")

@@ -16,6 +16,7 @@ from huggingface_sb3 import EnvironmentName, ModelName, ModelRepoId, load_from_h
 from rl_zoo3.utils import get_latest_run_id
 
 from sb3_trpo_ext.callbacks import FILE_NAME
+from sb3_trpo_ext.contrib import saved_attributes
 from sb3_trpo_ext.tools.report import model_of_run, run_parser
 from sb3_trpo_ext.zoo import launches
 from sb3_trpo_ext.zoo.runs import read_settings
@@ -43,10 +44,7 @@ def model_card(env_id: str, algo: str, repo_id: str, folder: Path) -> str:
     :return: Markdown with the metadata by which the Hub lists the agent
     :raises ValueError: if it has not been evaluated
     """
-    path = folder / "evaluation.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {path.name}: run `sb3-trpo report` first, the Hub lists agents by their return")
-    evaluation = json.loads(path.read_text(encoding="utf-8"))
+    evaluation = _evaluation(folder)
     returns = evaluation["return"]
     data = huggingface_hub.ModelCardData(
         library_name="stable-baselines3",
@@ -80,12 +78,21 @@ def model_card(env_id: str, algo: str, repo_id: str, folder: Path) -> str:
     return "\n\n".join(lines) + "\n"
 
 
+def _evaluation(folder: Path) -> dict[str, Any]:
+    """What ``sb3-trpo report`` found."""
+    path = folder / "evaluation.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {path.name}: run `sb3-trpo report` first, the Hub lists agents by their return")
+    evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return evaluation
+
+
 def _training(folder: Path) -> Iterator[str]:
     """What ``run.json`` tells of a training; nothing if there is none."""
     path = folder / launches.FILE_NAME
     if not path.is_file():
         return
-    entries = json.loads(path.read_text(encoding="utf-8"))["launches"]
+    entries = launches.launches_in(path)
     yield "Trained by:"
     yield "```bash\n" + "\n".join(entry["command"] for entry in entries) + "\n```"
     versions = ", ".join(f"{name} {version}" for name, version in entries[-1]["versions"].items())
@@ -101,9 +108,15 @@ def stage(env_id: str, algo: str, repo_id: str, model_path: Path, target: Path) 
     :param repo_id: where it will be
     :param model_path: of the agent, in the folder of its run
     :param target: an empty folder
-    :raises ValueError: if it has not been evaluated
+    :raises ValueError: if it has not been evaluated, or trained further since
     """
     folder, name = model_path.parent, EnvironmentName(env_id)
+    n_evaluated, n_steps = _evaluation(folder)["n_timesteps"], saved_attributes(model_path).get("num_timesteps")
+    if n_evaluated != n_steps:
+        raise ValueError(
+            f"The evaluation in {folder} is of {n_evaluated} steps of training, and {model_path.name} has {n_steps}: run "
+            "`sb3-trpo report` again"
+        )
     (target / "README.md").write_text(model_card(env_id, algo, repo_id, folder), encoding="utf-8")
     shutil.copy(model_path, target / ModelName(algo, name).filename)
     settings = folder / name
@@ -161,6 +174,8 @@ def pull(argv: Sequence[str] | None = None) -> None:
     :raises ValueError: if ``TRUST_REMOTE_CODE`` is not set: whoever made the files can run code on this machine
     """
     args = _hub_parser("sb3-trpo pull", "Download an agent from the Hugging Face Hub.").parse_args(argv)
+    if args.exp_id < 0:
+        raise ValueError(f"`--exp-id` must be the number of a new run, got {args.exp_id}: leave it out")
     repo_id, name = _repository(args), EnvironmentName(args.env)
     files = {f"{name}.zip": load_from_hub(repo_id, ModelName(args.algo, name).filename)}
     for own, theirs in SETTINGS.items():

@@ -34,11 +34,12 @@ def make_project(name: str) -> None:
     :raises ValueError: as :func:`main` does
     """
     folder, class_name = Path(name), name.title().replace("_", "")
-    if not re.fullmatch("[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+    if not re.fullmatch("[a-z][a-z0-9_]*", name) or keyword.iskeyword(name) or keyword.iskeyword(class_name):
         raise ValueError(f"`NAME` must be the name of a Python module in small letters, such as my_robot, got {name!r}")
     if folder.exists():
         raise ValueError(f"`NAME`: there is a {name} in this folder already: choose another name")
-    if importlib.util.find_spec(name) is not None:
+    # SB3 imports the old Gym wherever there is one
+    if name == "gym" or importlib.util.find_spec(name) is not None:
         raise ValueError(f"`NAME`: there is a Python module {name} already: choose another name")
     if f"{class_name}-v0" in gym.registry:
         raise ValueError(f"`NAME`: Gymnasium has an environment {class_name}-v0 already: choose another name than {name}")

@@ -60,6 +60,23 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def launches_in(path: Path) -> list[dict[str, Any]]:
+    """
+    Read the launches of a run.
+
+    :param path: its ``run.json``
+    :return: one entry for each, from the first to the last
+    :raises ValueError: if the file has been damaged
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["launches"]
+    except (ValueError, KeyError, TypeError):
+        entries = None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path} is damaged: move it away, nothing else needs it")
+    return entries
+
+
 class Launch:
     """
     One launch of a run, and its entry in ``run.json``.
@@ -83,9 +100,10 @@ class Launch:
         :param device: of the agent
         :param facts: what else the entry has
         """
-        self._path = folder / FILE_NAME
-        if self._path.is_file():
-            self._entries = json.loads(self._path.read_text(encoding="utf-8"))["launches"]
+        path = folder / FILE_NAME
+        if path.is_file():
+            self._entries = launches_in(path)
+        self._path = path
         entry = {
             "status": "running",
             **facts,

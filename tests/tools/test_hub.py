@@ -70,6 +70,8 @@ def test_what_is_pushed_can_be_pulled(
     assert result["metrics"] == [{"type": "mean_reward", "value": f"{returns['mean']:.2f} +/- {returns['std']:.2f}"}]
     assert "sb3-trpo train --env CartPole-v1" in text
 
+    assert main(["pull", *ENV, *others, *REPOSITORY, "--exp-id", "-1"]) == 2
+    assert "`--exp-id` must be the number of a new run" in capsys.readouterr().err
     monkeypatch.delenv("TRUST_REMOTE_CODE", raising=False)
     assert main(["pull", *ENV, *others, *REPOSITORY]) == 2
     assert "TRUST_REMOTE_CODE" in capsys.readouterr().err
@@ -90,3 +92,15 @@ def test_what_is_pushed_can_be_pulled(
     np.testing.assert_array_equal(actions[0], actions[1])
     assert main(["report", *ENV, *others, "--n-eval-episodes", "3"]) == 0
     assert json.loads((pulled / "evaluation.json").read_text())["return"] == returns
+
+
+def test_evaluation_of_an_earlier_agent_is_not_pushed(tmp_path: Path, hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logs = ["-f", str(tmp_path / "logs")]
+    (tmp_path / "logs").mkdir()
+    assert main(["train", *ENV, *logs, *FAST]) == 0
+    assert main(["report", *ENV, *logs, "--n-eval-episodes", "1"]) == 0
+    path = tmp_path / "logs" / "trpo_ext" / "CartPole-v1_1" / "evaluation.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "n_timesteps": 1}))
+    assert main(["push", *ENV, *logs, *REPOSITORY]) == 2
+    assert "run `sb3-trpo report` again" in capsys.readouterr().err
+    assert not list(hub.glob("*/*/*"))

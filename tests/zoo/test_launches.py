@@ -140,3 +140,12 @@ def test_git_revision_tells_of_changes(folder: Path, monkeypatch: pytest.MonkeyP
 def test_gpu_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     assert launches.device_name(torch.device("cuda", 1)) == "GPU 1"
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"launches": {}}', '{"launches": [1]}'])
+def test_damaged_file_is_named(content: str, tmp_path: Path) -> None:
+    launch, path = launches.Launch(), tmp_path / launches.FILE_NAME
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json is damaged"), launch.errors_noted():
+        launch.begin(tmp_path, torch.device("cpu"))
+    assert path.read_text() == content
