@@ -292,6 +292,12 @@ def scored(frame: pandas.DataFrame) -> pandas.DataFrame:
     return frame.assign(score=(frame["return"] - low) / (high - low))
 
 
+def returns_and_area(runs: pandas.DataFrame) -> tuple[str, str]:
+    """Cells of a table: the return of each run, and the mean return while training, averaged over the runs."""
+    areas = [pandas.Series(map(float, curve.split())).mean() for curve in runs["curve"]]
+    return ", ".join(f"{value:,.4g}" for value in runs["return"]), f"{sum(areas) / len(areas):,.4g}"
+
+
 def best_rivals(frame: pandas.DataFrame) -> dict[str, str]:
     """
     The better one of two rivals on each task, by its return with seed 0; the others were nowhere ahead of both by 1%.
@@ -346,9 +352,10 @@ def task_table(frame: pandas.DataFrame) -> str:
         for part in (ours, rival, tuned):
             cells.append(", ".join(f"{value:,.4g}" for value in part["return"]))
         ahead = ""
-        if len(rival) > 1:
-            ahead = "rival" if rival["return"].min() > ours["return"].max() else ahead
-            ahead = "ours" if ours["return"].min() > rival["return"].max() else ahead
+        if len(rival) > 1 and rival["return"].min() > ours["return"].max():
+            ahead = "rival"
+        elif len(rival) > 1 and ours["return"].min() > rival["return"].max():
+            ahead = "ours"
         rows.append([*cells[:4], rivals.get(task.name, ""), *cells[4:], ahead])
     head = ("task", "steps", "random", "ours", "best default rival", "its returns", "tuned PPO", "clearly ahead of the other")
     return table(head, rows)

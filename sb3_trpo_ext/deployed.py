@@ -199,15 +199,28 @@ def export(
     :raises ValueError: for a policy that cannot be exported, a ``VecNormalize`` that does not fit, or a bad path
     :raises ImportError: if the extra is missing
     """
+    return write(DeployedPolicy(model, env, deterministic), path, format)
+
+
+def write(policy: DeployedPolicy, path: str | Path, format: str = "onnx") -> Path:
+    """
+    Write a policy to a file; see :func:`export`.
+
+    :param policy: the policy
+    :param path: of the file
+    :param format: ``"onnx"`` or ``"torchscript"``
+    :return: the path
+    :raises ValueError: for a bad path or format
+    :raises ImportError: if the extra is missing
+    """
     check_choice("format", format, tuple(FORMATS))
     path = Path(path)
     if path.is_dir():
         raise ArgumentError(f"`path` must be a file, and {path} is a folder: {path / ('policy' + FORMATS[format])} would do.")
     if path.suffix != FORMATS[format] and path.suffix in FORMATS.values():
         raise ArgumentError(f"`path` must not end in {path.suffix} with format={format!r}, got {path}: use {FORMATS[format]}.")
-    policy = DeployedPolicy(model, env, deterministic)
     path.parent.mkdir(parents=True, exist_ok=True)
-    model.policy.set_training_mode(False)
+    policy.policy.set_training_mode(False)
     # The trace of a policy that samples draws numbers, which must not be missing in a training
     devices = [policy.policy.device] if policy.policy.device.type == "cuda" else []
     with th.no_grad(), no_argument_checks, th.random.fork_rng(devices), replacing(path) as partial, warnings.catch_warnings():

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pandas
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
+from benchmarks import defaults
 from benchmarks.defaults import OURS, Agent, Job, run_all, zoo_model
 from benchmarks.markdown import ROOT, table
 from benchmarks.tasks import Task
@@ -32,7 +33,7 @@ def entry_model(task: Task, seed: int) -> OnPolicyAlgorithm:
 
 
 NAMES = {ENTRY: "entry", OURS: "one setting"}
-AGENTS = {ENTRY: Agent(TRPO, make_model=entry_model), OURS: Agent(TRPO, 16)}
+AGENTS = {ENTRY: Agent(TRPO, make_model=entry_model), OURS: defaults.AGENTS[OURS]}
 
 
 def tables() -> dict[str, str]:
@@ -43,9 +44,7 @@ def tables() -> dict[str, str]:
         for (task, steps), part in frame.groupby(["task", "steps"], sort=False):
             for agent, name in NAMES.items():
                 runs = part[part["agent"] == agent].sort_values("seed")
-                returns = ", ".join(f"{value:,.4g}" for value in runs["return"])
-                areas = [pandas.Series(map(float, curve.split())).mean() for curve in runs["curve"]]
-                yield [str(task), f"{steps:,}", name, returns, f"{sum(areas) / len(areas):,.4g}"]
+                yield [str(task), f"{steps:,}", name, *defaults.returns_and_area(runs)]
 
     return {"entries": table(("task", "steps", "settings", "return of each seed", "mean return while training"), rows())}
 

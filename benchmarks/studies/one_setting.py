@@ -131,9 +131,7 @@ def tables() -> dict[str, str]:
     def rows() -> Iterator[list[str]]:
         for (task, steps), part in frame.groupby(["task", "steps"], sort=False):
             for agent, runs in part.groupby("agent", sort=False):
-                returns = ", ".join(f"{value:,.4g}" for value in runs["return"])
-                areas = [pandas.Series(map(float, curve.split())).mean() for curve in runs["curve"]]
-                yield [str(task), f"{steps:,}", str(agent), returns, f"{sum(areas) / len(areas):,.4g}"]
+                yield [str(task), f"{steps:,}", str(agent), *defaults.returns_and_area(runs)]
 
     return {"one setting": table(("task", "steps", "candidate", "return of each seed", "mean return while training"), rows())}
 

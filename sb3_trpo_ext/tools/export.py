@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sb3_trpo_ext.deployed import FORMATS, DeployedPolicy, export
+from sb3_trpo_ext.deployed import FORMATS, DeployedPolicy, write
 from sb3_trpo_ext.tools.report import add_acting, load_run, run_parser
 
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     run = load_run(args.env, args.folder, args.algo, args.exp_id, device="cpu", env_kwargs=args.env_kwargs)
     path = args.output or run.model_path.with_suffix(FORMATS[args.format])
-    export(run.model, path, args.format, env=run.env, deterministic=not args.stochastic)
-    policy = DeployedPolicy(run.model, run.env)
+    policy = DeployedPolicy(run.model, run.env, deterministic=not args.stochastic)
     run.env.close()
+    write(policy, path, args.format)
     print(f"{path}\n  inputs   {', '.join(policy.inputs)}\n  outputs  {', '.join(policy.outputs)}")

@@ -33,18 +33,18 @@ SETTINGS = {
 }
 
 
-def model_card(env_id: str, algo: str, repo_id: str, folder: Path) -> str:
+def model_card(env_id: str, algo: str, repo_id: str, model_path: Path) -> str:
     """
     Describe an agent: how it was evaluated, how it was trained, and how to use it.
 
     :param env_id: the environment
     :param algo: key of the algorithm
     :param repo_id: where it will be
-    :param folder: of the run
+    :param model_path: of the agent, in the folder of its run
     :return: Markdown with the metadata by which the Hub lists the agent
-    :raises ValueError: if it has not been evaluated
+    :raises ValueError: if it has not been evaluated, or trained further since
     """
-    evaluation = _evaluation(folder)
+    evaluation = _evaluation(model_path)
     returns = evaluation["return"]
     data = huggingface_hub.ModelCardData(
         library_name="stable-baselines3",
@@ -63,7 +63,7 @@ def model_card(env_id: str, algo: str, repo_id: str, folder: Path) -> str:
     )
     kind = "deterministic" if evaluation["deterministic"] else "stochastic"
     n_episodes, n_steps = len(returns["episodes"]), evaluation["n_timesteps"]
-    lines = [f"---\n{data.to_yaml()}\n---", f"# `{algo}` on {env_id}", *_training(folder)]
+    lines = [f"---\n{data.to_yaml()}\n---", f"# `{algo}` on {env_id}", *_training(model_path.parent)]
     lines += [
         f"After {n_steps:,} steps, {n_episodes} {kind} episodes had a return of "
         f"{returns['mean']:,.2f} ± {returns['std']:,.2f} (mean and standard deviation)."
@@ -78,12 +78,19 @@ def model_card(env_id: str, algo: str, repo_id: str, folder: Path) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def _evaluation(folder: Path) -> dict[str, Any]:
-    """What ``sb3-trpo report`` found."""
+def _evaluation(model_path: Path) -> dict[str, Any]:
+    """What ``sb3-trpo report`` found of an agent as it is now."""
+    folder = model_path.parent
     path = folder / "evaluation.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no {path.name}: run `sb3-trpo report` first, the Hub lists agents by their return")
     evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    n_evaluated, n_steps = evaluation["n_timesteps"], saved_attributes(model_path).get("num_timesteps")
+    if n_evaluated != n_steps:
+        raise ValueError(
+            f"The evaluation in {folder} is of {n_evaluated} steps of training, and {model_path.name} has {n_steps}: run "
+            "`sb3-trpo report` again"
+        )
     return evaluation
 
 
@@ -111,13 +118,7 @@ def stage(env_id: str, algo: str, repo_id: str, model_path: Path, target: Path) 
     :raises ValueError: if it has not been evaluated, or trained further since
     """
     folder, name = model_path.parent, EnvironmentName(env_id)
-    n_evaluated, n_steps = _evaluation(folder)["n_timesteps"], saved_attributes(model_path).get("num_timesteps")
-    if n_evaluated != n_steps:
-        raise ValueError(
-            f"The evaluation in {folder} is of {n_evaluated} steps of training, and {model_path.name} has {n_steps}: run "
-            "`sb3-trpo report` again"
-        )
-    (target / "README.md").write_text(model_card(env_id, algo, repo_id, folder), encoding="utf-8")
+    (target / "README.md").write_text(model_card(env_id, algo, repo_id, model_path), encoding="utf-8")
     shutil.copy(model_path, target / ModelName(algo, name).filename)
     settings = folder / name
     env_kwargs = read_settings(settings / "args.yml").get("env_kwargs") or {}
