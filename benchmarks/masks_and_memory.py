@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,39 +90,35 @@ def run_all(seeds: list[int], n_workers: int) -> None:
 def rollout_of(algorithm: Any, policy: str, make: Callable[[], gym.Env], **kwargs: Any) -> Any:
     """A model with a full buffer."""
     env = make_vec_env(make, N_ENVS, seed=0)
-    model = algorithm(policy, env, n_steps=N_STEPS, seed=0, device="cpu", **kwargs)
+    model = algorithm(policy, env, n_steps=N_STEPS, seed=0, **kwargs)
     model.learn(N_STEPS * N_ENVS)
     return model
 
 
-def compare_updates(n_pairs: int) -> dict[str, dict[str, float]]:
-    """Seconds of ``train()``, ours and theirs in turns, and the ratio of each pair."""
-    lstm = {"policy_kwargs": {"lstm_hidden_size": 64}}
-    pairs: dict[str, tuple[Any, Any]] = {
-        "masks": tuple(rollout_of(each, "MlpPolicy", Blocks) for each in (MaskableTRPO, MaskablePPO)),
-        "memory": tuple(
+def compare_updates(n_pairs: int, device: str) -> Iterator[tuple[str, dict[str, float]]]:
+    """Seconds of ``train()``, ours and theirs in turns, and the ratio of each pair, by the name of a case."""
+    lstm = {"policy_kwargs": {"lstm_hidden_size": 64}, "device": device}
+    cases: dict[str, Callable[[], list[Any]]] = {
+        "masks": lambda: [rollout_of(each, "MlpPolicy", Blocks, device=device) for each in (MaskableTRPO, MaskablePPO)],
+        "memory": lambda: [
             rollout_of(each, "MlpLstmPolicy", lambda: gym.make("CartPole-v1"), **lstm)
             for each in (RecurrentTRPO, RecurrentPPO)
-        ),
+        ],
     }
-    results = {}
-    for name, models in pairs.items():
-        seconds = []
+    for name, make in cases.items():
+        models, seconds = make(), []
         for _ in range(n_pairs):
             pair = []
             for model in models:
                 started = time.perf_counter()
                 model.train()
+                if device == "cuda":
+                    th.cuda.synchronize()
                 pair.append(time.perf_counter() - started)
             seconds.append(pair)
         ours, theirs = zip(*seconds, strict=True)
-        results[name] = {
-            "ours_s": statistics.median(ours),
-            "theirs_s": statistics.median(theirs),
-            **spread([second / first for first, second in seconds]),
-        }
-        print(name, json.dumps(results[name]), flush=True)
-    return results
+        medians = {"ours_s": statistics.median(ours), "theirs_s": statistics.median(theirs)}
+        yield name, {**medians, **spread([second / first for first, second in seconds])}
 
 
 def tables() -> dict[str, str]:
@@ -136,21 +132,21 @@ def tables() -> dict[str, str]:
             cells.append(f"{part['return'].mean():,.1f} ({', '.join(f'{value:,.1f}' for value in part['return'])})")
         rows.append([task, f"{settings.n_steps:,}", *cells])
     head = ("task", "steps", *AGENTS)
-    times = json.loads(TIMES.read_text())
     labels = {
         "masks": "MaskableTRPO / MaskablePPO, Blocks",
         "memory": "RecurrentTRPO / RecurrentPPO, LSTM of 64 units, CartPole-v1",
     }
     speed = [
         [
-            label,
+            labels[name],
+            device,
             f"{part['ours_s']:.2f} / {part['theirs_s']:.2f}",
             f"{part['ratio']:.1f}x ({part['ratio_min']:.1f} to {part['ratio_max']:.1f})",
         ]
-        for name, label in labels.items()
-        for part in [times[name]]
+        for path, device in ((TIMES, "CPU"), (TIMES.with_stem("masks_and_memory_cuda"), "H200"))
+        for name, part in json.loads(path.read_text()).items()
     ]
-    return {"masks": table(head, rows), "masks and memory": table(("case", "`train()`, s", "ratio"), speed)}
+    return {"masks": table(head, rows), "masks and memory": table(("case", "device", "`train()`, s", "ratio"), speed)}
 
 
 def main() -> None:
@@ -162,11 +158,17 @@ def main() -> None:
     train.add_argument("--workers", type=int, default=2)
     timing = commands.add_parser("time", help="time updates")
     timing.add_argument("--pairs", type=int, default=7)
+    timing.add_argument("--device", default="cpu")
+    timing.add_argument("--output", type=Path, default=TIMES)
     args = parser.parse_args()
     if args.command == "run":
         run_all(args.seeds, args.workers)
     else:
-        TIMES.write_text(json.dumps(compare_updates(args.pairs), indent=2) + "\n")
+        results = {}
+        for name, result in compare_updates(args.pairs, args.device):
+            results[name] = result
+            print(name, json.dumps(result), flush=True)
+            args.output.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -292,8 +292,10 @@ def process_tables() -> dict[str, str]:
 def tensor_tables() -> dict[str, str]:
     """The tables about environments of tensors: speed of training in them, and what is learned in simulators."""
     speed = []
-    for task, label in tensors.TASK_NAMES.items():
-        for row in load(f"tensors_{task}")["rows"]:
+    files = {f"tensors_{task}": f"{label}, CPU" for task, label in tensors.TASK_NAMES.items()}
+    files["tensors_cuda_cartpole"] = f"{tensors.TASK_NAMES['cartpole']}, H200"
+    for name, label in files.items():
+        for row in load(name)["rows"]:
             rates = [f"{rate:,.0f}" for rate in row["steps_per_second"].values()]
             names = ("TRPO, NumPy", "PPO, NumPy")
             ratios = [dict(zip(("ratio", "ratio_min", "ratio_max"), row[f"ratio to {name}"], strict=True)) for name in names]
@@ -301,10 +303,11 @@ def tensor_tables() -> dict[str, str]:
             speed.append([label, f"{row['n_envs']:,}", *rates, *(ratio(each, 1) for each in ratios), share])
     learned = []
     runs = pandas.read_csv(ROOT / "results" / "simulators.csv")
-    for (env, n_envs, steps), part in runs.groupby(["env", "n_envs", "steps"], sort=False):
+    for (env, device, n_envs, steps), part in runs.groupby(["env", "device", "n_envs", "steps"], sort=False):
+        machine = {"cpu": "CPU", "cuda": "H200"}[device]
         returns_of_seeds = ", ".join(f"{value:,.4g}" for value in part["return"])
         rate, share = part["steps_per_second"].median(), part["share_of_environment"].median()
-        learned.append([f"`{env}`", f"{n_envs:,}", f"{steps:,}", returns_of_seeds, f"{rate:,.0f}", f"{share:.0%}"])
+        learned.append([f"`{env}`", machine, f"{n_envs:,}", f"{steps:,}", returns_of_seeds, f"{rate:,.0f}", f"{share:.0%}"])
     brax = pandas.read_csv(ROOT / "results" / "brax_ppo.csv")
     return {
         "brax ppo": table([f"{steps:,} steps" for steps in brax["steps"]], [[f"{value:,.0f}" for value in brax["return"]]]),
@@ -316,7 +319,7 @@ def tensor_tables() -> dict[str, str]:
             speed,
         ),
         "simulators": table(
-            ("environment", "number", "steps", "return of each seed", "steps/s", "share of the environment"), learned
+            ("environment", "device", "number", "steps", "return of each seed", "steps/s", "share of the environment"), learned
         ),
     }
 

@@ -89,6 +89,16 @@ def _dm_control(env_id: str) -> gym.Env:
     return gym.wrappers.FlattenObservation(gym.make(env_id))
 
 
+def _without_velocities(env_id: str) -> gym.Env:
+    """A task of MuJoCo with the velocities left out of its observations, under a name such as ``HopperNoVel-v5``."""
+    env = gym.make(env_id.replace("NoVel", ""))
+    n_positions = env.get_wrapper_attr("observation_structure")["qpos"]
+    space = env.observation_space
+    assert isinstance(space, spaces.Box)
+    visible = spaces.Box(space.low[:n_positions], space.high[:n_positions], dtype=np.float64)
+    return gym.wrappers.TransformObservation(env, lambda observation: observation[:n_positions], visible)
+
+
 class Task(NamedTuple):
     """A task, and the number of environment steps that an agent has."""
 
@@ -141,7 +151,12 @@ JUDGING = (
     Task("Courier", 50_000, Courier),
     Task("Catch", 50_000, Catch),
 )
-TASKS = {task.name: task for task in (*CHOOSING, *JUDGING)}
+#: An agent has to remember positions for these; neither half has them.
+MEMORY = (
+    _task("HopperNoVel-v5", 1_000_000, _without_velocities),
+    _task("HalfCheetahNoVel-v5", 1_000_000, _without_velocities),
+)
+TASKS = {task.name: task for task in (*CHOOSING, *JUDGING, *MEMORY)}
 
 
 def task_named(name: str) -> Task:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.tensors cartpole --output benchmarks/results/tensors_cartpole.json
     python -m benchmarks.tensors ant --n-envs 64 1024 --output benchmarks/results/tensors_ant.json
+    python -m benchmarks.tensors cartpole --n-envs 4096 --device cuda --output benchmarks/results/tensors_cuda_cartpole.json
     python -m benchmarks.tensors draw
 
 What is timed is ``learn()`` for some rollouts of 32 steps: of TRPO in a ``TensorVecEnv``, of TRPO on its NumPy side, and of
@@ -12,6 +13,7 @@ the environment comes from a repetition of its own. Brax's ant needs ``pip insta
 """
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -38,40 +40,43 @@ N_STEPS = 32
 OURS, OURS_NUMPY, PPO_NUMPY = "TRPO, tensors", "TRPO, NumPy", "PPO, NumPy"
 
 
-def brax_ant(n_envs: int) -> TensorVecEnv:
+def brax_ant(n_envs: int, device: str) -> TensorVecEnv:
     """
     Brax's ant.
 
     :param n_envs: the number of environments
+    :param device: where they are
     :return: the environments
     """
     from sb3_trpo_ext.envs.jax_envs import BraxVecEnv
 
-    return BraxVecEnv("ant", n_envs)
+    return BraxVecEnv("ant", n_envs, device=device)
 
 
-TASKS: dict[str, Callable[[int], TensorVecEnv]] = {"cartpole": TensorCartPole, "ant": brax_ant}
+TASKS: dict[str, Callable[[int, str], TensorVecEnv]] = {"cartpole": TensorCartPole, "ant": brax_ant}
 TASK_NAMES = {"cartpole": "CartPole in PyTorch", "ant": "Brax's ant"}
 
 
-def make_models(task: str, n_envs: int) -> dict[str, OnPolicyAlgorithm]:
+def make_models(task: str, n_envs: int, device: str) -> dict[str, OnPolicyAlgorithm]:
     """
     Build the three models.
 
     :param task: which environment
     :param n_envs: the number of environments
+    :param device: of the environments and the models
     :return: the models by name
     """
     settings: dict[str, Any] = {
         "n_steps": N_STEPS,
         "batch_size": defaults.batch_size(N_STEPS * n_envs),
         "seed": 0,
-        "device": "cpu",
+        "device": device,
     }
+    make = functools.partial(TASKS[task], n_envs, device)
     return {
-        OURS: TRPO("MlpPolicy", TASKS[task](n_envs), **settings),
-        OURS_NUMPY: TRPO("MlpPolicy", NumpySide(TASKS[task](n_envs)), **settings),
-        PPO_NUMPY: PPO("MlpPolicy", NumpySide(TASKS[task](n_envs)), **settings),
+        OURS: TRPO("MlpPolicy", make(), **settings),
+        OURS_NUMPY: TRPO("MlpPolicy", NumpySide(make()), **settings),
+        PPO_NUMPY: PPO("MlpPolicy", NumpySide(make()), **settings),
     }
 
 
@@ -85,6 +90,8 @@ def seconds(model: OnPolicyAlgorithm, n_rollouts: int) -> float:
     """
     started = time.perf_counter()
     model.learn(n_rollouts * N_STEPS * model.n_envs, reset_num_timesteps=False)
+    if model.device.type == "cuda":
+        th.cuda.synchronize()
     return time.perf_counter() - started
 
 
@@ -102,16 +109,17 @@ def share_of_environment(model: OnPolicyAlgorithm, n_rollouts: int) -> float:
     return sum(spent) / total
 
 
-def compare(task: str, n_envs: int, n_repetitions: int) -> dict[str, Any]:
+def compare(task: str, n_envs: int, n_repetitions: int, device: str) -> dict[str, Any]:
     """
     Time the three models in turn.
 
     :param task: which environment
     :param n_envs: the number of environments
     :param n_repetitions: how often
+    :param device: of the environments and the models
     :return: a row of the table
     """
-    models = make_models(task, n_envs)
+    models = make_models(task, n_envs, device)
     # About as long for few environments as for many
     n_rollouts = max(1, 2**14 // (N_STEPS * n_envs))
     for model in models.values():
@@ -160,18 +168,20 @@ def main() -> None:
     parser.add_argument("task", choices=(*TASKS, "draw"))
     parser.add_argument("--n-envs", type=int, nargs="+", default=[64, 256, 1024, 4096, 16384])
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     if args.task == "draw":
         draw(ROOT / "docs" / "images" / "tensors.png")
         return
-    rows = []
+    machine = th.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    rows: list[dict[str, Any]] = []
     for n_envs in args.n_envs:
-        rows.append(compare(args.task, n_envs, args.repetitions))
+        rows.append(compare(args.task, n_envs, args.repetitions, args.device))
         print(json.dumps(rows[-1]), flush=True)
-    if args.output is not None:
-        result = {"torch": th.__version__, "threads": th.get_num_threads(), "machine": platform.machine(), "rows": rows}
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        if args.output is not None:
+            result = {"torch": th.__version__, "threads": th.get_num_threads(), "machine": machine, "rows": rows}
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

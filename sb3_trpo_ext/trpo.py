@@ -257,6 +257,11 @@ class TRPO(SavingAlgorithm):
             raise ArgumentError(f"`policy`: {type(self).__name__} has no policy {policy_name!r}; {suggestion}")
         return super()._get_policy_from_name(policy_name)
 
+    def _maybe_recommend_cpu(self, mlp_class_name: str = "ActorCriticPolicy") -> None:
+        """Recommend the CPU for MLPs, as SB3 does, but not where the environments are on the device too."""
+        if not isinstance(self.env, TensorVecEnv):
+            super()._maybe_recommend_cpu(mlp_class_name)
+
     def _setup_model(self) -> None:
         """Check the arguments, and create buffer, policy and optimizer."""
         arguments.check_policy(self.policy_class, self.policy_base)
