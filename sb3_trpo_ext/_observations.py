@@ -1,9 +1,10 @@
-"""Observations and their spaces, which are dicts or not."""
+"""Observations and their spaces, which are dicts or not, and the wrappers that normalize them."""
 
 from collections.abc import Callable
 from typing import Any
 
 from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
 
 def mapped(function: Callable[[Any], Any], observations: Any) -> Any:
@@ -18,3 +19,13 @@ def parts_of(value: Any) -> dict[str, Any]:
     if isinstance(value, spaces.Dict):
         return value.spaces
     return value if isinstance(value, dict) else {"": value}
+
+
+def vec_normalizes(env: VecEnv | None) -> list[VecNormalize]:
+    """Every ``VecNormalize`` that an environment is wrapped in, the outermost first."""
+    found = []
+    while isinstance(env, VecEnvWrapper):
+        if isinstance(env, VecNormalize):
+            found.append(env)
+        env = env.venv
+    return found

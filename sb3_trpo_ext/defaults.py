@@ -8,10 +8,11 @@ from gymnasium import spaces
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_trpo_ext._checks import ArgumentError, is_known
+from sb3_trpo_ext._observations import vec_normalizes
 from sb3_trpo_ext.update.mixed import MixedDistribution
 from sb3_trpo_ext.update.normalization import NormalizedExtractor, normalized_parts, one_hot_sizes
 
@@ -128,8 +129,7 @@ def normalizes_observations(norm_obs: bool | str, policy: type, policy_kwargs: d
         return False
     if not is_known(policy) or "features_extractor_class" in policy_kwargs:
         return False
-    wrapper = unwrap_vec_normalize(env)
-    return wrapper is None or not wrapper.norm_obs
+    return not any(wrapper.norm_obs for wrapper in vec_normalizes(env))
 
 
 def _can_normalize(space: spaces.Space[Any]) -> bool:
@@ -147,8 +147,7 @@ def normalizes_rewards(norm_reward: bool | str, env: VecEnv | None) -> bool:
     """
     if norm_reward != "auto":
         return bool(norm_reward)
-    wrapper = None if env is None else unwrap_vec_normalize(env)
-    return wrapper is None or not wrapper.norm_reward
+    return not any(wrapper.norm_reward for wrapper in vec_normalizes(env))
 
 
 def policy_kwargs(given: dict[str, Any], norm_obs: bool) -> dict[str, Any]:

@@ -11,12 +11,12 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import nn
 
 from sb3_trpo_ext._checks import ArgumentError, check_choice
 from sb3_trpo_ext._files import replacing
-from sb3_trpo_ext._observations import parts_of
+from sb3_trpo_ext._observations import parts_of, vec_normalizes
 from sb3_trpo_ext.update.mixed import MixedDistribution
 from sb3_trpo_ext.update.settings import no_argument_checks
 
@@ -55,11 +55,7 @@ def _normalizing(env: Any) -> VecNormalize | None:
     """The ``VecNormalize`` that normalizes the observations of an environment; ``None`` without one."""
     if env is not None and not isinstance(env, VecEnv):
         raise ArgumentError(f"`env` must be a VecEnv of SB3, such as the VecNormalize of the training, got {env!r}.")
-    found = []
-    while isinstance(env, VecEnvWrapper):
-        if isinstance(env, VecNormalize) and env.norm_obs:
-            found.append(env)
-        env = env.venv
+    found = [wrapper for wrapper in vec_normalizes(env) if wrapper.norm_obs]
     if len(found) > 1:
         raise ArgumentError("`env` has two VecNormalize that both normalize observations: leave it to one of them.")
     return found[0] if found else None

@@ -194,6 +194,11 @@ def test_a_start_that_is_asked_for_is_kept() -> None:
         ("MlpPolicy", VecNormalize(DummyVecEnv([RandomEnv])), (False, False)),
         ("MlpPolicy", VecNormalize(DummyVecEnv([RandomEnv]), norm_obs=False), (True, False)),
         ("MlpPolicy", VecNormalize(DummyVecEnv([RandomEnv]), norm_reward=False), (False, True)),
+        (
+            "MlpPolicy",
+            VecNormalize(VecNormalize(DummyVecEnv([RandomEnv]), norm_reward=False), norm_obs=False),
+            (False, False),
+        ),
     ],
 )
 def test_what_is_normalized_by_itself(policy: str, env: Any, expected: tuple[bool, bool]) -> None:

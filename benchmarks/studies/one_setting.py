@@ -18,6 +18,8 @@ Candidates of which no code is kept: "noise 1/f^0.5" and "noise AR(1) 0.5" draw 
 "VecNormalize for observations" or "for rewards" leaves the other to the agent. "8 rollouts" fits the critic to the last eight
 rollouts in two passes, and "new targets" computes its targets again before each pass, with the values as they are then.
 "staggered" resets one environment after each of the first rollouts. "K-FAC for the critic" fits it along natural gradients.
+"penalty" subtracts from the objective so many times the squared distance of the mean action from the action space, in half
+distances between the bounds.
 """
 
 import argparse
