@@ -10,7 +10,7 @@ import pandas
 
 from benchmarks import defaults, masks_and_memory, returns, tensors
 from benchmarks.markdown import ROOT, filled, pages, table
-from benchmarks.studies import entries, one_setting, traffic, tried
+from benchmarks.studies import entries, memory, one_setting, traffic, tried
 
 UPDATES = ("humanoid-8192", "humanoid-2048", "humanoid-65536", "images-1024", "cartpole-1024")
 UPDATES_ON_GPU = ("humanoid-8192", "images-8192", "images-1024", "cartpole-1024")
@@ -369,6 +369,7 @@ def all_tables() -> dict[str, str]:
         **masks_and_memory.tables(),
         **tried.tables(),
         **entries.tables(),
+        **memory.tables(),
         **one_setting.tables(),
         **update_tables(),
         **throughput_tables(),

@@ -99,6 +99,12 @@ def _without_velocities(env_id: str) -> gym.Env:
     return gym.wrappers.TransformObservation(env, lambda observation: observation[:n_positions], visible)
 
 
+def _rl_zoo(env_id: str) -> gym.Env:
+    import rl_zoo3.import_envs  # noqa: F401 (registers them)
+
+    return gym.make(env_id)
+
+
 class Task(NamedTuple):
     """A task, and the number of environment steps that an agent has."""
 
@@ -155,6 +161,8 @@ JUDGING = (
 MEMORY = (
     _task("HopperNoVel-v5", 1_000_000, _without_velocities),
     _task("HalfCheetahNoVel-v5", 1_000_000, _without_velocities),
+    _task("Walker2dNoVel-v5", 1_000_000, _without_velocities),
+    _task("PendulumNoVel-v1", 300_000, _rl_zoo),
 )
 TASKS = {task.name: task for task in (*CHOOSING, *JUDGING, *MEMORY)}
 
