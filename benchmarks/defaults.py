@@ -22,7 +22,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -296,6 +296,13 @@ def returns_and_area(runs: pandas.DataFrame) -> tuple[str, str]:
     """Cells of a table: the return of each run, and the mean return while training, averaged over the runs."""
     areas = [pandas.Series(map(float, curve.split())).mean() for curve in runs["curve"]]
     return ", ".join(f"{value:,.4g}" for value in runs["return"]), f"{sum(areas) / len(areas):,.4g}"
+
+
+def rows_of_returns(frame: pandas.DataFrame) -> Iterator[list[str]]:
+    """Rows of a table, one for each agent of each task and length, in the order of the runs."""
+    for (task, steps), part in frame.groupby(["task", "steps"], sort=False):
+        for agent, runs in part.groupby("agent", sort=False):
+            yield [str(task), f"{steps:,}", str(agent), *returns_and_area(runs)]
 
 
 def best_rivals(frame: pandas.DataFrame) -> dict[str, str]:

@@ -10,7 +10,6 @@ default. ``results/memory.csv`` has a row per run, and ``python -m benchmarks.ta
 
 import argparse
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pandas
@@ -58,16 +57,11 @@ FIRST_SEED_OF_CHOICE = 100
 
 def tables() -> dict[str, str]:
     """The tables of returns without velocities, by name: those of the published seeds, and those that a choice was made on."""
-    frame = pandas.read_csv(FILE)
-
-    def rows(part: pandas.DataFrame) -> Iterator[list[str]]:
-        for (task, steps), runs_of_task in part.groupby(["task", "steps"]):
-            for agent, runs in runs_of_task.groupby("agent"):
-                yield [str(task), f"{steps:,}", str(agent), *defaults.returns_and_area(runs.sort_values("seed"))]
-
+    frame = pandas.read_csv(FILE).sort_values(["task", "steps", "agent", "seed"])
     head = ("task", "steps", "agent", "return of each seed", "mean return while training")
     is_choice = frame["seed"] >= FIRST_SEED_OF_CHOICE
-    return {"no velocities": table(head, rows(frame[~is_choice])), "memory tried": table(head, rows(frame[is_choice]))}
+    parts = {"no velocities": frame[~is_choice], "memory tried": frame[is_choice]}
+    return {name: table(head, defaults.rows_of_returns(part)) for name, part in parts.items()}
 
 
 def main() -> None:

@@ -24,7 +24,6 @@ distances between the bounds.
 
 import argparse
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pandas
@@ -128,14 +127,8 @@ def _of_class(name: str, task: Task, seed: int, given: dict[str, float]) -> defa
 
 def tables() -> dict[str, str]:
     """The table of what was tried, by name."""
-    frame = pandas.read_csv(FILE)
-
-    def rows() -> Iterator[list[str]]:
-        for (task, steps), part in frame.groupby(["task", "steps"], sort=False):
-            for agent, runs in part.groupby("agent", sort=False):
-                yield [str(task), f"{steps:,}", str(agent), *defaults.returns_and_area(runs)]
-
-    return {"one setting": table(("task", "steps", "candidate", "return of each seed", "mean return while training"), rows())}
+    head = ("task", "steps", "candidate", "return of each seed", "mean return while training")
+    return {"one setting": table(head, defaults.rows_of_returns(pandas.read_csv(FILE)))}
 
 
 def main() -> None:
