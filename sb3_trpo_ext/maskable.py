@@ -1,6 +1,6 @@
 """TRPO where some actions are invalid in some states: the policies, buffers and wrappers are sb3-contrib's."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -297,8 +297,13 @@ class MaskableTRPO(TRPO):
         return array.flatten()
 
     def _collect(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
-    ) -> tuple[bool, Snapshot]:
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: RolloutBuffer,
+        n_rollout_steps: int,
+        before_end: Callable[[Snapshot], None],
+    ) -> bool:
         arguments.check_buffer(type(rollout_buffer), _BUFFERS, "with masks", "shuffle samples away from their masks")
         if self._use_masking and not is_masking_supported(env):
             raise ValueError(
@@ -311,7 +316,7 @@ class MaskableTRPO(TRPO):
             collect: Any = MaskablePPO.collect_rollouts
             return collect(self, _CheckedMasks(env, self), *args, use_masking=self._use_masking)
 
-        return collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps, _MaskedRollout, loop)
+        return collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps, before_end, _MaskedRollout, loop)
 
     def predict(
         self,

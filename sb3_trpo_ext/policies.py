@@ -1,6 +1,5 @@
 """Policies for TRPO."""
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -122,10 +121,33 @@ class _MixedMixin(ActorCriticPolicy):
         return (actions if actions.ndim > 0 else actions.item()), state
 
 
-@functools.cache
-def mixed_policy(policy: type[ActorCriticPolicy]) -> type[ActorCriticPolicy]:
+class MixedMlpPolicy(_MixedMixin, MlpPolicy):
+    """What ``MlpPolicy`` becomes for Tuple and Dict actions."""
+
+
+class MixedCnnPolicy(_MixedMixin, CnnPolicy):
+    """What ``CnnPolicy`` becomes for Tuple and Dict actions."""
+
+
+class MixedMultiInputPolicy(_MixedMixin, MultiInputPolicy):
+    """What ``MultiInputPolicy`` becomes for Tuple and Dict actions."""
+
+
+#: By the classes that they are made of. They have names here so that a policy can be pickled, and loaded by itself.
+_MIXED: dict[type[BasePolicy], type[ActorCriticPolicy]] = {
+    MlpPolicy: MixedMlpPolicy,
+    CnnPolicy: MixedCnnPolicy,
+    MultiInputPolicy: MixedMultiInputPolicy,
+}
+
+
+def mixed_policy(policy: type[BasePolicy]) -> type[ActorCriticPolicy]:
     """The class of a policy for Tuple and Dict actions."""
-    return policy if issubclass(policy, _MixedMixin) else type(f"Mixed{policy.__name__}", (_MixedMixin, policy), {})
+    if issubclass(policy, _MixedMixin):
+        return policy
+    if policy not in _MIXED:
+        _MIXED[policy] = type(f"Mixed{policy.__name__}", (_MixedMixin, policy), {})
+    return _MIXED[policy]
 
 
 #: The names that :class:`~sb3_trpo_ext.trpo.TRPO` takes for its policies.

@@ -1,7 +1,7 @@
 """TRPO through time, for policies with an LSTM: the policies and buffers are sb3-contrib's."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -321,10 +321,15 @@ class RecurrentTRPO(TRPO):
         self._last_lstm_states = RNNStates((zeros, zeros), (zeros, zeros))
 
     def _collect(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
-    ) -> tuple[bool, Snapshot]:
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: RolloutBuffer,
+        n_rollout_steps: int,
+        before_end: Callable[[Snapshot], None],
+    ) -> bool:
         loop = RecurrentPPO.collect_rollouts
-        return collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps, loop=loop)
+        return collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps, before_end, loop=loop)
 
     @th.no_grad()
     def _renew_states(self, buffer: Any) -> None:

@@ -359,6 +359,35 @@ def test_a_pretrained_policy_stays_what_it_is() -> None:
     assert (statistics_of(model).mean == 0).all()
 
 
+def test_a_callback_may_change_the_first_rollout() -> None:
+    """Its rewards are scaled, and what a callback makes of the full buffer is what the update learns from."""
+
+    class Shaping(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == 3:
+                self.locals["rewards"][:] = 1e5
+            return True
+
+        def _on_rollout_end(self) -> None:
+            buffer = self.locals["rollout_buffer"]
+            rewards.append(buffer.rewards[[1, 2], 0].copy())
+            buffer.advantages[:] = np.arange(buffer.advantages.size).reshape(buffer.advantages.shape)
+
+    class Checked(TRPO):
+        def train(self) -> None:
+            advantages.append(self.rollout_buffer.advantages.copy())
+            super().train()
+
+    rewards: list[np.ndarray] = []
+    advantages: list[np.ndarray] = []
+    model = Checked("MlpPolicy", DummyVecEnv([FarEnv]), **SMALL, n_steps=64)
+    model.learn(128, Shaping())
+    assert rewards[0][1] == pytest.approx(min(1e5 / model.reward_scale.scale, 10), rel=0.5)
+    assert abs(rewards[0][0]) < rewards[0][1]
+    for each in advantages:
+        np.testing.assert_array_equal(each.flatten(), np.arange(64))
+
+
 def test_statistics_of_demonstrations_are_kept_and_followed() -> None:
     model = TRPO("MlpPolicy", DummyVecEnv([FarEnv]), **SMALL, n_steps=64)
     policy: Any = model.policy

@@ -1,6 +1,7 @@
 """TRPO on Tuple and Dict actions."""
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 
 from sb3_trpo_ext import TRPO, MaskableTRPO, RecurrentTRPO
 from sb3_trpo_ext.envs import TensorStep, TensorVecEnv
+from sb3_trpo_ext.policies import MixedMlpPolicy
 from sb3_trpo_ext.update.mixed import MixedActions
 
 each_space = pytest.mark.parametrize("space", [TUPLE_ACTIONS, DICT_ACTIONS], ids=["tuple", "dict"])
@@ -139,6 +141,15 @@ def test_rejected_update_leaves_every_bit(space: spaces.Space) -> None:
     with pytest.warns(UserWarning, match="The policy update was rejected: non_finite_objective"):
         train(model)
     assert_identical(copies(model._parts.actor_params), before)
+
+
+def test_a_policy_by_itself_can_be_pickled_and_loaded(tmp_path: Path) -> None:
+    policy = make_model(vec_env(TUPLE_ACTIONS)).policy
+    policy.save(str(tmp_path / "policy"))
+    observation = policy.observation_space.sample()
+    expected = policy.predict(observation, deterministic=True)[0]
+    for other in (pickle.loads(pickle.dumps(policy)), MixedMlpPolicy.load(str(tmp_path / "policy"))):
+        np.testing.assert_equal(other.predict(observation, deterministic=True)[0], expected)
 
 
 @each_space

@@ -102,6 +102,11 @@ class EnvPoolVecEnv(VecEnv):
         self._dtypes = obs_space_info(self.observation_space)[2]
         self.seed(seed)
 
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether a step has not come to its end, after a Ctrl-C: only :meth:`reset` helps."""
+        return self._is_busy
+
     # === What SB3 calls in training ===
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:

@@ -51,9 +51,10 @@ def collect_rollouts(
     callback: BaseCallback,
     rollout_buffer: RolloutBuffer,
     n_rollout_steps: int,
+    before_end: Callable[[Snapshot], None],
     rollout_class: "Callable[..., LeanRollout] | None" = None,
     loop: Callable[..., bool] = OnPolicyAlgorithm.collect_rollouts,
-) -> tuple[bool, Snapshot]:
+) -> bool:
     """
     Fill the buffer with experience of the current policy.
 
@@ -62,24 +63,24 @@ def collect_rollouts(
     :param callback: called at each step, and at the beginning and the end
     :param rollout_buffer: buffer to fill
     :param n_rollout_steps: number of steps to collect per environment
+    :param before_end: gets the policy that acted first, when the buffer is full and before the callback's ``on_rollout_end``
     :param rollout_class: how a rollout is collected whose values can wait; ``None`` for :class:`LeanRollout`
     :param loop: collects any other, with the arguments of SB3's
-    :return: False if the callback ended the training; the policy that acted first
+    :return: False if the callback ended the training
     :raises ValueError: if the environment returned a NaN that the policy cannot digest, or an observation of a wrong shape
     :raises RuntimeError: if a process of the environment has died
     """
     if isinstance(rollout_buffer, TensorRolloutBuffer):
         assert rollout_class is not None
-        rollout = rollout_class(model, env, callback, rollout_buffer)
-        return rollout.collect(n_rollout_steps), rollout.snapshot
+        return rollout_class(model, env, callback, rollout_buffer).collect(n_rollout_steps, before_end)
     try:
         if is_deferrable(model, rollout_buffer):
             rollout = (rollout_class or LeanRollout)(model, env, callback, rollout_buffer)
-            return rollout.collect(n_rollout_steps), rollout.snapshot
+            return rollout.collect(n_rollout_steps, before_end)
         snapshot = Snapshot(model.policy)
+        ending: Any = _Ending(callback, functools.partial(before_end, snapshot))
         with snapshot.watching():
-            is_full = loop(model, env, callback, rollout_buffer, n_rollout_steps)
-        return is_full, snapshot
+            return loop(model, env, ending, rollout_buffer, n_rollout_steps)
     except (ValueError, RuntimeError) as error:
         explain_observation(model, env, error)
         raise
@@ -110,6 +111,21 @@ def is_deferrable(model: OnPolicyAlgorithm, buffer: RolloutBuffer) -> bool:
     return is_deferrable_policy(model.policy)
 
 
+class _Ending:
+    """A callback before whose ``on_rollout_end`` something else is done."""
+
+    def __init__(self, callback: BaseCallback, before_end: Callable[[], None]):
+        self._callback, self._before_end = callback, before_end
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._callback, name)
+
+    def on_rollout_end(self) -> None:
+        """The rollout is full."""
+        self._before_end()
+        self._callback.on_rollout_end()
+
+
 class LeanRollout:
     """
     One rollout.
@@ -136,8 +152,8 @@ class LeanRollout:
         #: What SB3 has in its local variables, under the same names.
         self._scope: dict[str, Any] = {"self": model, "env": env, "callback": callback, "rollout_buffer": buffer}
 
-    def collect(self, n_rollout_steps: int) -> bool:
-        """Run the environment, then compute what was deferred; returns False if the callback ended the training."""
+    def collect(self, n_rollout_steps: int, before_end: Callable[[Snapshot], None]) -> bool:
+        """Run the environment, then compute what was deferred; as :func:`collect_rollouts`."""
         callback, buffer, scope = self.callback, self.buffer, self._scope
         buffer.reset()
         # For tensors that a callback keeps: the buffer makes new arrays in its next reset
@@ -156,6 +172,7 @@ class LeanRollout:
         if not is_full:
             return False
         values, log_probs, rewards = self._finish()
+        before_end(self.snapshot)
         scope.update(n_steps=n_rollout_steps, values=values, log_probs=log_probs, rewards=rewards)
         callback.update_locals(scope)
         callback.on_rollout_end()

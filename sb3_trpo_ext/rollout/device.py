@@ -106,6 +106,8 @@ class TensorRollout(LeanRollout):
             actions = self._actor.act_on_device(observations)
         # Before the environment may write over the observations
         buffer.store_before(observations, actions, starts)
+        if self._is_watched:
+            observations = mapped(th.clone, observations)
         clipped_actions = self._clipped(actions)
         step = env.advance(clipped_actions)
         model.num_timesteps += env.num_envs
@@ -115,7 +117,8 @@ class TensorRollout(LeanRollout):
                 evaluate = functools.partial(self._evaluate_step, n_steps, observations)
                 values, log_probs = lazy_pair(evaluate, env.num_envs, model.device)
             scope["values"], scope["log_probs"] = values, log_probs
-            scope["infos"] = LazyList(functools.partial(env.infos_of, step, *episodes), env.num_envs)
+        # RL-Zoo has a callback that looks at these
+        scope["infos"] = LazyList(functools.partial(env.infos_of, step, *episodes), env.num_envs)
         scope.update(n_steps=n_steps, obs_tensor=observations, actions=actions, clipped_actions=clipped_actions)
         scope.update(new_obs=step.observations, rewards=step.rewards)
         scope["dones"] = step.dones.cpu().numpy() if self._counts_episodes else step.dones

@@ -1,7 +1,7 @@
 """Lazy tensors and a lazy buffer, for a callback that looks at what a rollout computes only at its end."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch as th
@@ -54,14 +54,18 @@ def may_look(callback: BaseCallback) -> bool:
     )
 
 
-def callbacks_in(callback: BaseCallback) -> Iterator[BaseCallback]:
-    """A callback, and those that it calls."""
-    yield callback
-    inner = [value for name, value in vars(callback).items() if name != "parent"]
-    inner += [part for value in inner if isinstance(value, list) for part in value]
-    for value in inner:
-        if isinstance(value, BaseCallback):
-            yield from callbacks_in(value)
+def callbacks_in(callback: BaseCallback) -> list[BaseCallback]:
+    """A callback, and those that it calls; each once, since they may know each other."""
+    found = [callback]
+    for part in found:
+        inner = [value for name, value in vars(part).items() if name != "parent"]
+        inner += [each for value in inner if isinstance(value, list) for each in value]
+        found += [each for each in dict.fromkeys(filter(_is_callback, inner)) if each not in found]
+    return found
+
+
+def _is_callback(value: Any) -> bool:
+    return isinstance(value, BaseCallback)
 
 
 def lazy_class(original: type[RolloutBuffer], evaluate: Callable[[], None]) -> type[RolloutBuffer]:

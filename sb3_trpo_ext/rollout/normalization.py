@@ -68,6 +68,10 @@ class ScaledRewards(VecEnvWrapper):
     def reward_again_(self, model: Any, buffer: Any, scale: float | None) -> None:
         """Give a full buffer the rewards in a scale, ``None`` for 1, with what truncated episodes are still worth."""
         raw = np.array(self.rewards)
+        # What a callback has made of them counts, except where the value of the last observation is in the number too
+        changed = buffer.rewards != raw.astype(buffer.rewards.dtype)
+        changed[[step for step, _, _ in self.truncated], [index for _, index, _ in self.truncated]] = False
+        raw[changed] = buffer.rewards[changed]
         buffer.rewards[:] = raw if scale is None else np.clip(raw / scale, -CLIP, CLIP)
         for step, index, observation in self.truncated:
             buffer.rewards[step, index] += model.gamma * model._terminal_value(buffer, step, index, observation)

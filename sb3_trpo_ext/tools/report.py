@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 from sb3_trpo_ext._files import write_json
 from sb3_trpo_ext.tools.plots import Panel, draw_learning_curve, return_lines
 from sb3_trpo_ext.zoo.masks import remember
-from sb3_trpo_ext.zoo.runs import evaluation_curve, latest_run, read_settings, training_curve
+from sb3_trpo_ext.zoo.runs import evaluation_curve, has_objects, latest_run, read_settings, training_curve
 from sb3_trpo_ext.zoo.settings import KEY
 
 
@@ -148,7 +148,7 @@ def load_run(
     hyperparams, stats_path = get_saved_hyperparams(str(settings), norm_reward=False, test_mode=True)
     args_path = settings / "args.yml"
     options = read_settings(args_path)
-    if args_path.is_file() and not options:
+    if (args_path.is_file() and not options) or has_objects(options.get("env_kwargs")):
         raise ValueError(f"{args_path} is damaged, or holds what only Python can read: remove it, and give --env-kwargs")
     # Those of the command line win
     kwargs_in_training = options.get("env_kwargs") or hyperparams.get("env_kwargs") or {}

@@ -1,6 +1,7 @@
 """Normalization that belongs to the agent: of observations within the policy, and of rewards by the scale of their returns."""
 
 import math
+import warnings
 from typing import Any
 
 import torch as th
@@ -16,15 +17,20 @@ from sb3_trpo_ext.parallel.reductions import all_true
 CLIP = 10.0
 #: Added to variances, as in ``VecNormalize``.
 EPSILON = 1e-8
-#: Number of samples of statistics that stay as they are.
+#: The number of samples when there are none, and never will be. Statistics of n samples that stay as they are have -1 - n.
 FROZEN = -1
+_NOT_FINITE = (
+    "Some observations are infinite or NaN. The statistics that normalize observations skip the rollouts with these: use "
+    "finite numbers, such as the range of a sensor."
+)
 
 
 class RunningNormalization(nn.Module):
     """
     ``(x - mean) / std`` by statistics that are buffers of a policy: saved and loaded with it, and moved to its device.
 
-    They change in :meth:`update` alone. Before the first one, nothing is normalized, and after :meth:`freeze` nothing changes.
+    They change in :meth:`update` alone. Before the first one, nothing is normalized, nor clipped unless it is infinite, and
+    after :meth:`freeze` nothing changes.
 
     :param shape: of one ``x``
     """
@@ -46,7 +52,10 @@ class RunningNormalization(nn.Module):
         :param x: shape ``(n_batch, *shape)``
         :return: the same shape
         """
-        return ((x - self.mean) / (self.var + EPSILON).sqrt()).clamp(-CLIP, CLIP)
+        normalized = (x - self.mean) / (self.var + EPSILON).sqrt()
+        # No `if`: the host would wait for an accelerator. No network can use an infinity, with statistics or without
+        is_clipped = normalized.isinf() | ((self.n_samples != 0) & (self.n_samples != FROZEN))
+        return th.where(is_clipped, normalized.clamp(-CLIP, CLIP), normalized)
 
     def update(self, samples: th.Tensor) -> None:
         """
@@ -55,11 +64,12 @@ class RunningNormalization(nn.Module):
         :param samples: shape ``(n_samples, *shape)``, on any device
         """
         n = self.n_samples.cpu().double()
-        if n == FROZEN:
+        if n < 0:
             return
         mean, var = th.stack([self.mean, self.var]).cpu().double()
         total = _with_samples(Moments(n, mean, var * n), samples)
         if total is None:
+            warnings.warn(_NOT_FINITE, stacklevel=2)
             return
         # Single precision first: some devices have no double
         self.mean.copy_(total.mean.float())
@@ -68,7 +78,7 @@ class RunningNormalization(nn.Module):
 
     def freeze(self) -> None:
         """Keep the statistics as they are for good."""
-        self.n_samples.fill_(FROZEN)
+        self.n_samples.copy_(th.where(self.n_samples < 0, self.n_samples, FROZEN - self.n_samples))
 
 
 class OneHotScale(nn.Module):

@@ -18,8 +18,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import optuna
 import rl_zoo3.train
 from rl_zoo3 import ALGOS
 from rl_zoo3.exp_manager import ExperimentManager
@@ -41,12 +42,17 @@ from sb3_trpo_ext.recurrent import RecurrentTRPO
 from sb3_trpo_ext.zoo.launches import Launch
 from sb3_trpo_ext.zoo.masks import MaskedAgent, remember
 from sb3_trpo_ext.zoo.options import Training, simulator_of
-from sb3_trpo_ext.zoo.resume import Checkpoint, folder_of_launch, last_checkpoint, mark_folder, restore_evaluations
+from sb3_trpo_ext.zoo.resume import (
+    Checkpoint,
+    drop_later_episodes,
+    folder_of_launch,
+    last_checkpoint,
+    mark_folder,
+    restore_evaluations,
+    statistics_of,
+)
 from sb3_trpo_ext.zoo.search_space import convert_trpo_params, sample_recurrent_params, sample_trpo_params
 from sb3_trpo_ext.zoo.settings import KEY, LSTM_KEY, MASK_KEY, SCHEDULED, check_names, linear_schedule
-
-if TYPE_CHECKING:
-    import optuna
 
 
 class Manager(ExperimentManager):
@@ -86,8 +92,12 @@ class Manager(ExperimentManager):
             return
         # Where RL-Zoo looks for the statistics of an agent that it trains further
         statistics = params_path / "vecnormalize.pkl"
-        if checkpoint.statistics not in (None, statistics):
+        if checkpoint.statistics == statistics:
+            # They are written again with the next best agent. Until then the final one needs its own
+            shutil.copyfile(statistics, statistics_of(folder, checkpoint.num_timesteps))
+        elif checkpoint.statistics is not None:
             shutil.copyfile(checkpoint.statistics, statistics)
+        drop_later_episodes(folder, checkpoint.num_timesteps)
         self.trained_agent, self.continue_training = str(checkpoint.model), True
         print(f"Continuing from {checkpoint.model} after {checkpoint.num_timesteps:,} steps")
 
@@ -222,17 +232,23 @@ class Manager(ExperimentManager):
     def objective(self, trial: optuna.Trial) -> float:
         """Train for a trial of a search."""
         self.training.has_begun = True
-        try:
-            return super().objective(trial)
-        except KeyboardInterrupt:
-            # As above; another error is the end of the trial alone
-            self._launch.end("interrupted")
-            raise
+        return super().objective(trial)
 
     def hyperparameters_optimization(self) -> None:
         """Search for hyperparameters."""
-        with self._launch.errors_noted():
-            super().hyperparameters_optimization()
+        optimize = optuna.study.Study.optimize
+
+        def noted(*args: Any, **kwargs: Any) -> None:
+            # As above. Not in `objective`: with several jobs that runs in other threads, which Ctrl-C does not reach
+            with self._launch.errors_noted():
+                optimize(*args, **kwargs)
+
+        optuna.study.Study.optimize = noted  # type: ignore[method-assign]
+        try:
+            with self._launch.errors_noted():
+                super().hyperparameters_optimization()
+        finally:
+            optuna.study.Study.optimize = optimize  # type: ignore[method-assign]
         self._launch.end("finished")
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:

@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas
 from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.monitor import get_monitor_files
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_trpo_ext._files import replacing
-from sb3_trpo_ext.zoo.runs import read_settings
+from sb3_trpo_ext.zoo.runs import has_objects, read_settings
 from sb3_trpo_ext.zoo.settings import as_option
 
 #: Options of ``train`` that are not given again when a run continues: its settings and its agent are in its folder.
 NOT_KEPT = ("command", "conf_file", "hyperparams", "track", "trained_agent", "trial_id", "truncate_last_trajectory", "uuid")
 #: In the folder of a run: which launch of ``torchrun`` made it.
 LAUNCH_FILE = ".launch"
+#: Lines of a monitor file before those of the episodes.
+N_HEADERS = 2
 
 
 class Checkpoint(NamedTuple):
@@ -41,10 +45,20 @@ def saved_arguments(folder: Path) -> list[str]:
     import yaml
 
     args_file = next(folder.glob("*/args.yml"), folder / "args.yml")
-    saved, settings = read_settings(args_file), read_settings(args_file.with_name("config.yml"))
-    if not saved or not settings:
+    config_file = args_file.with_name("config.yml")
+    saved, settings = read_settings(args_file), read_settings(config_file)
+    for path, content in ((args_file, saved), (config_file, settings)):
+        if content:
+            continue
+        if path.is_file():
+            raise ValueError(f"`--resume`: {path} is empty or damaged")
         raise ValueError(
             f"`--resume`: there is no run of `sb3-trpo train` in {folder}: give one such as logs/trpo_ext/Ant-v5_1"
+        )
+    if objects := [name for name, value in settings.items() if has_objects(value)]:
+        raise ValueError(
+            f"`--resume`: {config_file} has Python objects in {', '.join(objects)}, which are not read again. Write them as "
+            "text in the settings, such as policy_kwargs: 'dict(activation_fn=nn.ReLU)' in a YAML file, for a run to resume."
         )
     if last_checkpoint(folder, args_file.parent.name) is None:
         raise ValueError(f"`--resume`: there is no checkpoint in {folder}: `--save-freq` saves some, an interruption one")
@@ -65,22 +79,45 @@ def last_checkpoint(folder: Path, env_name: str) -> Checkpoint | None:
     :param folder: of a run
     :param env_name: of its environment, after which RL-Zoo names the agent that it saves at the end or when interrupted
     """
-    has_statistics = bool(read_settings(folder / env_name / "config.yml").get("normalize"))
+    settings = read_settings(folder / env_name / "config.yml")
+    # Where they are damaged, the files tell
+    has_statistics = settings.get("normalize") if settings else any(folder.rglob("*vecnormalize*.pkl"))
     found = []
     # First, where it wins over a checkpoint of the same step: that one comes before the last update
     final = folder / f"{env_name}.zip"
     if (final_steps := _timesteps_of(final)) is not None:
-        found.append(Checkpoint(final, folder / env_name / "vecnormalize.pkl", final_steps))
+        own, latest = statistics_of(folder, final_steps), folder / env_name / "vecnormalize.pkl"
+        found.append(Checkpoint(final, own if _is_readable(own) else latest, final_steps))
     for model in folder.glob("rl_model_*_steps.zip"):
         if match := re.fullmatch(r"rl_model_(\d+)_steps", model.stem):
-            statistics = model.with_name(f"rl_model_vecnormalize_{match[1]}_steps.pkl")
-            found.append(Checkpoint(model, statistics, int(match[1])))
+            found.append(Checkpoint(model, statistics_of(folder, int(match[1])), int(match[1])))
     for checkpoint in sorted(found, key=lambda each: -each.num_timesteps):
         if not has_statistics:
             return checkpoint._replace(statistics=None)
         if checkpoint.statistics is not None and _is_readable(checkpoint.statistics):
             return checkpoint
     return None
+
+
+def statistics_of(folder: Path, num_timesteps: int) -> Path:
+    """The file of VecNormalize's statistics that SB3's ``CheckpointCallback`` writes after so many steps."""
+    return folder / f"rl_model_vecnormalize_{num_timesteps}_steps.pkl"
+
+
+def drop_later_episodes(folder: Path, num_timesteps: int) -> None:
+    """
+    Take out of the monitor files of a run what came after the state that it continues from: it will be made again.
+
+    :param folder: of the run
+    :param num_timesteps: of that state
+    """
+    files = get_monitor_files(str(folder))
+    for file in map(Path, files):
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        if len(lines) > N_HEADERS:
+            steps = pandas.read_csv(file, skiprows=1)["l"].cumsum() * len(files)
+            with replacing(file) as path:
+                path.write_text("".join(lines[: N_HEADERS + int((steps <= num_timesteps).sum())]), encoding="utf-8")
 
 
 def _timesteps_of(model: Path) -> int | None:
@@ -108,6 +145,7 @@ def restore_evaluations(callback: EvalCallback, num_timesteps: int) -> None:
 
     :param callback: RL-Zoo's
     :param num_timesteps: later evaluations are made again
+    :raises ValueError: if these had another number of episodes
     """
     assert callback.log_path is not None
     try:
@@ -116,6 +154,11 @@ def restore_evaluations(callback: EvalCallback, num_timesteps: int) -> None:
     # NumPy and zipfile have no common error for a missing or a damaged file
     except Exception:
         return
+    if results.shape[1] != callback.n_eval_episodes:
+        raise ValueError(
+            f"`--eval-episodes`: the evaluations of this run have {results.shape[1]} episodes each, got "
+            f"{callback.n_eval_episodes}: its table of evaluations takes no other number."
+        )
     callback.best_mean_reward = float(np.max(results.mean(axis=1)))
     n_kept = int((steps <= num_timesteps).sum())
     callback.evaluations_timesteps = steps[:n_kept].tolist()

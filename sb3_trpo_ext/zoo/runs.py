@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,12 +92,19 @@ def _reading(path: Path | str) -> Iterator[None]:
         raise RunError(f"{path} is empty or damaged: {reason}") from error
 
 
+@dataclass(frozen=True)
+class PythonObject:
+    """What only Python can make of a file: named, and not made."""
+
+    name: str
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """
     Read ``config.yml`` or ``args.yml`` of RL-Zoo, without running what a stranger may have put there.
 
     :param path: the file
-    :return: its content; empty if the file is missing or holds what only Python can read
+    :return: its content, with a :class:`PythonObject` for a class or a function; empty if the file is missing or damaged
     """
     if not path.is_file():
         return {}
@@ -104,15 +112,24 @@ def read_settings(path: Path) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Knows the one Python type that RL-Zoo writes."""
+        """Knows the Python types that RL-Zoo writes, and names others."""
 
-    tag = "tag:yaml.org,2002:python/object/apply:collections.OrderedDict"
-    Loader.add_constructor(tag, lambda loader, node: dict(*loader.construct_sequence(node, deep=True)))
+    prefix = "tag:yaml.org,2002:python/"
+    ordered_dict, tuple_ = f"{prefix}object/apply:collections.OrderedDict", f"{prefix}tuple"
+    Loader.add_constructor(ordered_dict, lambda loader, node: dict(*loader.construct_sequence(node, deep=True)))
+    Loader.add_constructor(tuple_, lambda loader, node: tuple(loader.construct_sequence(node, deep=True)))
+    Loader.add_multi_constructor(prefix, lambda loader, suffix, node: PythonObject(suffix))
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def has_objects(value: Any) -> bool:
+    """Whether there is a :class:`PythonObject` in what :func:`read_settings` returns, or in a part of it."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return isinstance(value, PythonObject) or any(map(has_objects, parts))
 
 
 def read_run(folder: str | Path) -> Run:

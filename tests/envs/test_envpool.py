@@ -383,6 +383,16 @@ def test_use_in_the_wrong_order_is_refused() -> None:
         env.step(np.zeros((2, 3)))
 
 
+def test_training_goes_on_after_an_interrupted_step() -> None:
+    env = make("Hopper-v5", 2, seed=0)
+    model = TRPO("MlpPolicy", env, n_steps=16, batch_size=16, device="cpu").learn(32)
+    env.step_async(np.zeros((2, 3)))
+    model.learn(32, reset_num_timesteps=False)
+    assert model.num_timesteps == 64
+    assert not env.was_interrupted
+    env.close()
+
+
 def test_reset_after_an_interrupted_step() -> None:
     """What Ctrl-C leaves behind: a step whose result is never read, or lost."""
     env = make("Hopper-v5", 2, seed=0)

@@ -10,6 +10,7 @@ import torch as th
 from agents import log_of
 from gymnasium import spaces
 from helpers import BOX_ACTIONS, DICT, VECTOR, BetaPolicy
+from rl_zoo3.callbacks import RawStatisticsCallback
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -185,6 +186,40 @@ def test_callbacks_see_tensors_under_sb3s_names(change_at: int | None) -> None:
     for ours, theirs in zip(*(looker.seen for looker in lookers), strict=True):
         for name, value in theirs.items():
             np.testing.assert_allclose(ours[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+class Reusing(RandomTensorEnv):
+    """Writes the observations of each step over those of the one before."""
+
+    def reset_tensors(self, seed: int | None = None) -> Any:
+        self.observations: Any = super().reset_tensors(seed)
+        return self.observations
+
+    def step_tensors(self, actions: th.Tensor) -> Any:
+        step = super().step_tensors(actions)
+        return step._replace(observations=self.observations.copy_(step.observations))
+
+
+@pytest.mark.parametrize("use_sde", [False, True])
+def test_callbacks_see_the_step_where_the_environment_uses_its_tensors_again(use_sde: bool) -> None:
+    lookers = []
+    for kind in (Reusing, RandomTensorEnv):
+        env = kind(VECTOR, BOX_ACTIONS)
+        model = TRPO("MlpPolicy", env, n_steps=N_STEPS, batch_size=32, use_sde=use_sde, seed=0, device="cpu")
+        lookers.append(Looker())
+        model.learn(2 * N_STEPS * 4, lookers[-1])
+    for ours, theirs in zip(*(looker.seen for looker in lookers), strict=True):
+        for name in ("values", "log_probs"):
+            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def test_callbacks_may_know_each_other(tmp_path: Any) -> None:
+    first, second = Looker(), Looker()
+    first.other, second.other = second, first  # type: ignore[attr-defined]
+    model = TRPO("MlpPolicy", TensorCartPole(8), n_steps=8, batch_size=64, device="cpu", seed=0, tensorboard_log=str(tmp_path))
+    model.learn(64, [first, RawStatisticsCallback()])
+    assert len(first.seen) == 8
+    assert not second.seen
 
 
 def test_a_callback_can_end_the_training_in_the_middle_of_a_rollout() -> None:

@@ -35,9 +35,23 @@ def test_statistics_of_several_batches_are_those_of_all_samples() -> None:
     np.testing.assert_allclose(normalized, expected, atol=1e-5)
 
 
-def test_nothing_is_normalized_before_the_first_samples() -> None:
-    x = th.randn(5, 3)
-    np.testing.assert_allclose(RunningNormalization((3,))(x), x, rtol=1e-6)
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_nothing_is_normalized_or_clipped_before_the_first_samples(is_frozen: bool) -> None:
+    normalization = RunningNormalization((3,))
+    if is_frozen:
+        normalization.freeze()
+    x = 1000 * th.randn(5, 3)
+    np.testing.assert_array_equal(normalization(x), x)
+
+
+def test_frozen_statistics_stay_and_still_clip() -> None:
+    normalization = RunningNormalization((1,))
+    normalization.update(th.tensor([[1.0], [2.0]]))
+    for _ in range(2):
+        normalization.freeze()
+        normalization.update(th.tensor([[5.0]]))
+        assert (float(normalization.mean), int(normalization.n_samples)) == (1.5, -3)
+        assert float(normalization(th.tensor([[1e6]]))) == CLIP
 
 
 def test_a_constant_stays_at_zero_and_what_is_far_out_is_clipped() -> None:
@@ -50,7 +64,8 @@ def test_a_constant_stays_at_zero_and_what_is_far_out_is_clipped() -> None:
 def test_samples_that_are_not_finite_are_left_out(bad: float) -> None:
     normalization = RunningNormalization((1,))
     normalization.update(th.tensor([[1.0], [2.0]]))
-    normalization.update(th.tensor([[1.0], [bad]]))
+    with pytest.warns(UserWarning, match="infinite or NaN"):
+        normalization.update(th.tensor([[1.0], [bad]]))
     assert (float(normalization.mean), int(normalization.n_samples)) == (1.5, 2)
 
 

@@ -1,7 +1,9 @@
 """`run.json`: what a run was made with, and how each of its launches ended."""
 
 import json
+import signal
 import subprocess
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,21 @@ def test_search_is_noted(error: type[BaseException] | None, status: str, monkeyp
     (entry,) = entries()
     assert entry["status"] == status
     assert "steps" not in entry
+
+
+def test_search_in_several_threads_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def objective(_: Any, trial: Any) -> float:
+        if trial.number == 2:
+            # Python gives it to the main thread, which waits for the trials
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(0.05)
+        return 0.0
+
+    monkeypatch.setattr(ExperimentManager, "objective", objective)
+    search = ["-optimize", "--n-trials", "200", "--n-jobs", "2", "--no-optim-plots"]
+    assert main(["train", "--env", "CartPole-v1", *OPTIONS, *search]) == 0
+    (entry,) = entries()
+    assert entry["status"] == "interrupted"
 
 
 def test_other_processes_write_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

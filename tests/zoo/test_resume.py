@@ -9,12 +9,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import yaml
+from huggingface_sb3 import EnvironmentName
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.monitor import load_results
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.zoo.command import main
+from sb3_trpo_ext.zoo.manager import Manager
 from sb3_trpo_ext.zoo.options import Training, parse, prepared
 from sb3_trpo_ext.zoo.resume import last_checkpoint, restore_evaluations, saved_arguments
 from sb3_trpo_ext.zoo.runs import read_run
@@ -47,7 +49,7 @@ def test_last_complete_checkpoint_is_found(tmp_path: Path) -> None:
 
 
 def test_evaluations_go_on_where_they_were(tmp_path: Path) -> None:
-    callback = EvalCallback(gym.make("CartPole-v1"), log_path=str(tmp_path))
+    callback = EvalCallback(gym.make("CartPole-v1"), log_path=str(tmp_path), n_eval_episodes=2)
     restore_evaluations(callback, 100)
     assert callback.best_mean_reward == -np.inf
     results = np.array([[1.0, 3.0], [9.0, 9.0], [4.0, 4.0]])
@@ -57,6 +59,9 @@ def test_evaluations_go_on_where_they_were(tmp_path: Path) -> None:
     assert callback.evaluations_results == [[1.0, 3.0], [9.0, 9.0]]
     assert callback.evaluations_length == [[1, 3], [9, 9]]
     assert callback.best_mean_reward == 9
+    callback.n_eval_episodes = 3
+    with pytest.raises(ValueError, match="`--eval-episodes`: the evaluations of this run have 2 episodes each, got 3"):
+        restore_evaluations(callback, 100)
 
 
 SETTINGS = ("n_envs:2", "n_steps:128", "batch_size:64", "n_critic_updates:1", "normalize:True", "target_kl:'lin_0.02'")
@@ -114,8 +119,11 @@ def test_killed_run_goes_on(run: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert read.evaluations.steps.tolist() == [256, 512, 768, 1024]
     # The schedule, too, goes on
     assert read.updates["kl_divergence_loss"].iloc[1] == pytest.approx(0.02 * (1 - 768 / 1024), rel=0.1)
-    # The episodes of before are still there
-    assert len(load_results(str(run))) > n_episodes
+    # Of the episodes of before those are still there that ended by then: each of the two environments has had one
+    assert n_episodes == 2 * 2
+    assert len(load_results(str(run))) == 2 + 2
+    assert (np.diff(read.episodes.steps) >= 0).all()
+    assert read.episodes.steps[-1] <= 1024
     assert (run / "Pendulum-v1" / "config.yml").read_text() == config
     with (run / "Pendulum-v1" / "vecnormalize.pkl").open("rb") as file:
         assert pickle.load(file).obs_rms.count == pytest.approx(1024 + 2 * 2, abs=1e-2)
@@ -160,6 +168,43 @@ def test_options_with_keys_and_lists_are_given_again(run: Path) -> None:
     ]
 
 
+def with_python_object(run: Path) -> None:
+    """Give a run the settings that a Python file would have given it."""
+    config = run / "Pendulum-v1" / "config.yml"
+    config.write_text(config.read_text() + "  - - policy_kwargs\n    - activation_fn: !!python/name:torch.nn.ReLU ''\n")
+
+
+def test_statistics_are_found_whatever_the_settings_hold(run: Path) -> None:
+    config = run / "Pendulum-v1" / "config.yml"
+    expected = last_checkpoint(run, "Pendulum-v1")
+    assert expected is not None
+    assert expected.statistics is not None
+    with_python_object(run)
+    assert last_checkpoint(run, "Pendulum-v1") == expected
+    with pytest.raises(ValueError, match=r"config.yml has Python objects in policy_kwargs, which are not read again"):
+        saved_arguments(run)
+    config.write_text("normalize: [")
+    assert last_checkpoint(run, "Pendulum-v1") == expected
+    with pytest.raises(ValueError, match=r"config.yml is empty or damaged"):
+        saved_arguments(run)
+
+
+def test_final_agent_keeps_its_statistics(tmp_path: Path) -> None:
+    """Those that RL-Zoo looks for are written again with each best agent of the training that goes on."""
+    run = train(tmp_path, 256)
+    whole = run / "Pendulum-v1" / "vecnormalize.pkl"
+    expected = whole.read_bytes()
+    manager = Manager.__new__(Manager)
+    manager.env_name, manager._checkpoint = EnvironmentName("Pendulum-v1"), None
+    manager._go_to_checkpoint(run)
+    whole.write_bytes(pickle.dumps("later"))
+    found = last_checkpoint(run, "Pendulum-v1")
+    assert found is not None
+    assert found.model.name == "Pendulum-v1.zip"
+    assert found.statistics is not None
+    assert found.statistics.read_bytes() == expected
+
+
 def test_ended_run_goes_on_with_more_steps(tmp_path: Path) -> None:
     run = train(tmp_path, 512)
     assert main(["train", "--resume", str(run), "-n", "1024"]) == 0
@@ -188,6 +233,12 @@ def test_later_state_wins(run: Path) -> None:
     found = last_checkpoint(run, "Pendulum-v1")
     assert found is not None
     assert (found.model.name, found.num_timesteps) == ("Pendulum-v1.zip", 512)
+    # Both files are of that step, and the other one may be of a later best agent
+    own = run / "rl_model_vecnormalize_512_steps.pkl"
+    assert found.statistics == own
+    own.write_bytes(own.read_bytes()[:100])
+    found = last_checkpoint(run, "Pendulum-v1")
+    assert found is not None
     assert found.statistics == run / "Pendulum-v1" / "vecnormalize.pkl"
     # Cut off while it was written
     whole = (run / "Pendulum-v1.zip").read_bytes()
