@@ -146,6 +146,8 @@ AGENTS: dict[str, Agent] = {
 
 #: Ours, as it is compared with the rivals.
 OURS = "ours-16"
+#: The same with a candidate for the default of `gae_lambda`, of which no code is kept.
+BY_DIMENSIONS = f"{OURS}, lambda by dimensions"
 
 
 def policy_for(space: spaces.Space) -> str:
@@ -341,6 +343,7 @@ def tables() -> dict[str, str]:
         "defaults summary": summary_table(frame),
         "defaults environments": environments_table(frame),
         "defaults humanoid": humanoid_table(frame),
+        "defaults lambda": lambda_table(frame),
     }
 
 
@@ -406,6 +409,18 @@ def humanoid_table(frame: pandas.DataFrame) -> str:
     """Ours on Humanoid-v5 for a million steps."""
     runs = runs_of(frame, "Humanoid-v5", f"{OURS}-1000000")
     return table([f"seed {seed}" for seed in runs["seed"]], [[f"{value:,.4g}" for value in runs["return"]]])
+
+
+def lambda_table(frame: pandas.DataFrame) -> str:
+    """The defaults, and a candidate that lost, on each task and over all of them."""
+    agents = {"defaults": OURS, "lambda by dimensions": BY_DIMENSIONS}
+    parts = {task.name: [runs_of(frame, task.name, agent) for agent in agents.values()] for task in JUDGING}
+    rows = [
+        [short(task), *(", ".join(f"{value:,.4g}" for value in part["return"]) for part in pair)]
+        for task, pair in parts.items()
+    ]
+    means = [interquartile([part["score"].to_numpy() for part in column]) for column in zip(*parts.values(), strict=True)]
+    return table(("task", *agents), [*rows, ["interquartile mean of the scores", *means]])
 
 
 def draw(path: Path) -> None:

@@ -1,6 +1,6 @@
 """TRPO where some actions are invalid in some states: the policies, buffers and wrappers are sb3-contrib's."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -33,7 +33,6 @@ from sb3_trpo_ext._checks import ArgumentError
 from sb3_trpo_ext.policies import OwnExtractorsMixin
 from sb3_trpo_ext.rollout.actors import Actor, MlpActor
 from sb3_trpo_ext.rollout.collect import LeanRollout, collect_rollouts
-from sb3_trpo_ext.rollout.snapshot import Snapshot
 from sb3_trpo_ext.trpo import TRPO
 from sb3_trpo_ext.update.batch import Batch, in_order, take
 from sb3_trpo_ext.update.calls import PolicyCalls
@@ -296,14 +295,7 @@ class MaskableTRPO(TRPO):
             )
         return array.flatten()
 
-    def _collect(
-        self,
-        env: VecEnv,
-        callback: BaseCallback,
-        rollout_buffer: RolloutBuffer,
-        n_rollout_steps: int,
-        before_end: Callable[[Snapshot], None],
-    ) -> bool:
+    def _collect(self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, *args: Any) -> bool:
         arguments.check_buffer(type(rollout_buffer), _BUFFERS, "with masks", "shuffle samples away from their masks")
         if self._use_masking and not is_masking_supported(env):
             raise ValueError(
@@ -316,7 +308,7 @@ class MaskableTRPO(TRPO):
             collect: Any = MaskablePPO.collect_rollouts
             return collect(self, _CheckedMasks(env, self), *args, use_masking=self._use_masking)
 
-        return collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps, before_end, _MaskedRollout, loop)
+        return collect_rollouts(self, env, callback, rollout_buffer, *args, rollout_class=_MaskedRollout, loop=loop)
 
     def predict(
         self,

@@ -1,7 +1,7 @@
 """TRPO through time, for policies with an LSTM: the policies and buffers are sb3-contrib's."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -31,7 +31,6 @@ from sb3_trpo_ext._observations import parts_of
 from sb3_trpo_ext.optim.devices import sent_to
 from sb3_trpo_ext.parallel.reductions import Shares, all_max
 from sb3_trpo_ext.rollout.collect import collect_rollouts
-from sb3_trpo_ext.rollout.snapshot import Snapshot
 from sb3_trpo_ext.trpo import TRPO
 from sb3_trpo_ext.update.batch import Batch, in_order, take
 from sb3_trpo_ext.update.calls import PolicyCalls
@@ -320,16 +319,8 @@ class RecurrentTRPO(TRPO):
         #: After the last step, of each environment.
         self._last_lstm_states = RNNStates((zeros, zeros), (zeros, zeros))
 
-    def _collect(
-        self,
-        env: VecEnv,
-        callback: BaseCallback,
-        rollout_buffer: RolloutBuffer,
-        n_rollout_steps: int,
-        before_end: Callable[[Snapshot], None],
-    ) -> bool:
-        loop = RecurrentPPO.collect_rollouts
-        return collect_rollouts(self, env, callback, rollout_buffer, n_rollout_steps, before_end, loop=loop)
+    def _collect(self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, *args: Any) -> bool:
+        return collect_rollouts(self, env, callback, rollout_buffer, *args, loop=RecurrentPPO.collect_rollouts)
 
     @th.no_grad()
     def _renew_states(self, buffer: Any) -> None:

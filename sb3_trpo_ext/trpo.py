@@ -3,7 +3,6 @@
 import functools
 import math
 import time
-from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch as th
@@ -20,7 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext import arguments, defaults
 from sb3_trpo_ext._checks import ArgumentError, check_seed, closest, is_known
-from sb3_trpo_ext.envs.envpool import EnvPoolVecEnv
+from sb3_trpo_ext.envs.envpool import was_interrupted
 from sb3_trpo_ext.envs.tensor import TensorVecEnv
 from sb3_trpo_ext.envs.vector import VectorEnvAdapter
 from sb3_trpo_ext.optim import AdaptiveKLPenalty, KLConstraint, PolicyUpdate, UpdateResult, UpdateStatus
@@ -399,28 +398,18 @@ class TRPO(SavingAlgorithm):
         is_staggered = self.stagger_episodes if self.stagger_episodes != arguments.AUTO else self.n_steps == self._auto_n_steps
         self._stagger.before_rollout(self)
         env = self._normalization.environment(env, self.policy, isinstance(rollout_buffer, TensorRolloutBuffer))
-        before_end = functools.partial(self._normalize, rollout_buffer)
-        is_full = self._collect(env, callback, rollout_buffer, n_rollout_steps, before_end)
+        is_full = self._collect(env, callback, rollout_buffer, n_rollout_steps, self._normalize)
         if is_full and self.vf_lambda is not None:
             set_returns_(self, rollout_buffer, self.vf_lambda)
         if is_full and is_staggered:
             self._stagger.after_rollout(self, rollout_buffer)
         return is_full and not (isinstance(callback, launch.RankCallback) and callback.is_over)
 
-    def _collect(
-        self,
-        env: VecEnv,
-        callback: BaseCallback,
-        rollout_buffer: RolloutBuffer,
-        n_rollout_steps: int,
-        before_end: Callable[[Snapshot], None],
-    ) -> bool:
-        """Fill the buffer; returns whether it is full."""
+    def _collect(self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, *args: Any) -> bool:
+        """Fill the buffer, with the arguments of :func:`~sb3_trpo_ext.rollout.collect.collect_rollouts`."""
         is_on_device = isinstance(rollout_buffer, TensorRolloutBuffer)
         rollout_class = functools.partial(TensorRollout, scale=self._normalization.scale) if is_on_device else None
-        return collect_rollouts(
-            self, env, callback, rollout_buffer, n_rollout_steps, before_end=before_end, rollout_class=rollout_class
-        )
+        return collect_rollouts(self, env, callback, rollout_buffer, *args, rollout_class=rollout_class)
 
     def _normalize(self, rollout_buffer: RolloutBuffer, acted: Snapshot) -> None:
         """Normalize a full buffer, before a callback's ``on_rollout_end`` that may change it; ``acted`` is who filled it."""
@@ -605,7 +594,7 @@ class TRPO(SavingAlgorithm):
             callback, progress_bar = launch.RankCallback(launch.running_statistics(self), callback, progress_bar), False
         if reset_num_timesteps:
             self._unspent_kl = 0.0
-        if self.env is not None and isinstance(self.env.unwrapped, EnvPoolVecEnv) and self.env.unwrapped.was_interrupted:
+        if was_interrupted(self.env):
             # SB3 resets the environments then
             self._last_obs = None
         if reset_num_timesteps or self._last_obs is None:

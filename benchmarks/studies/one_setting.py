@@ -8,11 +8,11 @@ action dimension in nats (``budget``), the standard deviation at the start (``st
 distance between the bounds), the damping of the Fisher matrix per action dimension (``damping``) or in units of its mean
 diagonal (``relative``), the number of environments (``envs``), steps in each (``rollout``), the learning rate of the critic
 (``lr``), ``gae_lambda`` (of the advantages, and unless ``vf_lambda`` says otherwise of the critic's targets), and the length
-of the training (``steps``). With "defaults" there are also the minibatches of the critic (``batch``), the units of its two
-hidden layers (``critic``), ``clip_advantage``, ``norm_obs``, ``clipped_likelihood``, ``stagger_episodes`` (0 unless the name
-says 1), and ``constant``, a budget of which every update has the same part. All train in EnvPool where it has the task, unless
-they have a single environment. ``results/one_setting.csv`` has a row per run, and ``python -m benchmarks.tables`` writes the
-table.
+of the training (``steps``). With "defaults" there are also the minibatches of the critic (``batch``), the units of the two
+hidden layers of each network (``actor`` and ``critic``), ``clip_advantage``, ``norm_obs``, ``clipped_likelihood``,
+``stagger_episodes`` (0 unless the name says 1), and ``constant``, a budget of which every update has the same part. All train
+in EnvPool where it has the task, unless they have a single environment. ``results/one_setting.csv`` has a row per run, and
+``python -m benchmarks.tables`` writes the table.
 
 Candidates of which no code is kept: "noise 1/f^0.5" and "noise AR(1) 0.5" draw the noise of actions correlated in time, and
 "VecNormalize for observations" or "for rewards" leaves the other to the agent. "8 rollouts" fits the critic to the last eight
@@ -111,8 +111,9 @@ def _of_class(name: str, task: Task, seed: int, given: dict[str, float]) -> defa
     settings["stagger_episodes"] = bool(given.get("stagger_episodes", 0))
     if "batch" in given:
         settings["batch_size"] = int(given["batch"])
-    if "critic" in given:
-        policy_kwargs["net_arch"] = {"pi": [64, 64], "vf": [int(given["critic"])] * 2}
+    if given.keys() & {"actor", "critic"}:
+        units = {"pi": given.get("actor", 64), "vf": given.get("critic", 64)}
+        policy_kwargs["net_arch"] = {part: [int(number)] * 2 for part, number in units.items()}
     if policy_kwargs:
         settings["policy_kwargs"] = policy_kwargs
     n_steps, n_dims = int(given.get("steps", task.n_steps)), get_action_dim(space)

@@ -102,11 +102,6 @@ class EnvPoolVecEnv(VecEnv):
         self._dtypes = obs_space_info(self.observation_space)[2]
         self.seed(seed)
 
-    @property
-    def was_interrupted(self) -> bool:
-        """Whether a step has not come to its end, after a Ctrl-C: only :meth:`reset` helps."""
-        return self._is_busy
-
     # === What SB3 calls in training ===
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
@@ -347,6 +342,11 @@ def single_precision(space: Any) -> spaces.Space:
         with np.errstate(over="ignore"):
             return spaces.Box(low.astype(np.float32), space.high.astype(np.float32), dtype=np.float32)
     return space
+
+
+def was_interrupted(env: VecEnv | None) -> bool:
+    """Whether a step of an environment in EnvPool has not come to its end, after a Ctrl-C: only its ``reset`` helps."""
+    return env is not None and isinstance(env.unwrapped, EnvPoolVecEnv) and env.unwrapped._is_busy
 
 
 def rows(columns: dict[str, Any]) -> list[dict[str, Any]]:

@@ -51,7 +51,8 @@ def collect_rollouts(
     callback: BaseCallback,
     rollout_buffer: RolloutBuffer,
     n_rollout_steps: int,
-    before_end: Callable[[Snapshot], None],
+    before_end: Callable[[RolloutBuffer, Snapshot], None],
+    *,
     rollout_class: "Callable[..., LeanRollout] | None" = None,
     loop: Callable[..., bool] = OnPolicyAlgorithm.collect_rollouts,
 ) -> bool:
@@ -63,7 +64,7 @@ def collect_rollouts(
     :param callback: called at each step, and at the beginning and the end
     :param rollout_buffer: buffer to fill
     :param n_rollout_steps: number of steps to collect per environment
-    :param before_end: gets the policy that acted first, when the buffer is full and before the callback's ``on_rollout_end``
+    :param before_end: gets the full buffer and the policy that acted first, before the callback's ``on_rollout_end``
     :param rollout_class: how a rollout is collected whose values can wait; ``None`` for :class:`LeanRollout`
     :param loop: collects any other, with the arguments of SB3's
     :return: False if the callback ended the training
@@ -78,7 +79,7 @@ def collect_rollouts(
             rollout = (rollout_class or LeanRollout)(model, env, callback, rollout_buffer)
             return rollout.collect(n_rollout_steps, before_end)
         snapshot = Snapshot(model.policy)
-        ending: Any = _Ending(callback, functools.partial(before_end, snapshot))
+        ending: Any = _Ending(callback, functools.partial(before_end, rollout_buffer, snapshot))
         with snapshot.watching():
             return loop(model, env, ending, rollout_buffer, n_rollout_steps)
     except (ValueError, RuntimeError) as error:
@@ -152,7 +153,7 @@ class LeanRollout:
         #: What SB3 has in its local variables, under the same names.
         self._scope: dict[str, Any] = {"self": model, "env": env, "callback": callback, "rollout_buffer": buffer}
 
-    def collect(self, n_rollout_steps: int, before_end: Callable[[Snapshot], None]) -> bool:
+    def collect(self, n_rollout_steps: int, before_end: Callable[[RolloutBuffer, Snapshot], None]) -> bool:
         """Run the environment, then compute what was deferred; as :func:`collect_rollouts`."""
         callback, buffer, scope = self.callback, self.buffer, self._scope
         buffer.reset()
@@ -172,7 +173,7 @@ class LeanRollout:
         if not is_full:
             return False
         values, log_probs, rewards = self._finish()
-        before_end(self.snapshot)
+        before_end(buffer, self.snapshot)
         scope.update(n_steps=n_rollout_steps, values=values, log_probs=log_probs, rewards=rewards)
         callback.update_locals(scope)
         callback.on_rollout_end()

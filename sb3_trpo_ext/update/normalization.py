@@ -15,6 +15,8 @@ from sb3_trpo_ext.parallel.reductions import all_true
 
 #: Normalized observations and rewards are clipped to plus or minus this, as in SB3's ``VecNormalize``.
 CLIP = 10.0
+#: Where they are clipped before there are statistics: infinities only, which no layer can use, and this overflows in none.
+FAR = 1e30
 #: Added to variances, as in ``VecNormalize``.
 EPSILON = 1e-8
 #: The number of samples when there are none, and never will be. Statistics of n samples that stay as they are have -1 - n.
@@ -38,12 +40,23 @@ class RunningNormalization(nn.Module):
     mean: th.Tensor
     var: th.Tensor
     n_samples: th.Tensor
+    #: What comes out is within plus or minus this: a tensor, since a number would make the host wait for an accelerator.
+    limit: th.Tensor
 
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
         self.register_buffer("mean", th.zeros(shape))
         self.register_buffer("var", th.ones(shape))
         self.register_buffer("n_samples", th.zeros((), dtype=th.int64))
+        self.register_buffer("limit", th.tensor(FAR), persistent=False)
+
+    def _set_limit(self) -> None:
+        """Clip if there are statistics."""
+        self.limit.fill_(CLIP if int(self.n_samples) not in (0, FROZEN) else FAR)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._set_limit()
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """
@@ -52,10 +65,7 @@ class RunningNormalization(nn.Module):
         :param x: shape ``(n_batch, *shape)``
         :return: the same shape
         """
-        normalized = (x - self.mean) / (self.var + EPSILON).sqrt()
-        # No `if`: the host would wait for an accelerator. No network can use an infinity, with statistics or without
-        is_clipped = normalized.isinf() | ((self.n_samples != 0) & (self.n_samples != FROZEN))
-        return th.where(is_clipped, normalized.clamp(-CLIP, CLIP), normalized)
+        return ((x - self.mean) / (self.var + EPSILON).sqrt()).clamp(-self.limit, self.limit)
 
     def update(self, samples: th.Tensor) -> None:
         """
@@ -75,10 +85,12 @@ class RunningNormalization(nn.Module):
         self.mean.copy_(total.mean.float())
         self.var.copy_(total.variance.float())
         self.n_samples.copy_(total.n)
+        self._set_limit()
 
     def freeze(self) -> None:
         """Keep the statistics as they are for good."""
         self.n_samples.copy_(th.where(self.n_samples < 0, self.n_samples, FROZEN - self.n_samples))
+        self._set_limit()
 
 
 class OneHotScale(nn.Module):

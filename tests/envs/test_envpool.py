@@ -21,6 +21,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecMonitor, 
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.envs import EnvPoolVecEnv
+from sb3_trpo_ext.envs.envpool import was_interrupted
 from sb3_trpo_ext.tools import report
 from sb3_trpo_ext.zoo.command import main
 from sb3_trpo_ext.zoo.options import Training, parse, prepared
@@ -387,9 +388,10 @@ def test_training_goes_on_after_an_interrupted_step() -> None:
     env = make("Hopper-v5", 2, seed=0)
     model = TRPO("MlpPolicy", env, n_steps=16, batch_size=16, device="cpu").learn(32)
     env.step_async(np.zeros((2, 3)))
+    assert was_interrupted(env)
     model.learn(32, reset_num_timesteps=False)
     assert model.num_timesteps == 64
-    assert not env.was_interrupted
+    assert not was_interrupted(env)
     env.close()
 
 
