@@ -297,7 +297,12 @@ def scored(frame: pandas.DataFrame) -> pandas.DataFrame:
 def returns_and_area(runs: pandas.DataFrame) -> tuple[str, str]:
     """Cells of a table: the return of each run, and the mean return while training, averaged over the runs."""
     areas = [pandas.Series(map(float, curve.split())).mean() for curve in runs["curve"]]
-    return ", ".join(f"{value:,.4g}" for value in runs["return"]), f"{sum(areas) / len(areas):,.4g}"
+    return listed(runs), f"{sum(areas) / len(areas):,.4g}"
+
+
+def listed(runs: pandas.DataFrame) -> str:
+    """The return of each run."""
+    return ", ".join(f"{value:,.4g}" for value in runs["return"])
 
 
 def rows_of_returns(frame: pandas.DataFrame) -> Iterator[list[str]]:
@@ -359,8 +364,7 @@ def task_table(frame: pandas.DataFrame) -> str:
         random = runs_of(frame, task.name, "random")["return"].mean()
         cells = [short(task.name), f"{task.n_steps:,}", f"{random:,.4g}"]
         ours, rival, tuned = (runs_of(frame, task.name, name) for name in (OURS, rivals.get(task.name), TUNED))
-        for part in (ours, rival, tuned):
-            cells.append(", ".join(f"{value:,.4g}" for value in part["return"]))
+        cells += map(listed, (ours, rival, tuned))
         ahead = ""
         if len(rival) > 1 and rival["return"].min() > ours["return"].max():
             ahead = "rival"
@@ -415,10 +419,7 @@ def lambda_table(frame: pandas.DataFrame) -> str:
     """The defaults, and a candidate that lost, on each task and over all of them."""
     agents = {"defaults": OURS, "lambda by dimensions": BY_DIMENSIONS}
     parts = {task.name: [runs_of(frame, task.name, agent) for agent in agents.values()] for task in JUDGING}
-    rows = [
-        [short(task), *(", ".join(f"{value:,.4g}" for value in part["return"]) for part in pair)]
-        for task, pair in parts.items()
-    ]
+    rows = [[short(task), *map(listed, pair)] for task, pair in parts.items()]
     means = [interquartile([part["score"].to_numpy() for part in column]) for column in zip(*parts.values(), strict=True)]
     return table(("task", *agents), [*rows, ["interquartile mean of the scores", *means]])
 

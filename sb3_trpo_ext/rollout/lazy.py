@@ -60,12 +60,10 @@ def callbacks_in(callback: BaseCallback) -> list[BaseCallback]:
     for part in found:
         inner = [value for name, value in vars(part).items() if name != "parent"]
         inner += [each for value in inner if isinstance(value, list) for each in value]
-        found += [each for each in dict.fromkeys(filter(_is_callback, inner)) if each not in found]
+        for value in inner:
+            if isinstance(value, BaseCallback) and value not in found:
+                found.append(value)
     return found
-
-
-def _is_callback(value: Any) -> bool:
-    return isinstance(value, BaseCallback)
 
 
 def lazy_class(original: type[RolloutBuffer], evaluate: Callable[[], None]) -> type[RolloutBuffer]:

@@ -220,11 +220,8 @@ class Manager(ExperimentManager):
             # RL-Zoo always starts counting at zero
             learn = functools.partial(learn, reset_num_timesteps=False)
 
-        def noted(*args: Any, **kwargs: Any) -> None:
-            # In here: RL-Zoo catches Ctrl-C around it
-            with self._launch.errors_noted():
-                learn(*args, **kwargs)
-
+        # Around it alone: RL-Zoo catches Ctrl-C
+        noted = self._launch.errors_noted()(learn)
         # Of a model RL-Zoo uses only these three
         super().learn(SimpleNamespace(learn=noted, env=model.env, policy=model.policy))  # type: ignore[arg-type]
         self._launch.end("finished")
@@ -237,13 +234,8 @@ class Manager(ExperimentManager):
     def hyperparameters_optimization(self) -> None:
         """Search for hyperparameters."""
         optimize = optuna.study.Study.optimize
-
-        def noted(*args: Any, **kwargs: Any) -> None:
-            # As above. Not in `objective`: with several jobs that runs in other threads, which Ctrl-C does not reach
-            with self._launch.errors_noted():
-                optimize(*args, **kwargs)
-
-        optuna.study.Study.optimize = noted  # type: ignore[method-assign]
+        # As above. Not in `objective`: with several jobs that runs in other threads, which Ctrl-C does not reach
+        optuna.study.Study.optimize = self._launch.errors_noted()(optimize)  # type: ignore[method-assign]
         try:
             with self._launch.errors_noted():
                 super().hyperparameters_optimization()

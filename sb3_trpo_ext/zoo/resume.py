@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas
 from stable_baselines3.common.callbacks import EvalCallback
-from stable_baselines3.common.monitor import get_monitor_files
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_trpo_ext._files import replacing
-from sb3_trpo_ext.zoo.runs import has_objects, read_settings
+from sb3_trpo_ext.zoo.runs import has_objects, monitored_episodes, read_settings
 from sb3_trpo_ext.zoo.settings import as_option
 
 #: Options of ``train`` that are not given again when a run continues: its settings and its agent are in its folder.
@@ -55,11 +53,13 @@ def saved_arguments(folder: Path) -> list[str]:
         raise ValueError(
             f"`--resume`: there is no run of `sb3-trpo train` in {folder}: give one such as logs/trpo_ext/Ant-v5_1"
         )
-    if objects := [name for name, value in settings.items() if has_objects(value)]:
-        raise ValueError(
-            f"`--resume`: {config_file} has Python objects in {', '.join(objects)}, which are not read again. Write them as "
-            "text in the settings, such as policy_kwargs: 'dict(activation_fn=nn.ReLU)' in a YAML file, for a run to resume."
-        )
+    kept = {name: value for name, value in saved.items() if name not in NOT_KEPT}
+    for path, content in ((args_file, kept), (config_file, settings)):
+        if objects := [name for name, value in content.items() if has_objects(value)]:
+            raise ValueError(
+                f"`--resume`: {path} has Python objects in {', '.join(objects)}, which are not read again. Write them as text "
+                "in the settings, such as policy_kwargs: 'dict(activation_fn=nn.ReLU)' in a YAML file, for a run to resume."
+            )
     if last_checkpoint(folder, args_file.parent.name) is None:
         raise ValueError(f"`--resume`: there is no checkpoint in {folder}: `--save-freq` saves some, an interruption one")
     # The settings as they were, `--hyperparams` included, whatever the package's file says now
@@ -67,8 +67,8 @@ def saved_arguments(folder: Path) -> list[str]:
     with replacing(conf_file) as path:
         path.write_text(yaml.safe_dump({saved["env"]: settings}, sort_keys=False), encoding="utf-8")
     arguments = ["--conf-file", str(conf_file)]
-    for name, value in saved.items():
-        arguments += [] if name in NOT_KEPT else as_option(f"--{name.replace('_', '-')}", value)
+    for name, value in kept.items():
+        arguments += as_option(f"--{name.replace('_', '-')}", value)
     return arguments
 
 
@@ -111,13 +111,11 @@ def drop_later_episodes(folder: Path, num_timesteps: int) -> None:
     :param folder: of the run
     :param num_timesteps: of that state
     """
-    files = get_monitor_files(str(folder))
-    for file in map(Path, files):
+    for file, episodes in monitored_episodes(folder).items():
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        if len(lines) > N_HEADERS:
-            steps = pandas.read_csv(file, skiprows=1)["l"].cumsum() * len(files)
-            with replacing(file) as path:
-                path.write_text("".join(lines[: N_HEADERS + int((steps <= num_timesteps).sum())]), encoding="utf-8")
+        n_kept = int((episodes["steps"] <= num_timesteps).sum())
+        with replacing(file) as path:
+            path.write_text("".join(lines[: N_HEADERS + n_kept]), encoding="utf-8")
 
 
 def _timesteps_of(model: Path) -> int | None:

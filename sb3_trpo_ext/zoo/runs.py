@@ -28,6 +28,14 @@ class Curve(NamedTuple):
     returns: np.ndarray
 
 
+def monitored_episodes(folder: str | Path) -> dict[Path, pandas.DataFrame]:
+    """The episodes in each monitor file of a run, with the ``steps`` of the whole training at their end."""
+    files = get_monitor_files(str(folder))
+    # The first line is a header in JSON. An interrupted run may leave half a line at the end.
+    episodes = {Path(file): pandas.read_csv(file, skiprows=1).dropna() for file in files}
+    return {file: frame.assign(steps=frame["l"].cumsum() * len(files)) for file, frame in episodes.items()}
+
+
 def training_curve(folder: str | Path) -> Curve:
     """
     Read the episodes of training from the monitor files of all parallel environments.
@@ -38,10 +46,8 @@ def training_curve(folder: str | Path) -> Curve:
     :param folder: the folder of the run
     :return: the return of every finished episode; without any, an empty curve
     """
-    files = get_monitor_files(str(folder))
-    # The first line is a header in JSON. An interrupted run may leave half a line at the end.
-    episodes = [pandas.read_csv(file, skiprows=1).dropna() for file in files]
-    steps = np.concatenate([np.zeros(0), *(frame["l"].cumsum() * len(files) for frame in episodes)])
+    episodes = monitored_episodes(folder).values()
+    steps = np.concatenate([np.zeros(0), *(frame["steps"] for frame in episodes)])
     returns = np.concatenate([np.zeros(0), *(frame["r"] for frame in episodes)])
     order = np.argsort(steps, kind="stable")
     return Curve(steps[order], returns[order])
