@@ -27,6 +27,7 @@ from sb3_trpo_ext._checks import (
 from sb3_trpo_ext.envs.tensor import TensorVecEnv
 from sb3_trpo_ext.update.critic import VALUE_LOSSES
 from sb3_trpo_ext.update.mixed import parts_of_actions
+from sb3_trpo_ext.update.optimizers import n_params
 
 ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 #: Which class is for which policies of sb3-contrib.
@@ -115,8 +116,14 @@ def check_device(env: Any, device: th.device) -> None:
         )
 
 
-def check_optimizer_states(params: dict[str, Any]) -> None:
-    """Check the states of optimizers before any of them, or the policy, is loaded."""
+def check_optimizer_states(params: dict[str, Any], optimizer: th.optim.Optimizer) -> None:
+    """
+    Check the states of optimizers before any of them, or the policy, is loaded.
+
+    :param params: that are to be loaded
+    :param optimizer: of the policy that they are for
+    :raises RuntimeError: if a state is none, or one of another optimizer
+    """
     penalty = params.get("kl_penalty") or {}
     for name, state in (("policy.optimizer", params.get("policy.optimizer")), ("kl_penalty", penalty.get("optimizer"))):
         missing = {"state", "param_groups"}.difference(state) if state is not None else ()
@@ -125,6 +132,24 @@ def check_optimizer_states(params: dict[str, Any]) -> None:
                 f"`{name}` has not the state of an optimizer: {' and '.join(sorted(missing))} missing. `get_parameters` and "
                 "`state_dict` of an optimizer return both."
             )
+    if not (given := params.get("policy.optimizer")):
+        return
+    only = "To load the policy without its optimizer: `set_parameters({'policy': parameters['policy']}, exact_match=False)`."
+    own = optimizer.state_dict()
+    n_own, n_given = n_params(own), n_params(given)
+    if n_own != n_given:
+        raise RuntimeError(
+            f"The optimizer of these parameters has {n_given} tensors, and this model's has {n_own}. Where the numbers differ "
+            "for images, the other model's actor and critic share a features extractor: make this one with "
+            f"policy_kwargs={{'share_features_extractor': True}}. {only}"
+        )
+    # Flags are new in some versions of PyTorch; numbers are what the kind of an optimizer needs
+    numbers = {name for name, value in own["param_groups"][0].items() if not isinstance(value, bool | None)}
+    if missing := numbers.difference(given["param_groups"][0]):
+        raise RuntimeError(
+            f"These parameters are of another optimizer than {type(optimizer).__name__}: its {', '.join(sorted(missing))} "
+            f"missing. {only}"
+        )
 
 
 def check_normalization(policy: nn.Module, given: Iterable[str]) -> None:

@@ -1,9 +1,10 @@
-"""The record of a training: one row of a CSV file for each update."""
+"""The record of a training: one row of a CSV file for each update, and of another one for each episode."""
 
 import csv
 import inspect
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from sb3_trpo_ext._files import replacing
 
 FILE_NAME = "progress.csv"
+EPISODES_NAME = "episodes.csv"
+#: Of an episode: the timesteps of the training at its end, and what ``Monitor`` calls its return and its length.
+EPISODE_COLUMNS = ("timesteps", "r", "l")
 #: The first columns, under SB3's names; what the logger has comes after these.
 COLUMNS = (
     "time/total_timesteps",
@@ -58,6 +62,10 @@ class TrainingRecorder(BaseCallback):
     :class:`TimedEvalCallback`, which ``sb3-trpo train`` makes, are left out of the rollout and have their own
     ``time/evaluation``; those of SB3's ``EvalCallback`` count as part of it.
 
+    ``episodes.csv`` in the same folder has a row for each episode of an environment with a ``Monitor``: the timesteps of the
+    training at its end, its return and its length. Monitor files have no timesteps. Their sum over the episodes leaves out
+    those that ``stagger_episodes`` cuts off, and those of other processes. For environments of tensors it has no rows.
+
     Where SB3 logs to TensorBoard, its tab of hyperparameters gets the arguments of the model.
 
     :param folder: where to write. None: the folder of the run under ``sb3-trpo train``, else the logger's folder
@@ -81,11 +89,18 @@ class TrainingRecorder(BaseCallback):
         return (Path(self.logger.get_dir() or ".") if self.folder is None else self.folder) / FILE_NAME
 
     def _on_step(self) -> bool:
+        infos = self.locals.get("infos", ())
+        # Those of environments of tensors would have to be fetched from the device in every step
+        episodes = [info["episode"] for info in infos if "episode" in info] if isinstance(infos, (list, tuple)) else []
+        if episodes:
+            rows = [(self.model.num_timesteps, episode["r"], episode["l"]) for episode in episodes]
+            with self.path.with_name(EPISODES_NAME).open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(rows)
         return True
 
     def _on_training_start(self) -> None:
         """
-        Start a file, or continue the one that is there.
+        Start the files, continue those that are there.
 
         :raises ValueError: if the folder cannot be made, if SB3's logger writes the same file, or if there are no updates
         """
@@ -97,9 +112,13 @@ class TrainingRecorder(BaseCallback):
                 raise ValueError(f"`folder`: SB3's logger writes {path} already: pass another folder, or log no CSV there.")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            rows = [row for row in read_rows(path) if self._is_past(row)] if self.model.num_timesteps > 0 else []
+            goes_on, episodes_path = self.model.num_timesteps > 0, path.with_name(EPISODES_NAME)
+            rows = [row for row in read_rows(path) if self._is_past(row)] if goes_on else []
             self._columns = list(dict.fromkeys([*COLUMNS, *(rows[0] if rows else ())]))
-            self._rewrite(rows)
+            _write_rows(path, self._columns, rows)
+            # An episode that ended with the last step of a checkpoint is not made again
+            n_timesteps, episodes = self.model.num_timesteps, read_rows(episodes_path) if goes_on else []
+            _write_rows(episodes_path, EPISODE_COLUMNS, [row for row in episodes if int(row["timesteps"]) <= n_timesteps])
         except OSError as error:
             raise ValueError(f"`folder`: cannot write {path} ({error.strerror}): pass another folder.") from error
         if self.verbose > 0:
@@ -165,15 +184,17 @@ class TrainingRecorder(BaseCallback):
             # Rare: an algorithm usually logs the same keys in every update
             rows = read_rows(self.path)
             self._columns += new_columns
-            self._rewrite(rows)
+            _write_rows(self.path, self._columns, rows)
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self._columns).writerow(row)
 
-    def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        with replacing(self.path) as path, path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(rows)
+
+def _write_rows(path: Path, columns: Sequence[str], rows: list[dict[str, str]]) -> None:
+    """Write a whole CSV file."""
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

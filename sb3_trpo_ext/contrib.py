@@ -44,7 +44,8 @@ def check_is_trpo(path: Any, attributes: Collection[str]) -> None:
     if attributes and "cg_max_steps" not in attributes:
         raise ArgumentError(
             f"`path`: the model in {path} is of another algorithm, such as PPO. To go on with its policy, make a model with "
-            "`norm_obs=False` and `norm_reward=False`, and call its `set_parameters` with this file."
+            "`norm_obs=False` and `norm_reward=False`, for images also with "
+            "`policy_kwargs={'share_features_extractor': True}`, and call its `set_parameters` with this file."
         )
 
 

@@ -8,6 +8,7 @@ from gymnasium import spaces
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
@@ -46,7 +47,9 @@ MAX_CARRY = 0.1
 
 def n_steps(n_envs: int, batch_size: int) -> int:
     """
-    Steps of a rollout per environment: about 2048 samples in all, and no minibatch that is smaller than the others.
+    Steps of a rollout per environment: about 2048 samples in all.
+
+    No minibatch is smaller than the others, unless that takes more than twice as many samples.
 
     :param n_envs: number of environments, of all processes
     :param batch_size: of the minibatches
@@ -54,7 +57,8 @@ def n_steps(n_envs: int, batch_size: int) -> int:
     """
     least = max(-(-N_SAMPLES // n_envs), MIN_STEPS)
     multiple = batch_size // math.gcd(batch_size, n_envs)
-    return -(-least // multiple) * multiple if multiple <= N_SAMPLES else least
+    even = -(-least // multiple) * multiple
+    return even if even <= 2 * least else least
 
 
 def batch_size(n_samples: int) -> int:
@@ -127,7 +131,7 @@ def normalizes_observations(norm_obs: bool | str, policy: type, policy_kwargs: d
         return bool(norm_obs)
     if env is None or not _can_normalize(env.observation_space):
         return False
-    if not is_known(policy) or "features_extractor_class" in policy_kwargs:
+    if not is_known(policy) or not is_known(policy_kwargs.get("features_extractor_class", FlattenExtractor)):
         return False
     return not any(wrapper.norm_obs for wrapper in vec_normalizes(env))
 

@@ -193,8 +193,16 @@ class RecurrentCalls(PolicyCalls):
         return super().numbers_per_sample(batch) + 10 * lstm.num_layers * lstm.hidden_size
 
     def cut(self, batch: Batch, size: int, stride: int = 1) -> list[tuple[th.Tensor | slice, float]]:
-        """Cut a batch into parts of whole sequences, of about ``size`` samples; with a stride, of every k-th sequence."""
-        which = th.arange(len(self.sequences.starts))[::stride]
+        """
+        Cut a batch into parts of whole sequences, of about ``size`` samples.
+
+        With a stride, of every k-th sequence, and of more if these have less than a k-th of the samples.
+        """
+        which = th.arange(len(self.sequences.starts))
+        if stride > 1:
+            order = th.cat([which[first::stride] for first in range(stride)])
+            is_missing = self.sequences.lengths[order].cumsum(0) * stride < batch.n_samples
+            which = order[: int(is_missing.sum()) + 1].sort().values
         groups, n_samples = list[list[int]](), size
         lengths = self.sequences.lengths[which].tolist()
         for number, length in zip(which.tolist(), lengths, strict=True):

@@ -20,6 +20,7 @@ from sb3_trpo_ext.parallel import launch
 from sb3_trpo_ext.parallel.reductions import rank
 from sb3_trpo_ext.rollout.normalization import Normalization
 from sb3_trpo_ext.update.calls import PolicyCalls
+from sb3_trpo_ext.update.normalization import RewardScale
 from sb3_trpo_ext.update.optimizers import expanded_state, n_params
 from sb3_trpo_ext.update.structure import drop_graph_, unfrozen_parts
 
@@ -34,8 +35,13 @@ class SavingAlgorithm(OnPolicyAlgorithm):
 
     policy: ActorCriticPolicy
     norm_reward: bool | str
+    reward_scale: RewardScale
     kl_penalty: AdaptiveKLPenalty | None
     _normalization: Normalization
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled or copied: all but the policy as it was in the last rollout."""
+        return {**self.__dict__, "_acted": None}
 
     def _excluded_save_params(self) -> list[str]:
         """Attributes that are not pickled."""
@@ -106,9 +112,9 @@ class SavingAlgorithm(OnPolicyAlgorithm):
         saved = saved_attributes(path)
         check_is_trpo(path, saved)
         arguments.check_attributes(cls, kwargs, saved)
-        if "n_steps" in {**kwargs, **(custom_objects or {})}:
+        for name in {"n_steps", "batch_size"}.intersection([*kwargs, *(custom_objects or {})]):
             # Not what it had come to by itself, even if it is the same number
-            kwargs = {**kwargs, "_auto_n_steps": None}
+            kwargs = {**kwargs, f"_auto_{name}": None}
         kwargs = {name: value for name, value in arguments.EARLIER.items() if name not in saved} | kwargs
         if is_contrib_model(saved):
             kwargs.update(joint_kl_arguments(path, custom_objects, given=kwargs))
@@ -165,10 +171,13 @@ class SavingAlgorithm(OnPolicyAlgorithm):
             params.pop("kl_penalty", None)
         else:
             params.setdefault("kl_penalty", self.kl_penalty.state_dict())
-        if not self.norm_reward:
+        # As can be whether rewards are scaled
+        if self.norm_reward:
+            params.setdefault("reward_scale", self.reward_scale.state_dict())
+        else:
             params.pop("reward_scale", None)
         if exact_match:
             arguments.check_normalization(self.policy, params.get("policy") or {})
-        arguments.check_optimizer_states(params)
+        arguments.check_optimizer_states(params, self.policy.optimizer)
         super().set_parameters(params, exact_match, device)
         self._normalization = Normalization(self.policy, self._normalization.rewards)

@@ -215,6 +215,22 @@ def test_state_of_an_optimizer_that_is_none(name: str, state: dict[str, Any]) ->
     assert_identical(model.get_parameters(), before)
 
 
+def test_state_of_another_optimizer() -> None:
+    model = make_model()
+    before: dict[str, Any] = model.get_parameters()
+    for kwargs, match in (
+        ({"optimizer_class": th.optim.RMSprop, "optimizer_kwargs": {}}, "of another optimizer than Adam: its betas missing"),
+        ({"net_arch": []}, r"has 5 tensors, and this model's has \d+"),
+    ):
+        other: dict[str, Any] = make_model(policy_kwargs={"net_arch": [8], **kwargs}).get_parameters()
+        with pytest.raises(RuntimeError, match=match):
+            model.set_parameters(other)
+        assert_identical(model.get_parameters(), before)
+        if "optimizer_class" in kwargs:
+            # The advice of the message
+            make_model(seed=1).set_parameters({"policy": other["policy"]}, exact_match=False)
+
+
 # --- Threads -------------------------------------------------------------------------------------------------------------
 
 

@@ -6,15 +6,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gymnasium as gym
 import pytest
 from agents import UpdateLog, make_model, random_vec_env
+from gymnasium.wrappers import TimeLimit
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_trpo_ext import TrainingRecorder
 from sb3_trpo_ext.callbacks import COLUMNS, EVALUATION, TimedEvalCallback, read_rows
+from sb3_trpo_ext.zoo.runs import monitored_episodes, training_curve
 
 
 class Crash(BaseCallback):
@@ -54,7 +58,7 @@ def test_every_update_has_a_row_with_what_it_logged(log_interval: int | None, tm
     spent = [float(row["time/rollout"]) + float(row["time/update"]) for row in rows]
     assert all(later > earlier for earlier, later in itertools.pairwise(elapsed))
     assert 0 < sum(spent) <= elapsed[-1]
-    assert [path.name for path in tmp_path.iterdir()] == ["progress.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["episodes.csv", "progress.csv"]
 
 
 def test_episodes_are_averaged_as_sb3_does(tmp_path: Path) -> None:
@@ -67,6 +71,56 @@ def test_episodes_are_averaged_as_sb3_does(tmp_path: Path) -> None:
     assert len(returns) == 6
     assert float(row["rollout/ep_rew_mean"]) == pytest.approx(sum(returns) / 6)
     assert float(row["rollout/ep_len_mean"]) == 10
+
+
+class Ends(BaseCallback):
+    """The timesteps at the end of each episode, and its return and length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, float, int]] = []
+
+    def _on_step(self) -> bool:
+        episodes = [info["episode"] for info in self.locals["infos"] if "episode" in info]
+        self.seen += [(self.model.num_timesteps, episode["r"], episode["l"]) for episode in episodes]
+        return True
+
+
+def episodes_of(folder: Path) -> list[tuple[int, float, int]]:
+    """What is in the file of episodes."""
+    with (folder / "episodes.csv").open(newline="") as file:
+        return [(int(row["timesteps"]), float(row["r"]), int(row["l"])) for row in csv.DictReader(file)]
+
+
+def test_episodes_have_the_timesteps_of_the_training(tmp_path: Path) -> None:
+    """Also where episodes have been cut off, so that the sum of their lengths is less."""
+    env = make_vec_env(lambda: TimeLimit(gym.make("Pendulum-v1").unwrapped, 50), 4, seed=0, monitor_dir=str(tmp_path))
+    ends = Ends()
+    model = make_model(env, n_steps=20, batch_size=80, stagger_episodes=True)
+    model.learn(1600, callback=[ends, TrainingRecorder(tmp_path)])
+    assert episodes_of(tmp_path) == ends.seen
+    curve = training_curve(tmp_path)
+    assert curve.steps.tolist() == [steps for steps, _, _ in ends.seen]
+    assert curve.returns.tolist() == [total for _, total, _ in ends.seen]
+    # The monitor files do not know of what was cut off
+    sums = [steps for frame in monitored_episodes(tmp_path).values() for steps in frame["steps"]]
+    assert sorted(sums) != curve.steps.tolist()
+
+
+def test_episodes_after_the_checkpoint_are_made_again(tmp_path: Path) -> None:
+    env = random_vec_env(2)
+    env.envs = [Monitor(one) for one in env.envs]
+    model = make_model(env).learn(60, callback=TrainingRecorder(tmp_path))
+    before = episodes_of(tmp_path)
+    assert [steps for steps, _, _ in before] == [20, 20, 40, 40, 60, 60]
+    model.num_timesteps = 40
+    with (tmp_path / "episodes.csv").open("a") as file:
+        file.write("6")
+    model.learn(30, callback=TrainingRecorder(tmp_path), reset_num_timesteps=False)
+    after = episodes_of(tmp_path)
+    assert after[:4] == before[:4]
+    assert all(40 < steps <= 40 + 64 for steps, _, _ in after[4:])
+    assert len(after) > 4
 
 
 def test_without_episodes_the_means_are_empty(tmp_path: Path) -> None:

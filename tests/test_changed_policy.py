@@ -1,6 +1,7 @@
 """Policies that their users freeze, unfreeze, replace, hook into, pretrain and copy."""
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -580,6 +581,23 @@ def test_a_policy_can_be_copied_at_any_time(name: str) -> None:
     model.learn(64, callback=callback)
     assert_identical(copy.deepcopy(model.policy).state_dict(), model.policy.state_dict())
     assert len(list(callback.copy.parameters())) == len(list(model.policy.parameters()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_trained_model_can_be_copied_and_goes_on(name: str) -> None:
+    """With sb3-contrib's TRPO that works."""
+    model = MODELS[name]().learn(64)
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        th.manual_seed(0)
+        each.learn(64, reset_num_timesteps=False)
+    assert_identical(twin.get_parameters(), model.get_parameters())
+    assert twin.policy is not model.policy
+
+
+def test_a_trained_model_can_be_pickled() -> None:
+    model = make_model().learn(64)
+    assert_identical(pickle.loads(pickle.dumps(model)).get_parameters(), model.get_parameters())
 
 
 def test_a_loaded_policy_with_noise_of_its_own_can_be_copied(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import sb3_contrib
@@ -17,6 +18,7 @@ from agents import assert_identical, collect, copies, log_of, make_model, random
 from gymnasium import spaces
 from helpers import BOX_ACTIONS, DICT, VECTOR, relative_error
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
+from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.logger import Logger
 
 from sb3_trpo_ext import TRPO, MaskableTRPO, RecurrentTRPO
@@ -253,17 +255,25 @@ def test_file_that_is_no_model_is_reported_as_sb3_does(tmp_path: Path) -> None:
     ("other", "ours", "policy"),
     [
         (stable_baselines3.PPO, TRPO, "MlpPolicy"),
+        (stable_baselines3.PPO, TRPO, "CnnPolicy"),
         (sb3_contrib.MaskablePPO, MaskableTRPO, "MlpPolicy"),
         (sb3_contrib.RecurrentPPO, RecurrentTRPO, "MlpLstmPolicy"),
     ],
 )
 def test_model_of_another_algorithm_gives_its_policy(other: Any, ours: type[TRPO], policy: str, tmp_path: Path) -> None:
-    env = InvalidActionEnvDiscrete(dim=4)
+    has_images = policy == "CnnPolicy"
+    env: gym.Env = FakeImageEnv(screen_height=40, screen_width=40) if has_images else InvalidActionEnvDiscrete(dim=4)
     saved = other(policy, env, n_steps=32, batch_size=32, device="cpu")
     saved.save(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"^`path`: the model in .*model is of another algorithm.*set_parameters"):
+    advice = r"^`path`: the model in .*model is of another algorithm.*share_features_extractor.*set_parameters"
+    with pytest.raises(ValueError, match=advice):
         ours.load(tmp_path / "model")
-    model = ours(policy, env, n_steps=32, batch_size=32, norm_obs=False, norm_reward=False, device="cpu")
+    kwargs: dict[str, Any] = {"n_steps": 32, "batch_size": 32, "norm_obs": False, "norm_reward": False, "device": "cpu"}
+    if has_images:
+        with pytest.raises(RuntimeError, match="share a features extractor"):
+            ours(policy, env, **kwargs).set_parameters(tmp_path / "model")  # type: ignore[arg-type]
+        kwargs["policy_kwargs"] = {"share_features_extractor": True}
+    model = ours(policy, env, **kwargs)
     model.set_parameters(tmp_path / "model")  # type: ignore[arg-type]
     assert_identical(model.policy.state_dict(), saved.policy.state_dict())
     model.learn(64)

@@ -1,6 +1,7 @@
 """What the arguments that are left to TRPO come to, and the normalization that it brings."""
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,13 @@ def test_a_rollout_has_about_2048_samples_and_whole_minibatches(n_envs: int, bat
     assert n_steps * n_envs % batch_size == 0
     n_samples = max(2048, defaults.MIN_STEPS * n_envs)
     assert n_samples <= n_steps * n_envs < n_samples + n_envs * batch_size
+
+
+@pytest.mark.parametrize(
+    ("n_envs", "batch_size", "n_steps"), [(10, 2048, 205), (333, 2000, 16), (129, 64, 16), (63, 1024, 33)]
+)
+def test_whole_minibatches_do_not_make_a_rollout_much_longer(n_envs: int, batch_size: int, n_steps: int) -> None:
+    assert defaults.n_steps(n_envs, batch_size) == n_steps
 
 
 def test_the_length_of_a_rollout_follows_the_number_of_environments(tmp_path: Any) -> None:
@@ -211,10 +219,17 @@ def test_what_is_normalized_by_itself(policy: str, env: Any, expected: tuple[boo
 def test_a_features_extractor_of_ones_own_gets_what_it_asks_for() -> None:
     from stable_baselines3.common.torch_layers import FlattenExtractor
 
-    kwargs = {**SMALL, "policy_kwargs": {"features_extractor_class": FlattenExtractor}}
+    class Own(FlattenExtractor):
+        pass
+
+    kwargs = {**SMALL, "policy_kwargs": {"features_extractor_class": Own}}
     assert not TRPO("MlpPolicy", RandomEnv(), **kwargs).norm_obs
     model = TRPO("MlpPolicy", RandomEnv(), **kwargs, norm_obs=True)
     assert isinstance(model.policy.features_extractor, NormalizedExtractor)
+    # SB3's own, by its name
+    assert TRPO(
+        "MlpPolicy", RandomEnv(), **{**SMALL, "policy_kwargs": {"features_extractor_class": FlattenExtractor}}
+    ).norm_obs
 
 
 def test_the_agent_learns_from_what_vecnormalize_would_give_it() -> None:
@@ -329,6 +344,50 @@ def test_normalized_mlps_are_still_computed_by_hand() -> None:
     model = TRPO("MlpPolicy", RandomEnv(), **SMALL)
     assert actor_structure(model.policy) is not None
     assert critic_structure(model.policy, model._parts.critic_params) is not None
+
+
+def test_rewards_can_be_scaled_from_some_time_on(tmp_path: Path) -> None:
+    """The scale begins with the first rollout after that."""
+    model = make_model()
+    model.save(tmp_path / "model")
+    loaded = TRPO.load(tmp_path / "model", env=RandomEnv(), device="cpu", norm_reward=True)
+    counts = [float(loaded.reward_scale.n), float(loaded.learn(32).reward_scale.n)]
+    assert counts == [0, 32]
+    parameters: dict[str, Any] = model.get_parameters()
+    other = make_model(norm_reward=True, seed=1)
+    other.set_parameters(parameters)
+    assert_identical(other.policy.state_dict(), model.policy.state_dict())
+
+
+@pytest.mark.parametrize("reward", [math.inf, -math.inf, math.nan])
+def test_rewards_that_are_not_finite_stop_an_update(reward: float) -> None:
+    """Clipped, an infinity would look like any large reward."""
+
+    class Odd(RandomEnv):
+        def reward(self, action: Any) -> float:
+            return reward if self.np_random.random() < 0.1 else super().reward(action)
+
+    model = make_model(DummyVecEnv([Odd]), norm_reward=True)
+    before = copy.deepcopy(model.policy.state_dict())
+    with pytest.warns(UserWarning, match="rewards"):
+        model.learn(96)
+    assert_identical(model.policy.state_dict(), before)
+    assert model._n_updates == 3
+    assert model._n_accepted == 0
+
+
+@pytest.mark.parametrize("name", ["n_steps", "batch_size"])
+def test_a_length_that_is_given_when_loading_stays(name: str, tmp_path: Path) -> None:
+    """Also if it is what the class had come to by itself."""
+    model = TRPO("MlpPolicy", RandomEnv(), **SMALL)
+    model.save(tmp_path / "model")
+    by_name: dict[str, dict[str, Any]] = {
+        "n_steps": {"n_steps": model.n_steps, "batch_size": 100},
+        "batch_size": {"n_steps": 8192, "batch_size": 64},
+    }
+    given = by_name[name]
+    loaded = TRPO.load(tmp_path / "model", env=random_vec_env(2), device="cpu", **given)
+    assert {key: getattr(loaded, key) for key in given} == given
 
 
 @pytest.mark.parametrize("name", ["norm_obs", "norm_reward"])

@@ -209,6 +209,23 @@ def test_stride_of_the_fisher_matrix_is_in_sequences() -> None:
     assert relative_error(surrogate.fisher() @ vector, alone.fisher() @ vector) < 1e-12
 
 
+def test_long_sequences_are_not_left_out_for_short_ones() -> None:
+    """Of sequences of 1, 4, 1 and 4 samples, the first and the third would be a fifth of the samples and not half."""
+    states = (th.zeros(1, 4, 2), th.zeros(1, 4, 2))
+    sequences = Sequences(th.tensor([0, 1, 5, 6]), 10, states, states)
+    calls, batch = RecurrentCalls(make_surrogate().policy, sequences), Batch(*(th.zeros(10) for _ in Batch._fields))
+
+    def samples(stride: int) -> list[int]:
+        parts = calls.cut(batch, 10, stride)
+        assert sum(share for _, share in parts) == pytest.approx(1)
+        return [int(index) for part, _ in parts for index in th.arange(10)[part]]
+
+    assert samples(1) == list(range(10))
+    assert samples(2) == [0, 1, 2, 3, 4, 5]
+    assert samples(3) == [0, 6, 7, 8, 9]
+    assert samples(10) == [0]
+
+
 class _Cell(BaseFeaturesExtractor):
     """What an LSTM does in the first step of an episode, as layers of a feed-forward network."""
 

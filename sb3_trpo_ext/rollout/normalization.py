@@ -58,8 +58,7 @@ class ScaledRewards(VecEnvWrapper):
                     self.truncated.append((len(self.rewards), int(index), infos[index]["terminal_observation"]))
         self.rewards.append(np.array(rewards))
         self.dones.append(np.array(dones))
-        scaled = rewards if self.scale is None else np.clip(rewards / self.scale, -CLIP, CLIP)
-        return observations, scaled, dones, infos
+        return observations, _scaled(rewards, self.scale), dones, infos
 
     def record(self, buffer: Any) -> tuple[Any, Any]:
         """The rewards of the rollout as they came, and whether episodes ended: shape ``(n_steps, n_envs)``."""
@@ -72,9 +71,14 @@ class ScaledRewards(VecEnvWrapper):
         changed = buffer.rewards != raw.astype(buffer.rewards.dtype)
         changed[[step for step, _, _ in self.truncated], [index for _, index, _ in self.truncated]] = False
         raw[changed] = buffer.rewards[changed]
-        buffer.rewards[:] = raw if scale is None else np.clip(raw / scale, -CLIP, CLIP)
+        buffer.rewards[:] = _scaled(raw, scale)
         for step, index, observation in self.truncated:
             buffer.rewards[step, index] += model.gamma * model._terminal_value(buffer, step, index, observation)
+
+
+def _scaled(rewards: np.ndarray, scale: float | None) -> np.ndarray:
+    """Rewards in a scale, ``None`` for 1, and clipped but for infinities, which an update must find."""
+    return rewards if scale is None else np.where(np.isinf(rewards), rewards, np.clip(rewards / scale, -CLIP, CLIP))
 
 
 class RewardsOnDevice:

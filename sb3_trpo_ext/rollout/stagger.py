@@ -54,7 +54,9 @@ class Stagger:
         if self._is_first:
             n_groups = min(env.num_envs, -(-SPREAD // model.n_steps))
             groups = np.array_split(np.arange(env.num_envs), n_groups)[:-1]
-            self._groups = groups if are_in_step(model, buffer) and can_restart(env) else []
+            # Episodes that have just begun cannot be taken apart
+            is_in_between = not np.all(model._last_episode_starts)
+            self._groups = groups if is_in_between and are_in_step(model, buffer) and can_restart(env) else []
         if not self._groups:
             return
         indices = self._groups.pop(0).tolist()

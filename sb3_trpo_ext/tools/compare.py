@@ -36,6 +36,7 @@ class Job:
     """One training: an algorithm with a seed."""
 
     algo: str
+    env: str
     seed: int
     # All of its files are in here, and nothing else
     folder: Path
@@ -102,7 +103,7 @@ def make_jobs(args: argparse.Namespace, settings: dict[str, Settings]) -> list[J
                 command += as_option(option, value)
             # As JSON has it, which makes lists of tuples
             identity = json.loads(json.dumps({**options, "settings": settings[algo].entry}, default=str))
-            jobs.append(Job(algo, seed, folder, command, identity))
+            jobs.append(Job(algo, args.env, seed, folder, command, identity))
     return jobs
 
 
@@ -117,8 +118,7 @@ def start(job: Job, lock: tuple[int, ...]) -> subprocess.Popen[bytes]:
     # What an interrupted training has left
     shutil.rmtree(job.folder, ignore_errors=True)
     job.folder.mkdir(parents=True)
-    # The folder is that of the environment, the algorithm and the seed
-    entries = {job.folder.parent.parent.name: job.identity["settings"]}
+    entries = {job.env: job.identity["settings"]}
     (job.folder / "settings.yml").write_text(yaml.safe_dump(entries), encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with job.log.open("wb") as log:

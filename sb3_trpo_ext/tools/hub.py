@@ -15,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_sb3 import EnvironmentName, ModelName, ModelRepoId, load_from_hub
 from rl_zoo3.utils import get_latest_run_id
 
-from sb3_trpo_ext.callbacks import FILE_NAME
+from sb3_trpo_ext.callbacks import EPISODES_NAME, FILE_NAME
 from sb3_trpo_ext.contrib import saved_attributes
 from sb3_trpo_ext.tools.report import model_of_run, run_parser
 from sb3_trpo_ext.zoo import launches
@@ -23,7 +23,7 @@ from sb3_trpo_ext.zoo.runs import read_settings
 
 #: What a run has beside its agent; RL-Zoo unpacks this archive in the folder of the run.
 ARCHIVE = "train_eval_metrics.zip"
-RECORDS = ("*.monitor.csv", "evaluations.npz", "evaluation.json", FILE_NAME, launches.FILE_NAME)
+RECORDS = ("*.monitor.csv", "evaluations.npz", "evaluation.json", FILE_NAME, EPISODES_NAME, launches.FILE_NAME)
 #: Files of the folder within a run, and their names on the Hub. RL-Zoo needs the first three.
 SETTINGS = {
     "args.yml": "args.yml",

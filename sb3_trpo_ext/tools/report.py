@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 from sb3_trpo_ext._files import write_json
 from sb3_trpo_ext.tools.plots import Panel, draw_learning_curve, return_lines
 from sb3_trpo_ext.zoo.masks import remember
-from sb3_trpo_ext.zoo.runs import evaluation_curve, has_objects, latest_run, read_settings, training_curve
+from sb3_trpo_ext.zoo.runs import has_objects, latest_run, read_curves, read_settings
 from sb3_trpo_ext.zoo.settings import KEY
 
 
@@ -221,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.n_eval_episodes < 1:
         raise ValueError(f"--n-eval-episodes must be at least 1, got {args.n_eval_episodes}")
     run = load_run(args.env, args.folder, args.algo, args.exp_id, args.seed, args.device, env_kwargs=args.env_kwargs)
+    # Before the evaluation, which takes a while: a file may be damaged
+    lines = return_lines(*read_curves(run.folder), "#1f77b4", is_single=True)
     set_random_seed(args.seed)
     episodes = run_episodes(run.model, run.env, args.n_eval_episodes, deterministic=not args.stochastic)
     run.env.close()
@@ -229,7 +231,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = {**settings, **summarize(run, episodes)}
     json_path, png_path = run.folder / "evaluation.json", run.folder / "learning_curve.png"
     write_json(json_path, summary)
-    lines = return_lines(training_curve(run.folder), evaluation_curve(run.folder), "#1f77b4", is_single=True)
     title = f"{args.algo} on {args.env} ({run.folder.name})"
     draw_learning_curve(png_path, Panel(title, lines), run.model.num_timesteps, episodes.returns)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback, ProgressBarCallback
+from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
@@ -184,8 +186,13 @@ class Manager(ExperimentManager):
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
         """Make environments; EnvPool's are for training, and only the first process writes their episodes."""
         no_log = no_log or rank() > 0
+        if keywords := self.monitor_kwargs.get("info_keywords"):
+            # YAML has no tuples, and `Monitor` takes nothing else
+            self.monitor_kwargs = {**self.monitor_kwargs, "info_keywords": tuple(keywords)}
         if self._checkpoint is not None:
             self.monitor_kwargs = {**self.monitor_kwargs, "override_existing": False}
+            if not (no_log or eval_env):
+                self._add_monitor_files(1 if self.training.in_envpool else n_envs)
         if self.training.in_envpool:
             in_envpool: Any = functools.partial(self._make_envpool, None if no_log else f"{self.save_path}/0")
             self.vec_env_class = DummyVecEnv if eval_env else in_envpool
@@ -194,6 +201,14 @@ class Manager(ExperimentManager):
             self.vec_env_class = on_device
         env = super().create_envs(n_envs, eval_env, no_log)
         return remember(env) if eval_env else env
+
+    def _add_monitor_files(self, n_files: int) -> None:
+        """Begin the files that a resumed run does not have yet: SB3 writes no header into a file that goes on."""
+        keywords = self.monitor_kwargs.get("info_keywords", ())
+        for number in range(n_files):
+            file = f"{self.save_path}/{number}.{Monitor.EXT}"
+            if not Path(file).is_file():
+                ResultsWriter(file, {"t_start": time.time(), "env_id": self.env_name.gym_id}, keywords).close()
 
     def _make_envpool(self, monitor_file: str | None, env_fns: Sequence[Any]) -> VecEnv:
         """Stand in for the class of RL-Zoo's ``VecEnv``, which is given a function for each environment."""

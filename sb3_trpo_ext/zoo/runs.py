@@ -13,7 +13,7 @@ import numpy as np
 import pandas
 from stable_baselines3.common.monitor import get_monitor_files
 
-from sb3_trpo_ext.callbacks import FILE_NAME
+from sb3_trpo_ext.callbacks import EPISODES_NAME, FILE_NAME, read_rows
 
 
 class Curve(NamedTuple):
@@ -29,26 +29,39 @@ class Curve(NamedTuple):
 
 
 def monitored_episodes(folder: str | Path) -> dict[Path, pandas.DataFrame]:
-    """The episodes in each monitor file of a run, with the ``steps`` of the whole training at their end."""
-    files = get_monitor_files(str(folder))
-    # The first line is a header in JSON. An interrupted run may leave half a line at the end.
-    episodes = {Path(file): pandas.read_csv(file, skiprows=1).dropna() for file in files}
-    return {file: frame.assign(steps=frame["l"].cumsum() * len(files)) for file, frame in episodes.items()}
+    """
+    The episodes in each monitor file of a run, with the ``steps`` of the whole training at their end.
+
+    The environments of a ``VecEnv`` step together, so an episode that ends at the n-th step of its own environment ends at
+    step n times the number of environments in all. A sum over finished episodes would leave out the unfinished ones. Episodes
+    that are in no file, since ``stagger_episodes`` has cut them off, are not counted.
+    """
+    episodes = {Path(file): _monitored(Path(file)) for file in get_monitor_files(str(folder))}
+    return {file: frame.assign(steps=frame["l"].cumsum() * len(episodes)) for file, frame in episodes.items()}
+
+
+def _monitored(file: Path) -> pandas.DataFrame:
+    """Returns ``r`` and lengths ``l`` of a monitor file, whatever else it has of each episode."""
+    # The first line is a header in JSON
+    frame = pandas.read_csv(file, skiprows=1, usecols=["r", "l"])
+    # Half a line: the training was killed while it wrote
+    return frame if file.read_bytes().endswith(b"\n") else frame.iloc[:-1]
 
 
 def training_curve(folder: str | Path) -> Curve:
     """
-    Read the episodes of training from the monitor files of all parallel environments.
-
-    The environments of a ``VecEnv`` step together, so an episode that ends at the n-th step of its own environment ends at
-    step n times the number of environments in all. A sum over finished episodes would leave out the unfinished ones.
+    Read the episodes of training, from ``episodes.csv`` or, in runs without a ``TrainingRecorder``, from monitor files.
 
     :param folder: the folder of the run
     :return: the return of every finished episode; without any, an empty curve
     """
-    episodes = monitored_episodes(folder).values()
-    steps = np.concatenate([np.zeros(0), *(frame["steps"] for frame in episodes)])
-    returns = np.concatenate([np.zeros(0), *(frame["r"] for frame in episodes)])
+    path = Path(folder) / EPISODES_NAME
+    if path.is_file():
+        numbers = [(float(row["timesteps"]), float(row["r"])) for row in read_rows(path)]
+    else:
+        frames = monitored_episodes(folder).values()
+        numbers = [pair for frame in frames for pair in zip(frame["steps"], frame["r"], strict=True)]
+    steps, returns = np.array(numbers, dtype=float).reshape(-1, 2).T
     order = np.argsort(steps, kind="stable")
     return Curve(steps[order], returns[order])
 
@@ -153,13 +166,25 @@ def read_run(folder: str | Path) -> Run:
     settings = read_settings(next(folder.glob("*/config.yml"), folder / "config.yml"))
     with _reading(f"a monitor file in {folder}"):
         env_id = _env_id(folder)
-        episodes = training_curve(folder)
-    with _reading(folder / "evaluations.npz"):
-        evaluations = evaluation_curve(folder)
+    episodes, evaluations = read_curves(folder)
     updates = read_updates(folder)
     if len(episodes.steps) + len(evaluations.steps) + len(updates) == 0:
         raise RunError(f"there is no run in {folder}: no episode in monitor files, no evaluations.npz, no {FILE_NAME}")
     return Run(folder, env_id, episodes, evaluations, updates, settings)
+
+
+def read_curves(folder: Path) -> tuple[Curve, Curve]:
+    """
+    Read the returns of a run, those of the training and those of its evaluations.
+
+    :param folder: the folder of the run
+    :return: two curves, which may be empty
+    :raises RunError: if a file is damaged
+    """
+    with _reading(f"{EPISODES_NAME} or a monitor file in {folder}"):
+        episodes = training_curve(folder)
+    with _reading(folder / "evaluations.npz"):
+        return episodes, evaluation_curve(folder)
 
 
 def read_updates(folder: Path) -> pandas.DataFrame:

@@ -73,6 +73,22 @@ def test_environments_in_step_are_taken_apart(kind: Any, is_dict: bool) -> None:
     assert len(set(seen[-1])) == 4
 
 
+@pytest.mark.parametrize("end", [1, 50, 100])
+def test_episodes_that_begin_with_each_rollout_are_left_alone(end: int) -> None:
+    """There is nothing to take apart, and an environment may count its resets."""
+    n_resets = 0
+
+    class Counted(Clock):
+        def reset(self, **kwargs: Any) -> Any:
+            nonlocal n_resets
+            n_resets += 1
+            return super().reset(**kwargs)
+
+    seen = phases(make_vec_env(lambda: Counted(end), 4), n_rollouts=5)
+    assert seen == [[0, 0, 0, 0]] * 5
+    assert n_resets == 4 * (1 + 500 // end)
+
+
 @pytest.mark.parametrize("mode", gym.vector.AutoresetMode)
 @pytest.mark.parametrize("kind", [gym.vector.SyncVectorEnv, gym.vector.AsyncVectorEnv])
 def test_vector_environments_of_gymnasium_are_taken_apart(kind: Any, mode: Any) -> None:

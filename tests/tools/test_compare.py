@@ -439,7 +439,7 @@ def test_wrong_arguments_end_in_one_line(
 
 
 def test_progress_is_read_by_the_name_of_the_column(tmp_path: Path) -> None:
-    job = compare.Job("ppo", 0, tmp_path, [], {})
+    job = compare.Job("ppo", "CartPole-v1", 0, tmp_path, [], {})
     assert job.n_steps_done() == 0
     run = tmp_path / "ppo" / "CartPole-v1_1"
     run.mkdir(parents=True)
@@ -461,6 +461,14 @@ def test_command_of_a_training(tmp_path: Path) -> None:
     assert options["--eval-freq"] == "10"
     assert options["--vec-env"] == "envpool"
     assert options["--algo"] in ALGOS
+
+
+def test_settings_are_under_the_whole_id_of_the_environment(tmp_path: Path) -> None:
+    """Folders are named after it, and an id such as ALE/Pong-v5 makes two of them."""
+    settings = {"n_steps": 16}
+    job = compare.Job("ppo", "ALE/Pong-v5", 0, tmp_path / "ALE/Pong-v5/ppo/seed_0", ["true"], {"settings": settings})
+    compare.start(job, ()).wait()
+    assert yaml.safe_load((job.folder / "settings.yml").read_text()) == {"ALE/Pong-v5": settings}
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from sb3_trpo_ext.tools import plots, report
 from sb3_trpo_ext.zoo import runs
 from sb3_trpo_ext.zoo.command import main
+from sb3_trpo_ext.zoo.resume import drop_later_episodes
 
 
 class Walker(gym.Env[np.ndarray, np.int64]):
@@ -90,6 +91,18 @@ def test_training_curve_merges_environments_in_the_order_of_steps(tmp_path: Path
     # Own steps 10, 40, 45 and 35, 42 of each environment, while all three have stepped.
     np.testing.assert_array_equal(curve.steps, 3 * np.array([10, 35, 40, 42, 45]))
     np.testing.assert_array_equal(curve.returns, [1, 4, 2, 5, 3])
+
+
+def test_other_columns_of_a_monitor_file_make_no_difference(tmp_path: Path) -> None:
+    """Pandas takes a cell that is empty, or says "None", for a number that is missing."""
+    rows = ["1.0,10,0.1,", "2.0,10,0.2,None", "nan,10,0.3,x", "4.0,10,0.4,NA", "5.0,1"]
+    lines = ['#{"t_start": 0.0, "env_id": "None"}', "r,l,t,winner", *rows]
+    (tmp_path / "0.monitor.csv").write_text("\n".join(lines))
+    curve = runs.training_curve(tmp_path)
+    assert curve.steps.tolist() == [10, 20, 30, 40]
+    np.testing.assert_array_equal(curve.returns, [1, 2, np.nan, 4])
+    drop_later_episodes(tmp_path, 30)
+    assert (tmp_path / "0.monitor.csv").read_text().splitlines() == lines[:5]
 
 
 def test_curves_without_files_are_empty(tmp_path: Path) -> None:

@@ -248,6 +248,44 @@ def test_later_state_wins(run: Path) -> None:
     assert found.num_timesteps == 256
 
 
+def test_run_goes_on_in_more_environments(run: Path) -> None:
+    assert main(["train", "--resume", str(run), "-n", "1600", "--hyperparams", "n_envs:4", "n_steps:64"]) == 0
+    header, names, *episodes = (run / "3.monitor.csv").read_text().splitlines()
+    assert header.startswith("#{")
+    assert (names, len(episodes)) == ("r,l,t", 1)
+    # Of 200 steps each: two before the checkpoint at 512, and four after 800 more
+    assert read_run(run).episodes.steps.tolist() == [400, 400, *[512 + 800] * 4]
+    assert main(["train", "--resume", str(run), "-n", "1700"]) == 0
+
+
+class Told(gym.Wrapper):
+    """Says how an episode ended, which may be nothing."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(gym.make("CartPole-v1", **kwargs))
+
+    def step(self, action: Any) -> Any:
+        observation, reward, terminated, truncated, info = super().step(action)
+        return observation, reward, terminated, truncated, {**info, "reason": None}
+
+
+def test_more_is_told_of_an_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a tuple, which a YAML file does not have; the settings of a run are in one."""
+    monkeypatch.setitem(gym.registry, "Told-v0", gym.envs.registration.EnvSpec("Told-v0", entry_point=Told))
+    settings = ["n_envs:1", "n_steps:128", "batch_size:64", "policy:'MlpPolicy'"]
+    settings += ["monitor_kwargs:dict(info_keywords=('reason',))"]
+    options = ["--env", "Told-v0", "-n", "512", "--eval-freq", "-1", "--verbose", "0", "--device", "cpu", "-f", str(tmp_path)]
+    assert main(["train", *options, "--hyperparams", *settings]) == 0
+    run = tmp_path / "trpo_ext" / "Told-v0_1"
+    before = (run / "0.monitor.csv").read_text()
+    assert before.splitlines()[1] == "r,l,t,reason"
+    assert before.endswith(",\n")
+    assert main(["train", "--resume", str(run), "-n", "1024"]) == 0
+    after = (run / "0.monitor.csv").read_text()
+    assert after.startswith(before)
+    assert len(after) > len(before)
+
+
 def test_run_in_envpool_goes_on_there(tmp_path: Path) -> None:
     pytest.importorskip("envpool")
     run = train(tmp_path, 512, "--vec-env", "envpool")
