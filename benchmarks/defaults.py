@@ -144,8 +144,8 @@ AGENTS: dict[str, Agent] = {
     **{f"ours-{n_envs}": Agent(TRPO, n_envs) for n_envs in (1, 8, 16, 32)},
 }
 
-#: Ours, as it is compared with the rivals.
-OURS = "ours-16"
+#: Ours, as it is compared with the rivals, and with as many environments as the best of these have.
+OURS, OURS_ALONE = "ours-16", "ours-1"
 #: The same with a candidate for the default of `gae_lambda`, of which no code is kept.
 BY_DIMENSIONS = f"{OURS}, lambda by dimensions"
 
@@ -362,17 +362,21 @@ def task_table(frame: pandas.DataFrame) -> str:
     rivals, rows = best_rivals(frame), []
     for task in JUDGING:
         random = runs_of(frame, task.name, "random")["return"].mean()
-        cells = [short(task.name), f"{task.n_steps:,}", f"{random:,.4g}"]
-        ours, rival, tuned = (runs_of(frame, task.name, name) for name in (OURS, rivals.get(task.name), TUNED))
-        cells += map(listed, (ours, rival, tuned))
-        ahead = ""
-        if len(rival) > 1 and rival["return"].min() > ours["return"].max():
-            ahead = "rival"
-        elif len(rival) > 1 and ours["return"].min() > rival["return"].max():
-            ahead = "ours"
-        rows.append([*cells[:4], rivals.get(task.name, ""), *cells[4:], ahead])
-    head = ("task", "steps", "random", "ours", "best default rival", "its returns", "tuned PPO", "clearly ahead of the other")
-    return table(head, rows)
+        ours, alone, rival, tuned = (
+            runs_of(frame, task.name, name) for name in (OURS, OURS_ALONE, rivals.get(task.name), TUNED)
+        )
+        cells = [short(task.name), f"{task.n_steps:,}", f"{random:,.4g}", listed(ours), listed(alone)]
+        cells += [rivals.get(task.name, ""), listed(rival), listed(tuned)]
+        rows.append([*cells, ahead(ours, rival), ahead(alone, rival)])
+    head = ("task", "steps", "random", "ours, 16 envs", "ours, 1 env", "best default rival", "its returns", "tuned PPO")
+    return table((*head, "clearly ahead, 16 envs", "clearly ahead, 1 env"), rows)
+
+
+def ahead(ours: pandas.DataFrame, rival: pandas.DataFrame) -> str:
+    """Whose worst run is above the other's best one."""
+    if rival["return"].min() > ours["return"].max():
+        return "rival"
+    return "ours" if ours["return"].min() > rival["return"].max() else ""
 
 
 def summary_table(frame: pandas.DataFrame) -> str:
@@ -384,16 +388,15 @@ def summary_table(frame: pandas.DataFrame) -> str:
         "PPO with RL-Zoo's settings": dict.fromkeys(TASKS, TUNED),
     }
     for label, agents in others.items():
-        pairs = [
-            (runs_of(frame, task.name, OURS)["score"].to_numpy(), runs_of(frame, task.name, agents.get(task.name))["score"])
-            for task in JUDGING
-        ]
-        pairs = [(ours, other.to_numpy()) for ours, other in pairs if len(ours) and len(other)]
-        if pairs:
-            n_seeds = min(len(column) for pair in pairs for column in pair)
-            ours, other = ([column[:n_seeds] for column in columns] for columns in zip(*pairs, strict=True))
-            rows.append([label, len(pairs), n_seeds, interquartile(ours), interquartile(other)])
-    return table(("other", "tasks", "seeds", "ours", "the other"), rows)
+        found = []
+        for task in JUDGING:
+            runs = [runs_of(frame, task.name, name) for name in (OURS, OURS_ALONE, agents.get(task.name))]
+            if all(map(len, runs)):
+                found.append([part["score"].to_numpy() for part in runs])
+        n_seeds = min(len(column) for columns in found for column in columns)
+        means = [interquartile([column[:n_seeds] for column in columns]) for columns in zip(*found, strict=True)]
+        rows.append([label, len(found), n_seeds, *means])
+    return table(("other", "tasks", "seeds", "ours, 16 envs", "ours, 1 env", "the other"), rows)
 
 
 def environments_table(frame: pandas.DataFrame) -> str:
@@ -435,7 +438,8 @@ def draw(path: Path) -> None:
     figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
     axes = figure.subplots()
     taus = np.linspace(-0.05, 1.05, 221)
-    for label, agents in {"ours": dict.fromkeys(TASKS, OURS), "the best default rival of each task": rivals}.items():
+    curves = {"ours, 16 environments": dict.fromkeys(TASKS, OURS), "ours, 1 environment": dict.fromkeys(TASKS, OURS_ALONE)}
+    for label, agents in {**curves, "the best default rival of each task": rivals}.items():
         columns = [runs_of(frame, task.name, agents.get(task.name))["score"].to_numpy() for task in JUDGING]
         # Each task counts the same, however many seeds it has
         shares = np.mean([(column[:, None] > taus).mean(0) for column in columns if len(column)], axis=0)

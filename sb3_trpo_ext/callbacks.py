@@ -100,7 +100,7 @@ class TrainingRecorder(BaseCallback):
 
     def _on_training_start(self) -> None:
         """
-        Start the files, continue those that are there.
+        Start the files, or continue those that are there.
 
         :raises ValueError: if the folder cannot be made, if SB3's logger writes the same file, or if there are no updates
         """
