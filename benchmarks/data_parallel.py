@@ -3,7 +3,7 @@
     python benchmarks/data_parallel.py --output benchmarks/results/data_parallel.json
 
 The processes are started as ``torchrun`` starts them, with one thread each, and train with our settings for the task. Runs of
-one and of two processes alternate; what is reported are medians, and the ratios of neighbouring runs. The clock runs from the
+one and of two processes alternate; what is reported are medians, and the ratios of neighboring runs. The clock runs from the
 end of the first update to the end of the last, which leaves out what happens once.
 """
 
@@ -67,7 +67,7 @@ def train(task: str, n_updates: int) -> None:
     if task == "Humanoid-v5":
         policy_kwargs = {"log_std_init": -1, "net_arch": {"pi": [256, 256], "vf": [256, 256]}}
     arguments = {key: value for key, value in settings.items() if key not in NOT_OF_MODEL}
-    if isinstance(arguments["target_kl"], str):
+    if isinstance(arguments.get("target_kl"), str):
         arguments["target_kl"] = linear_schedule("target_kl", arguments["target_kl"])
     model = TRPO("MlpPolicy", env, policy_kwargs=policy_kwargs, seed=0, device="cpu", **arguments)
     n_processes = int(os.environ.get("WORLD_SIZE", 1))

@@ -3,12 +3,19 @@
 A page has ``<!-- table: NAME -->`` above a table that a script writes, and ``<!-- end -->`` below it. People write the rest.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 _BLOCK = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def load(name: str) -> Any:
+    """The result of a benchmark or of a study."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

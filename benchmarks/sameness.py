@@ -1,5 +1,5 @@
 """
-Hash what six short trainings compute, to show that a change of structure changes no number.
+Hash what seven short trainings compute, to show that a change of structure changes no number.
 
 Each training makes 20 updates with a fixed seed on one thread. The hashes depend on the machine and on PyTorch's build, so
 compare two trees on one machine:

@@ -3,23 +3,17 @@
 python -m benchmarks.tables
 """
 
-import json
 from typing import Any
 
 import pandas
 
 from benchmarks import defaults, masks_and_memory, returns, tensors
-from benchmarks.markdown import ROOT, filled, pages, table
+from benchmarks.markdown import ROOT, filled, load, pages, table
 from benchmarks.studies import entries, memory, one_setting, traffic, tried
 
 UPDATES = ("humanoid-8192", "humanoid-2048", "humanoid-65536", "images-1024", "cartpole-1024")
 UPDATES_ON_GPU = ("humanoid-8192", "images-8192", "images-1024", "cartpole-1024")
 THROUGHPUTS = ("cartpole-8", "humanoid-8", "humanoid-8-subproc", "humanoid-16-envpool")
-
-
-def load(name: str) -> Any:
-    """The result of a benchmark."""
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
 def options(result: dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from benchmarks import contrib
+from benchmarks.timing import spread
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.envs import EnvPoolVecEnv
 from sb3_trpo_ext.rollout import actors, collect
@@ -253,9 +254,7 @@ def compare(case: Case, n_repetitions: int, n_timed: int, n_critic_updates: int,
     return {
         "ours_steps_per_s": float(np.median(rates["ours"])),
         "theirs_steps_per_s": float(np.median(rates["theirs"])),
-        "ratio": float(np.median(ratios)),
-        "ratio_min": float(ratios.min()),
-        "ratio_max": float(ratios.max()),
+        **spread(ratios.tolist()),
         "env_only_steps_per_s": {name: float(np.median(values)) for name, values in limits.items()},
         "all_ours_steps_per_s": [round(rate, 1) for rate in rates["ours"]],
         "all_theirs_steps_per_s": [round(rate, 1) for rate in rates["theirs"]],

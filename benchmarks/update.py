@@ -37,6 +37,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from benchmarks import contrib
+from benchmarks.timing import spread
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.optim.vectors import assign_, flatten
 from sb3_trpo_ext.update.surrogate import Surrogate
@@ -198,9 +199,7 @@ def compare_times(pair: Pair, n_repetitions: int, n_critic_updates: int) -> dict
         result[name] = {
             "ours_s": float(np.median(ours)),
             "theirs_s": float(np.median(theirs)),
-            "ratio": float(np.median(theirs / ours)),
-            "ratio_min": float(np.min(theirs / ours)),
-            "ratio_max": float(np.max(theirs / ours)),
+            **spread((theirs / ours).tolist()),
         }
     return result
 

@@ -19,7 +19,7 @@ from sb3_trpo_ext.update.distributions import Family, register_family
 
 __version__ = "0.2.0"
 
-#: What needs an extra, which is loaded when it is used: modules by names.
+#: Names that need an extra, with their modules, which are imported on first use.
 _LAZY = {
     "MaskableTRPO": "sb3_trpo_ext.maskable",
     "RecurrentTRPO": "sb3_trpo_ext.recurrent",
@@ -31,7 +31,7 @@ register(
     "sb3_trpo_ext/PointMass1D-v0",
     entry_point="sb3_trpo_ext.envs.point_mass:PointMass1D",
     max_episode_steps=150,
-    # Full force towards the goal, a brake in time and a spring within the goal gets 606, the mean of 300 episodes
+    # Full force toward the goal, braking in time and a spring within the goal get 606, the mean of 300 episodes
     reward_threshold=550,
 )
 register("sb3_trpo_ext/Blocks-v0", entry_point="sb3_trpo_ext.envs.blocks:Blocks")

@@ -1,4 +1,4 @@
-"""Checks of single arguments. Each raises an :class:`ArgumentError` that names the argument and what came."""
+"""Checks of single arguments. A failed one raises an :class:`ArgumentError` that names the argument and its value."""
 
 import difflib
 import math
@@ -22,7 +22,7 @@ def is_number(value: Any) -> bool:
     """Whether a value is a finite real number."""
     try:
         return not isinstance(value, (bool, str)) and math.isfinite(float(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 

@@ -1,4 +1,4 @@
-"""Observations and their spaces, which are dicts or not, and the wrappers that normalize them."""
+"""Helpers for observations and spaces that may be dicts, and for wrappers that normalize them."""
 
 from collections.abc import Callable
 from typing import Any

@@ -34,7 +34,7 @@ ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.Multi
 CONTRIB_POLICIES = {"MaskableActorCriticPolicy": "MaskableTRPO", "RecurrentActorCriticPolicy": "RecurrentTRPO"}
 #: What stands for an argument that is left to the class.
 AUTO = "auto"
-#: What arguments were before they existed: in models of earlier versions, and of sb3-contrib.
+#: How models without these arguments behave: those of earlier versions, and of sb3-contrib.
 EARLIER: dict[str, Any] = {"norm_obs": False, "norm_reward": False, "stagger_episodes": False, "vf_lambda": None}
 #: The two forms of the trust region, with the options that `trust_region_kwargs` may hold.
 TRUST_REGION_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -74,7 +74,7 @@ def check_trust_region(trust_region: Any, options: Any) -> None:
         if name not in known:
             raise ArgumentError(f"`trust_region_kwargs` of {trust_region!r} has no option {name!r}; there are {list(known)}.")
         full_name = f"trust_region_kwargs[{name!r}]"
-        if name in ("fill", "damped_scale", "precondition"):
+        if trust_region == "constraint":
             check_bool(full_name, value)
         elif name in ("n_epochs", "batch_size"):
             check_integer(full_name, value, 1)
@@ -122,7 +122,7 @@ def check_optimizer_states(params: dict[str, Any], optimizer: th.optim.Optimizer
 
     :param params: that are to be loaded
     :param optimizer: of the policy that they are for
-    :raises RuntimeError: if a state is none, or one of another optimizer
+    :raises RuntimeError: if a state is not that of an optimizer, or is that of another one
     """
     penalty = params.get("kl_penalty") or {}
     for name, state in (("policy.optimizer", params.get("policy.optimizer")), ("kl_penalty", penalty.get("optimizer"))):
@@ -224,11 +224,11 @@ def _check_start(what: str, space: spaces.Space, wrapper: str) -> None:
 
 
 def check_env(env: Any) -> None:
-    """Check that what came for an environment is one that SB3 can use."""
+    """Check that ``env`` is an environment that SB3 can use."""
     if env is None or isinstance(env, VecEnv):
         return
     name = type(env).__name__
-    # First: EnvPool's classes say that they are environments and vector environments of Gymnasium, too
+    # EnvPool first: its classes claim to be environments and vector environments of Gymnasium, too
     if any(base.__module__.partition(".")[0] == "envpool" for base in type(env).__mro__):
         raise ArgumentError(f"`env` is EnvPool's own {name}: use sb3_trpo_ext.envs.EnvPoolVecEnv(env_id, n_envs=16).")
     if isinstance(env, type) or not hasattr(env, "step"):
@@ -237,10 +237,11 @@ def check_env(env: Any) -> None:
 
 
 def check_settings(model: Any) -> None:
-    """Check arguments that an update takes as they are, and make Python's integers of NumPy's."""
+    """Check the arguments that an update reads directly, and convert NumPy integers to Python's."""
     for name in ("n_steps", "batch_size", "cg_max_steps", "line_search_max_iter", "sub_sampling_factor"):
-        if not (name in ("n_steps", "batch_size", "sub_sampling_factor") and getattr(model, name) is None):
-            setattr(model, name, check_integer(name, getattr(model, name), 1))
+        value = getattr(model, name)
+        if value is not None or name in ("cg_max_steps", "line_search_max_iter"):
+            setattr(model, name, check_integer(name, value, 1))
     for name in ("norm_obs", "norm_reward", "stagger_episodes"):
         if getattr(model, name) != AUTO:
             check_bool(name, getattr(model, name))

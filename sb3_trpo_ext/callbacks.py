@@ -63,8 +63,8 @@ class TrainingRecorder(BaseCallback):
     ``time/evaluation``; those of SB3's ``EvalCallback`` count as part of it.
 
     ``episodes.csv`` in the same folder has a row for each episode of an environment with a ``Monitor``: the timesteps of the
-    training at its end, its return and its length. Monitor files have no timesteps. Their sum over the episodes leaves out
-    those that ``stagger_episodes`` cuts off, and those of other processes. For environments of tensors it has no rows.
+    training at its end, its return and its length. Monitor files have no timesteps, and adding up their episode lengths misses
+    episodes that ``stagger_episodes`` cut off and steps of other processes. Environments of tensors write no rows.
 
     Where SB3 logs to TensorBoard, its tab of hyperparameters gets the arguments of the model.
 

@@ -16,7 +16,7 @@ from sb3_trpo_ext._checks import ArgumentError
 
 
 def saved_attributes(path: str | pathlib.Path | io.BufferedIOBase) -> dict[str, Any]:
-    """The attributes in a file of a saved model, as far as JSON has them."""
+    """The attributes in the JSON of a saved model; empty if there is none in the file."""
     file = open_path(path, "r", suffix="zip")
     try:
         with zipfile.ZipFile(file) as archive:

@@ -1,4 +1,4 @@
-"""What TRPO's arguments come to where they are left to it: for any environment, and for any length of training."""
+"""The values of arguments that the user leaves to TRPO, for any environment and any length of training."""
 
 import math
 from typing import Any
@@ -23,16 +23,16 @@ N_SAMPLES = 2048
 MIN_BATCH_SIZE = 64
 #: Minibatches in a pass over a rollout, at most: thousands of environments fill long ones, and the fit would take minutes.
 MAX_MINIBATCHES = 128
-#: Samples that the Fisher matrix is computed on, about, in a long rollout: unlike the gradient, it needs no more.
+#: Samples that the Fisher matrix is computed on in a long rollout, at least: unlike the gradient, it needs no more.
 N_FISHER_SAMPLES = 16_384
-#: Steps of a rollout, however many environments there are: estimates of the advantage look ahead about as far.
+#: Steps of a rollout, at least, for any number of environments: advantage estimates look about this far ahead.
 MIN_STEPS = 16
-#: The noise of an untrained Gaussian policy, summed over the action dimensions, is at most that of so many with a standard
-#: deviation of half of the distance between their bounds.
+#: Total noise of an untrained Gaussian policy, at most: the sum over action dimensions of the variance, in units of the square
+#: of half the distance between the bounds.
 NOISY_DIMS = 2.0
-#: Half of the distance between bounds that say what an action may be. Farther ones stand for none.
+#: Half of the distance between bounds, at most: bounds farther apart count as none.
 MAX_RANGE = 1000.0
-#: Steps that have a budget of KL; a shorter training has all of it.
+#: Steps per budget of KL; a shorter training gets a whole one.
 BUDGET_STEPS = 250_000
 #: The budget per action dimension, in nats.
 KL_BUDGET = 1.0
@@ -40,22 +40,23 @@ KL_BUDGET = 1.0
 CG_DAMPING = 0.2
 #: KL of one update per action dimension, at most: a training of a few updates does not spend its budget.
 MAX_KL = 0.1
-#: Updates end a little within their region, and some are rejected: how much of what they leave, relative to its own radius, an
-#: update may add to it.
+#: Updates end a little within their region, and some are rejected: an update may add what they left unused to its radius,
+#: up to this share of it.
 MAX_CARRY = 0.1
 
 
-def n_steps(n_envs: int, batch_size: int) -> int:
+def n_steps(n_envs: int, batch_size: int, n_processes: int = 1) -> int:
     """
     Steps of a rollout per environment: about 2048 samples in all.
 
     No minibatch is smaller than the others, unless that takes more than twice as many samples.
 
-    :param n_envs: number of environments, of all processes
-    :param batch_size: of the minibatches
+    :param n_envs: number of environments, of each process
+    :param batch_size: of the minibatches, in each process
+    :param n_processes: that share a rollout
     :return: the number of steps
     """
-    least = max(-(-N_SAMPLES // n_envs), MIN_STEPS)
+    least = max(-(-N_SAMPLES // (n_envs * n_processes)), MIN_STEPS)
     multiple = batch_size // math.gcd(batch_size, n_envs)
     even = -(-least // multiple) * multiple
     return even if even <= 2 * least else least
@@ -91,7 +92,7 @@ def target_kl(action_space: spaces.Space[Any], n_samples: int, total_timesteps: 
     Radius of the trust region for which the KL of a training adds up to a budget.
 
     That is :data:`KL_BUDGET` per action dimension for each :data:`BUDGET_STEPS`, and once for a shorter training. So a long
-    one that a callback is to stop learns as fast as others.
+    one that a callback ends early learns as fast as others.
 
     The radius falls linearly to zero. An update gets the value in the middle of its rollout: the sum over all updates is then
     the budget, however few there are.
@@ -111,7 +112,7 @@ def normalizes_observations(norm_obs: bool | str, policy: type, policy_kwargs: d
     """
     Whether a policy normalizes its observations.
 
-    By itself not if something else may: an environment in ``VecNormalize``, a policy or a features extractor of a user's own.
+    With ``"auto"`` it does not if something else may: a ``VecNormalize``, or a user's own policy or features extractor.
 
     :param norm_obs: what the user asked for
     :param policy: class of the policy
@@ -175,8 +176,8 @@ def spread_over_bounds_(policy: ActorCriticPolicy, with_std: bool) -> None:
     Let an untrained Gaussian policy act over the range of its action space.
 
     The mean starts near the middle of the bounds, and the standard deviation at half of their distance, or less where there
-    are more than :data:`NOISY_DIMS` dimensions. Other distributions keep SB3's start, also as parts of a mixed one, and so do
-    dimensions whose bounds mean nothing.
+    are more than :data:`NOISY_DIMS` dimensions. Other distributions (also in a mixed one) keep SB3's start, and so do
+    dimensions without meaningful bounds.
 
     :param policy: whose ``action_net`` and ``log_std`` change
     :param with_std: whether the standard deviation is to change

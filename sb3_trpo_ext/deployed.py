@@ -27,7 +27,7 @@ _STATE, _MASKS = ("hidden", "cell", "episode_start"), "action_masks"
 
 
 class _VecNormalized(nn.Module):
-    """What a ``VecNormalize`` does to observations, by its statistics of now."""
+    """Normalizes observations as a ``VecNormalize`` does, with its statistics as they are now."""
 
     def __init__(self, normalize: VecNormalize, parts: dict[str, spaces.Space[Any]]):
         super().__init__()
@@ -65,13 +65,13 @@ class DeployedPolicy(nn.Module):
     """
     What ``model.predict`` does, in tensors alone: observations in, actions for the environment out.
 
-    Inputs and outputs have names and are given by position, in the order of :attr:`inputs` and :attr:`outputs`. All have the
-    batch as their first axis, but for the states of an LSTM, which have it as their second one.
+    Inputs and outputs have names and are given by position, in the order of :attr:`inputs` and :attr:`outputs`. The batch is
+    their first axis; for the states of an LSTM, it is the second.
 
     :param model: with an actor-critic policy
     :param env: whose ``VecNormalize`` normalizes the observations; ``None`` for the model's own environment
     :param deterministic: whether to take the mode of the distribution, not a sample
-    :raises ValueError: if there is no such policy, or if its samples need more than an observation
+    :raises ValueError: for another policy, samples with gSDE, a ``VecNormalize`` that does not fit, or a clash of names
     """
 
     low: th.Tensor
@@ -171,8 +171,8 @@ class DeployedPolicy(nn.Module):
     def _recurrent(self, observations: Any, hidden: th.Tensor, cell: th.Tensor, start: th.Tensor) -> tuple[Any, Any]:
         """One step of the LSTM, as sb3-contrib makes it, without its branch on whether an episode begins."""
         features = BasePolicy.extract_features(self.policy, observations, self.policy.pi_features_extractor)
-        lasts = (1.0 - start)[None, :, None]
-        outputs, states = self.policy.lstm_actor(features[None], (hidden * lasts, cell * lasts))
+        kept = (1.0 - start)[None, :, None]
+        outputs, states = self.policy.lstm_actor(features[None], (hidden * kept, cell * kept))
         latent = self.policy.mlp_extractor.forward_actor(outputs[0])
         return self.policy._get_action_dist_from_latent(latent), states
 
@@ -217,7 +217,7 @@ def write(policy: DeployedPolicy, path: str | Path, format: str = "onnx") -> Pat
         raise ArgumentError(f"`path` must not end in {path.suffix} with format={format!r}, got {path}: use {FORMATS[format]}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     policy.policy.set_training_mode(False)
-    # The trace of a policy that samples draws numbers, which must not be missing in a training
+    # Tracing a policy that samples draws random numbers, which must not change a training
     devices = [policy.policy.device] if policy.policy.device.type == "cuda" else []
     with th.no_grad(), no_argument_checks, th.random.fork_rng(devices), replacing(path) as partial, warnings.catch_warnings():
         # PyTorch calls TorchScript deprecated, and comments on constants of a trace
@@ -225,14 +225,14 @@ def write(policy: DeployedPolicy, path: str | Path, format: str = "onnx") -> Pat
         if format == "onnx":
             _write_onnx(policy, partial)
         else:
-            # Without gradients, which a parameter of a trace would have
+            # Frozen: the parameters of a trace would require gradients
             th.jit.freeze(th.jit.trace(policy.eval(), policy.examples(), check_trace=False)).save(str(partial))
     return path
 
 
 def _write_onnx(policy: DeployedPolicy, path: Path) -> None:
     """Write a policy as ONNX, with its weights in the same file."""
-    # It warns of torchvision's operations, which nobody needs here
+    # It warns if torchvision is missing, which is not needed here
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     batch = th.export.Dim("batch")
     states = _STATE[:2] if policy.is_recurrent else ()

@@ -78,11 +78,12 @@ def apply_masks(logits: th.Tensor, masks: th.Tensor | None) -> th.Tensor:
     """
     Make invalid choices impossible.
 
-    With minus infinity and not sb3-contrib's large negative number they have no probability, no gradient and no curvature, and
-    a mask of all ones changes no bit.
+    Their logits become minus infinity, not sb3-contrib's large negative number: they have no probability, no gradient and no
+    curvature, and a mask of all ones changes no bit.
 
     :param logits: shape ``(n_samples, n_choices)``
     :param masks: of bools, the same shape; ``None`` if all choices are valid
+    :return: the masked logits, the same shape
     """
     return logits if masks is None else th.where(masks, logits, -th.inf)
 
@@ -132,7 +133,7 @@ class MaskedCalls(PolicyCalls):
 class _MaskedActor(Actor):
     """The actor of any policy with masks."""
 
-    #: Of the step that comes; ``None`` if all choices are valid.
+    #: Masks of the next step; ``None`` if all choices are valid.
     masks: th.Tensor | None = None
 
     def __init__(self, policy: MaskableActorCriticPolicy):
@@ -159,7 +160,7 @@ class _MaskedActor(Actor):
 class _MaskedMlpActor(MlpActor):
     """The actor of a plain MLP policy with masks; the outputs that it keeps are masked already."""
 
-    #: Of the step that comes; ``None`` if all choices are valid.
+    #: Masks of the next step; ``None`` if all choices are valid.
     masks: th.Tensor | None = None
 
     def _output(self, hidden: th.Tensor) -> th.Tensor:
@@ -220,11 +221,11 @@ class MaskableTRPO(TRPO):
     TRPO with invalid action masking (Huang and Ontanon 2022, https://arxiv.org/abs/2006.14171).
 
     Objective, KL and Fisher matrix are those of the masked distribution: an invalid choice has no probability, no gradient and
-    no curvature, and a state with a single valid action counts nothing.
+    no curvature, and a state with a single valid action contributes nothing.
 
-    Environments say what is valid by a method ``action_masks()``, or by sb3-contrib's ``ActionMasker``. Arguments are those of
-    :class:`~sb3_trpo_ext.trpo.TRPO`; policies are sb3-contrib's for its ``MaskablePPO``, and so are ``evaluate_policy`` and
-    ``MaskableEvalCallback``, which work with this class.
+    Environments provide masks through a method ``action_masks()`` or sb3-contrib's ``ActionMasker``. Arguments are those of
+    :class:`~sb3_trpo_ext.trpo.TRPO`, and policies those of sb3-contrib's ``MaskablePPO``. Its ``evaluate_policy`` and
+    ``MaskableEvalCallback`` work with this class.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -250,7 +251,7 @@ class MaskableTRPO(TRPO):
         super()._setup_model()
 
     def _setup_policy(self) -> None:
-        """Create buffer, policy and optimizer; these policies do not know gSDE, which SB3 mentions to all."""
+        """Create buffer, policy and optimizer. SB3 passes ``use_sde`` to all policies, but these do not take it."""
         kind: Any = self.policy_class
         self.policy_class = lambda *args, use_sde, **kwargs: kind(*args, **kwargs)  # type: ignore[assignment]
         try:

@@ -19,8 +19,8 @@ class OwnExtractorsMixin:
     """
     Actor and critic have a features extractor each by default.
 
-    Layers that are shared belong to the actor: only the policy update may move them, so that with a shared extractor the
-    critic has to live with features that it cannot train.
+    Shared layers belong to the actor, and only the policy update changes them: with a shared extractor, the critic cannot
+    train its features.
     """
 
     def __init__(self, *args: Any, share_features_extractor: bool = False, **kwargs: Any):
@@ -108,9 +108,9 @@ class _MixedMixin(ActorCriticPolicy):
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """
-        Give the environment actions of the structure that it knows.
+        Turn action vectors into the tuples or dicts that the environment takes.
 
-        :param scaled_action: as one vector each, shape ``(n_actions, n_numbers)``
+        :param scaled_action: one vector per action, shape ``(n_actions, n_numbers)``
         :return: an array of tuples or dicts, shape ``(n_actions,)``
         """
         return self.action_space.structures(scaled_action)

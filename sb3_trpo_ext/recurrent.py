@@ -1,4 +1,4 @@
-"""TRPO through time, for policies with an LSTM: the policies and buffers are sb3-contrib's."""
+"""TRPO with backpropagation through time, for sb3-contrib's LSTM policies and buffers."""
 
 import itertools
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ from sb3_trpo_ext.update.calls import PolicyCalls
 SelfRecurrentTRPO = TypeVar("SelfRecurrentTRPO", bound="RecurrentTRPO")
 #: Hidden state and cell of an LSTM, each of shape ``(n_layers, n_sequences, hidden_size)``.
 States = tuple[th.Tensor, th.Tensor]
-#: What `RecurrentCalls` stands in for: a policy that has another one of these is not understood.
+#: Methods that `RecurrentCalls` replaces or relies on: a policy that overrides one is refused.
 _METHODS = (
     *("forward", "get_distribution", "predict_values", "evaluate_actions", "extract_features"),
     *("_process_sequence", "_get_action_dist_from_latent"),
@@ -49,9 +49,9 @@ class Sequences:
     """
     A rollout cut into the sequences that a recurrent network sees: one per episode and environment.
 
-    :param starts: for each sequence its first sample; the samples of a sequence follow each other
-    :param n_samples: of the rollout
-    :param actor_states: those that the actor's LSTM begins each sequence with
+    :param starts: index of the first sample of each sequence, whose samples are contiguous; shape ``(n_sequences,)``
+    :param n_samples: number of samples of the rollout
+    :param actor_states: states of the actor's LSTM before each sequence
     :param critic_states: the same for the critic
     """
 
@@ -59,7 +59,7 @@ class Sequences:
         self.starts = starts
         self.lengths = th.diff(starts, append=th.tensor([n_samples]))
         self.actor_states, self.critic_states = actor_states, critic_states
-        #: For each sample the number of its sequence.
+        #: Index of the sequence of each sample, shape ``(n_samples,)``.
         self.numbers = th.repeat_interleave(th.arange(len(starts)), self.lengths)
 
     @classmethod
@@ -68,7 +68,7 @@ class Sequences:
         Cut the rollout of a full buffer.
 
         :param buffer: full
-        :return: its sequences, each of which begins with the states that the buffer has, or with zeros in a new episode
+        :return: its sequences, with their states from the buffer, or zeros where an episode begins
         """
         n_samples = buffer.buffer_size * buffer.n_envs
         # Flat in the order of the batch: environment by environment
@@ -92,7 +92,7 @@ class Sequences:
 
     def packing(self, part: th.Tensor | slice) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
-        How PyTorch wants sequences of different lengths: step by step, the longest first.
+        The layout of PyTorch's ``PackedSequence``: step by step, the longest sequence first.
 
         :param part: indices or slice of samples, whose sequences are whole or cut off at the end
         :return: the numbers of the sequences, the order of the samples, and how many sequences there are at each step
@@ -138,7 +138,7 @@ class RecurrentCalls(PolicyCalls):
 
     @property
     def sequences(self) -> Sequences:
-        """Those of the rollout."""
+        """The sequences of the rollout."""
         assert self._sequences is not None, "there is no rollout"
         return self._sequences
 
@@ -182,7 +182,7 @@ class RecurrentCalls(PolicyCalls):
         which, order, counts = self.sequences.packing(part)
         which, order = (sent_to(features.device, index) for index in (which, order))
         begin = tuple(state[:, which].to(features.dtype).contiguous() for state in states)
-        # cuDNN's LSTM cannot be differentiated twice, as products with the Fisher matrix are
+        # cuDNN's LSTM has no second derivatives, which Fisher-vector products need
         with th.backends.cudnn.flags(enabled=False):
             outputs, _ = lstm(PackedSequence(features[order], counts), begin)
         return outputs.data[th.argsort(order)]
@@ -196,7 +196,7 @@ class RecurrentCalls(PolicyCalls):
         """
         Cut a batch into parts of whole sequences, of about ``size`` samples.
 
-        With a stride, of every k-th sequence, and of more if these have less than a k-th of the samples.
+        With a stride k, only of every k-th sequence, or more if these have less than a k-th of the samples.
         """
         which = th.arange(len(self.sequences.starts))
         if stride > 1:
@@ -261,15 +261,15 @@ class MultiInputLstmPolicy(_OwnExtractors, RecurrentMultiInputActorCriticPolicy)
 
 class RecurrentTRPO(TRPO):
     """
-    TRPO for policies with an LSTM, for tasks where an observation does not tell the whole state.
+    TRPO for policies with an LSTM, for tasks where one observation does not determine the state.
 
-    Objective, KL and Fisher matrix are means over the steps of whole episodes, or of what a rollout has of them, and their
-    derivatives go back through time to the beginning of an episode or of the rollout. Nothing is padded.
+    Objective, KL and Fisher matrix are means over all steps of a rollout. Derivatives are propagated back through time to the
+    beginning of the episode, or of the rollout if the episode began before it. Nothing is padded.
 
-    Arguments are those of :class:`~sb3_trpo_ext.trpo.TRPO`. ``batch_size`` and ``sub_sampling_factor`` are about whole
-    sequences: a minibatch has at least one, and the Fisher matrix is taken on every k-th. Policies are sb3-contrib's for its
-    ``RecurrentPPO``, with ``lstm_hidden_size``, ``n_lstm_layers``, ``shared_lstm`` and ``enable_critic_lstm`` in
-    ``policy_kwargs``; ``predict`` takes and returns their states.
+    Arguments are those of :class:`~sb3_trpo_ext.trpo.TRPO`. ``batch_size`` and ``sub_sampling_factor`` apply to whole
+    sequences: a minibatch has at least one, and the Fisher matrix is computed on every k-th. Policies are those of
+    sb3-contrib's ``RecurrentPPO``, with ``lstm_hidden_size``, ``n_lstm_layers``, ``shared_lstm`` and ``enable_critic_lstm``
+    in ``policy_kwargs``; ``predict`` takes and returns their states.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -332,7 +332,7 @@ class RecurrentTRPO(TRPO):
 
     @th.no_grad()
     def _renew_states(self, buffer: Any) -> None:
-        """Step through the rollout again."""
+        """Compute the states in a full buffer again, with the policy as it is now."""
         policy: Any = self.policy
         names = ("hidden_states_pi", "cell_states_pi", "hidden_states_vf", "cell_states_vf")
         first = [th.as_tensor(getattr(buffer, name)[0], device=self.device) for name in names]

@@ -149,7 +149,8 @@ class SavingAlgorithm(OnPolicyAlgorithm):
         :param load_path_or_dict: path of a saved model, or a dict from names to state dicts
         :param exact_match: whether all of the model's parameters must be there
         :param device: Device on which the code should run
-        :raises RuntimeError: if the parameters do not fit the policy, or if the state of an optimizer is none
+        :raises RuntimeError: if the parameters do not fit the policy, or a state does not fit its optimizer
+        :raises ValueError: if a name is unknown, or with ``exact_match`` one is missing
         """
         if isinstance(load_path_or_dict, dict):
             params: dict[str, Any] = dict(load_path_or_dict)

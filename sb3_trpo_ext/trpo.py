@@ -58,8 +58,8 @@ class TRPO(SavingAlgorithm):
     matrix of that KL. (sb3-contrib averages over action dimensions for Box and MultiBinary actions: multiply its ``target_kl``
     and ``cg_damping`` by their number to get the same trust region here.)
 
-    Arguments up to ``_init_setup_model`` have sb3-contrib's names and positions. The defaults are for a task that nobody
-    tuned: what depends on the task is found by the class, as :mod:`sb3_trpo_ext.defaults` says.
+    Arguments up to ``_init_setup_model`` have sb3-contrib's names and positions. The defaults are for a task that nobody has
+    tuned: the class chooses what depends on the task, see :mod:`sb3_trpo_ext.defaults`.
 
     :param policy: The policy model to use: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, the same with "Squashed"
         in front (tanh-squashed Gaussian for bounded Box actions), or a class
@@ -74,7 +74,7 @@ class TRPO(SavingAlgorithm):
     :param cg_max_steps: Maximum number of Fisher-vector products in conjugate gradient
     :param cg_damping: Damping added to the diagonal of the Fisher matrix, a number or a schedule; ``"auto"`` for 0.2 per
         action dimension
-    :param line_search_shrinking_factor: Shrinks a trial of the line search whose KL does not tell how far to go
+    :param line_search_shrinking_factor: Shrinks a step whose KL does not tell the line search how far to go
     :param line_search_max_iter: Maximum number of trials of the line search
     :param n_critic_updates: Number of passes of the value function over the rollout, per policy update
     :param gae_lambda: Trade-off of bias against variance in Generalized Advantage Estimation
@@ -88,7 +88,7 @@ class TRPO(SavingAlgorithm):
         each 250,000 steps
     :param sub_sampling_factor: Take the Fisher matrix on every k-th sample only. Gradient, objective and KL always see
         the whole rollout (sb3-contrib thins them too). ``None`` for every sample of a rollout of less than 49,152, and for
-        about 16,384 of a longer one
+        at least 16,384 of a longer one
     :param stats_window_size: Number of episodes that the reported means are taken over
     :param tensorboard_log: The log location for TensorBoard (if ``None``, no logging)
     :param policy_kwargs: Additional arguments to be passed to the policy on creation
@@ -100,18 +100,19 @@ class TRPO(SavingAlgorithm):
     :param cg_tolerance: Conjugate gradient ends when its residual relative to the gradient is below this
     :param trust_region: ``"constraint"`` for TRPO, or ``"penalty"`` for the penalized form (Schulman et al. 2017, section 4:
         ``surrogate - beta KL`` by Adam, where beta adapts so that the KL comes out near ``target_kl``)
-    :param trust_region_kwargs: Options of :class:`~sb3_trpo_ext.optim.KLConstraint` (``fill``, ``damped_scale``) or
-        :class:`~sb3_trpo_ext.optim.AdaptiveKLPenalty` (``learning_rate``, ``n_epochs``, ``batch_size``, ``beta``)
+    :param trust_region_kwargs: Options of :class:`~sb3_trpo_ext.optim.KLConstraint` (``fill``, ``damped_scale``,
+        ``precondition``) or :class:`~sb3_trpo_ext.optim.AdaptiveKLPenalty` (``learning_rate``, ``n_epochs``, ``batch_size``,
+        ``beta``)
     :param vf_lambda: Like ``gae_lambda``, for the targets of the value function, which are TD(lambda) returns; ``None`` for
         the same number, as in SB3
     :param vf_loss: ``"mse"``, or ``"huber"``, which is linear in errors of the values above 1
-    :param clip_range_vf: Values are fitted only as long as they are within this of those of the rollout (as in SB3's PPO; it
+    :param clip_range_vf: Values farther than this from those of the rollout are not fitted any further (as in SB3's PPO; it
         depends on the scaling of the rewards), a number or a schedule; ``None`` for no limit
     :param max_grad_norm: Maximum norm of the value function's gradient, ``None`` or 0 for no limit. (For weight decay pass
         ``policy_kwargs=dict(optimizer_class=th.optim.AdamW)``: the policy's optimizer makes the value function's steps.)
-    :param clipped_likelihood: Whether the likelihood of a continuous action is that of what the environment gets of it,
+    :param clipped_likelihood: Whether the likelihood of a continuous action is that of the action the environment gets,
         clipped to the bounds of the action space: the same gradient on average, with less noise (Fujita and Maeda 2018,
-        https://arxiv.org/abs/1802.07564). Without, it is that of the Gaussian, as elsewhere
+        https://arxiv.org/abs/1802.07564). If not, it is that of the Gaussian, as elsewhere
     :param clip_advantage: The normalized advantages are clipped to plus or minus this many standard deviations, and normalized
         again; ``None`` for no limit. Where a few of them are very large (falls), their noise hides the others
         (Garg et al. 2021, https://arxiv.org/abs/2102.10264)
@@ -119,8 +120,8 @@ class TRPO(SavingAlgorithm):
         change only between an update and the next rollout, and scales one-hot vectors by the square root of their length.
         ``"auto"``: with SB3's policies and features extractors, unless the environment is wrapped in a ``VecNormalize`` that
         does it
-    :param stagger_episodes: Whether environments whose episodes begin and end together are taken apart: after each of the
-        first rollouts some of them begin a new episode, and no sample is lost. In ``DummyVecEnv``, ``SubprocVecEnv``,
+    :param stagger_episodes: Whether to desynchronize environments whose episodes begin and end together: after each of the
+        first rollouts some begin a new episode, and no sample is lost. In ``DummyVecEnv``, ``SubprocVecEnv``,
         ``EnvPoolVecEnv``, ``VectorEnvAdapter`` and environments of tensors, without wrappers. ``"auto"``: where ``n_steps``
         is left to the class
     :param norm_reward: Whether rewards are divided by the standard deviation of the discounted return. ``"auto"``: unless a
@@ -218,14 +219,14 @@ class TRPO(SavingAlgorithm):
         self.norm_obs = norm_obs
         self.norm_reward = norm_reward
         self.stagger_episodes = stagger_episodes
-        #: What `n_steps` and `batch_size` came to where they were left to the class.
+        #: `n_steps` and `batch_size` as the class chose them; None if the user did.
         self._auto_n_steps: int | None = None
         self._auto_batch_size: int | None = None
         self.kl_penalty: AdaptiveKLPenalty | None = None
         self._stagger = Stagger()
         #: The policy that acted in the last rollout.
         self._acted: Snapshot | None = None
-        #: What updates so far have left of the KL that `target_kl="auto"` gave them.
+        #: KL that `target_kl="auto"` gave the updates so far and they did not use.
         self._unspent_kl = 0.0
         #: Number of updates that moved the policy, out of `_n_updates`.
         self._n_accepted = 0
@@ -274,7 +275,7 @@ class TRPO(SavingAlgorithm):
         has_batch_size = self.batch_size is not None and self.batch_size != self._auto_batch_size
         if self.n_steps is None or self.n_steps == self._auto_n_steps:
             size = self.batch_size if has_batch_size else defaults.MIN_BATCH_SIZE
-            self.n_steps = self._auto_n_steps = defaults.n_steps(self.n_envs * world_size(), size)
+            self.n_steps = self._auto_n_steps = defaults.n_steps(self.n_envs, size, world_size())
         if not has_batch_size:
             self.batch_size = self._auto_batch_size = defaults.batch_size(self.n_steps * self.n_envs)
         arguments.check_arguments(self)
@@ -288,7 +289,7 @@ class TRPO(SavingAlgorithm):
             defaults.spread_over_bounds_(self.policy, with_std="log_std_init" not in given)
         self.reward_scale = RewardScale(self.gamma)
         self._normalization = Normalization(self.policy, self.reward_scale if self.norm_reward else None)
-        if issubclass(self.policy.optimizer_class, th.optim.LBFGS):
+        if isinstance(self.policy.optimizer, th.optim.LBFGS):
             raise ArgumentError(
                 "`policy_kwargs['optimizer_class']` is LBFGS, which makes a step from a function and not from a gradient: use "
                 "an optimizer such as Adam."
@@ -422,7 +423,7 @@ class TRPO(SavingAlgorithm):
         return self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]
 
     def _renew_states(self, buffer: RolloutBuffer) -> None:
-        """Compute what a policy remembers in a rollout again, after the statistics of its observations have changed."""
+        """Recompute a recurrent policy's states in a rollout, after the statistics of observations have changed."""
 
     def _terminal_value(self, buffer: RolloutBuffer, step: int, index: int, observation: Any) -> float:
         """The value of the last observation of an episode that a time limit ended in a step of a rollout."""
@@ -460,7 +461,7 @@ class TRPO(SavingAlgorithm):
         batch, calls = self._full_batch(), self.calls_class.on(self.policy, self.rollout_buffer)
         started = time.perf_counter()
         result, entropy, std = self._no_update(UpdateStatus.NOTHING_TO_TRAIN), math.nan, math.nan
-        # The likelihood of clipped actions is not in the buffer: it is that of the policy now, if that is the one that acted
+        # The likelihood of clipped actions is not in the buffer: the current policy gives it, if it is the one that acted
         is_clipped = self.clipped_likelihood and (self._acted is None or self._acted.is_of(self.policy))
         if parts.actor_params:
             with no_argument_checks, twice_differentiable_attention:
@@ -514,11 +515,11 @@ class TRPO(SavingAlgorithm):
         return defaults.CG_DAMPING * get_action_dim(self.action_space)
 
     def _fisher_stride(self, n_samples: int) -> int:
-        """Which of so many samples the Fisher matrix is computed on: every k-th."""
+        """The k of the Fisher matrix, which is computed on every k-th sample."""
         return self.sub_sampling_factor or defaults.sub_sampling_factor(n_samples)
 
     def _carried_kl(self, target_kl: float) -> float:
-        """What an update takes over of the budget that those before it have left."""
+        """KL that earlier updates left unused and that this one may spend."""
         is_budget = self.target_kl == arguments.AUTO
         return min(max(self._unspent_kl, 0.0), defaults.MAX_CARRY * target_kl) if is_budget else 0.0
 
@@ -526,8 +527,7 @@ class TRPO(SavingAlgorithm):
         """Current radius of the trust region on so many samples, without what is carried over."""
         if self.target_kl != arguments.AUTO:
             return self._scheduled("target_kl", 0.0)
-        progress, total = self._current_progress_remaining, self._total_timesteps
-        return defaults.target_kl(self.action_space, n_samples, total, progress)
+        return defaults.target_kl(self.action_space, n_samples, self._total_timesteps, self._current_progress_remaining)
 
     def _no_update(self, status: UpdateStatus) -> UpdateResult:
         """The result of an update that was not made."""
@@ -562,7 +562,7 @@ class TRPO(SavingAlgorithm):
             )
         result = update.update(surrogate, target_kl)
         if result.step_share > 0:
-            # How far the KL's quadratic model is off changes slowly. Averaged over updates, most searches need one trial
+            # The error of the KL's quadratic model changes slowly: started at an average, most searches need one trial
             self._step_share = math.sqrt(self._step_share * result.step_share)
         return result
 

@@ -1,5 +1,6 @@
 """Bad input is named before anything moves, and NumPy's numbers are numbers."""
 
+import functools
 import inspect
 import threading
 import warnings
@@ -150,6 +151,13 @@ def test_a_smaller_last_minibatch_is_warned_of(n_steps: int, batch_size: int, si
 def test_an_optimizer_that_needs_a_function_is_refused() -> None:
     with pytest.raises(ValueError, match="LBFGS"):
         make_model(policy_kwargs={"optimizer_class": th.optim.LBFGS})
+    # SB3 calls whatever it is given
+    make_model(policy_kwargs={"optimizer_class": functools.partial(th.optim.Adam, eps=1e-6)}).learn(32)
+
+
+def test_a_number_that_is_no_float_is_named() -> None:
+    with pytest.raises(ValueError, match="`gamma` must be"):
+        make_model(gamma=10**400)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.5, "0", True])

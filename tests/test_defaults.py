@@ -71,6 +71,13 @@ def test_whole_minibatches_do_not_make_a_rollout_much_longer(n_envs: int, batch_
     assert defaults.n_steps(n_envs, batch_size) == n_steps
 
 
+@pytest.mark.parametrize(("n_envs", "n_processes"), [(5, 4), (3, 2), (16, 2), (1, 4)])
+def test_the_minibatches_of_each_process_are_whole(n_envs: int, n_processes: int) -> None:
+    n_steps = defaults.n_steps(n_envs, 64, n_processes)
+    assert n_steps * n_envs % 64 == 0
+    assert 2048 <= n_steps * n_envs * n_processes <= 2 * 2048
+
+
 def test_the_length_of_a_rollout_follows_the_number_of_environments(tmp_path: Any) -> None:
     model = TRPO("MlpPolicy", random_vec_env(4), **SMALL)
     assert model.n_steps == 512

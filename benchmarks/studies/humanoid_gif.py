@@ -31,7 +31,7 @@ def film(run: pathlib.Path, n_steps: int, seed: int, size: int) -> tuple[list[Im
     :param n_steps: at most that many environment steps
     :param seed: of the episode
     :param size: width and height in pixels
-    :return: frames, and the distance walked in metres
+    :return: frames, and the distance walked in meters
     """
     options = {"render_mode": "rgb_array", "width": size, "height": size, "default_camera_config": CAMERA}
     env = DummyVecEnv([lambda: gym.make(ENV_ID, **options)])

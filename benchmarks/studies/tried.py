@@ -7,15 +7,14 @@ of the last 100 training episodes at each 50,000 steps. ``python -m benchmarks.t
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas
 
-from benchmarks.markdown import ROOT, table
+from benchmarks.markdown import ROOT, load, table
 from sb3_trpo_ext.zoo.runs import read_settings
 
 FILE = ROOT / "results" / "tried.csv"
@@ -74,12 +73,6 @@ def rows_of(runs: pandas.DataFrame, shown: Shown) -> Iterator[list[str]]:
             for column in columns
         ]
         yield [str(settings), str(len(group)), *cells]
-
-
-def load(name: str) -> dict[str, Any]:
-    """The result of a study."""
-    content: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-    return content
 
 
 def age(n_steps: int) -> str:

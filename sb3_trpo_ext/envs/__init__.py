@@ -22,7 +22,7 @@ __all__ = [
     "VectorEnvAdapter",
 ]
 
-#: Modules by the names that are in them.
+#: The names that each module has.
 _MODULES = {
     "envpool": ("EnvPoolVecEnv",),
     "jax_envs": ("BraxVecEnv", "PlaygroundVecEnv"),

@@ -30,13 +30,13 @@ class Blocks(gym.Env[np.ndarray, Any]):
     Put pieces on a board of 6 x 6 cells; rows and columns that are full become empty.
 
     An action is the cell, counted row by row, that the top left corner of the piece goes to. A piece must lie on empty cells
-    of the board: :meth:`action_masks` tells where it does. The reward is 1 for a piece and 5 for each row or column that it
-    fills. The episode ends when the next piece fits nowhere, with an invalid action, or after 200 pieces. Its id is
-    ``sb3_trpo_ext/Blocks-v0``.
+    of the board: :meth:`action_masks` tells where it fits. The reward is 1 for a piece and 5 for each row or column that it
+    fills. The episode ends when the next piece fits nowhere, with an invalid action, or after 200 pieces. The environment's id
+    is ``sb3_trpo_ext/Blocks-v0``.
 
-    The observation has a 1 for each cell that is full, and for the piece that comes next.
+    The observation, of shape ``(45,)``, has a 1 for each full cell of the 36, and another for the next of the 9 pieces.
 
-    :param max_pieces: after so many an episode is truncated
+    :param max_pieces: an episode is truncated after this many
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012

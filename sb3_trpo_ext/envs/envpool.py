@@ -124,7 +124,9 @@ class EnvPoolVecEnv(VecEnv):
             raise ValueError(f"`options`: EnvPool takes options when the environments are made, not at reset, got {options!r}")
 
     def reset(self) -> VecEnvObs:
-        """Start a new episode in all environments."""
+        """Start a new episode in all environments; raises a ``RuntimeError`` if they have been closed."""
+        if self._pool is None and self._seeds[0] is None:
+            raise RuntimeError("the environments have been closed: make new ones")
         if self._is_busy:
             # The seed of the old environments would repeat the episodes that they have had
             self.seed(None)

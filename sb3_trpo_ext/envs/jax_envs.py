@@ -23,7 +23,7 @@ class _JaxVecEnv(TensorVecEnv):
 
     Physics, time limit and resets are one compiled function. Tensors and JAX's arrays share their memory: nothing is copied.
     JAX writes the results of a step into new memory, so the tensors of an earlier step stay as they are. Do not write into
-    them: JAX relies on its arrays to be constant.
+    them: JAX relies on its arrays being constant.
 
     The state of the task is a pytree with the fields ``obs``, ``reward`` and ``done``.
 
@@ -87,7 +87,7 @@ class _JaxVecEnv(TensorVecEnv):
 
     @property
     def dt(self) -> float:
-        """Seconds of simulated time in one step; those of a picture in a film for a task without physics."""
+        """Seconds of simulated time in one step; 1/30 per repetition for a task without ``dt``."""
         return float(getattr(self.task, "dt", 1 / 30)) * self._action_repeat
 
     def picture(self) -> np.ndarray:
@@ -154,8 +154,8 @@ class _JaxVecEnv(TensorVecEnv):
         Start a new episode, from a new random state, where one has ended.
 
         All environments are reset, and what is not needed is dropped. On a CPU, that takes 3% of the time of Brax's ant, and
-        a quarter of that of its inverted pendulum. To reset a few at a time, those that are done, saves half of that there and
-        nothing elsewhere, and JAX compiles it for longer.
+        a quarter of that of its inverted pendulum. To reset only those that are done, a few at a time, would save half of that
+        for the pendulum and nothing elsewhere, and take longer to compile.
 
         :param states: of all environments
         :param dones: whether an episode has ended, shape ``(n_envs,)``
@@ -271,7 +271,7 @@ class PlaygroundVecEnv(_JaxVecEnv):
         )
 
 
-#: What takes the names of environments of a library.
+#: The class for the environments of each library.
 LIBRARIES: dict[str, Any] = {"brax": BraxVecEnv, "playground": PlaygroundVecEnv}
 
 

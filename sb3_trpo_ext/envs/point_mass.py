@@ -15,7 +15,7 @@ GOAL_BONUS = 5.0
 #: Episodes start within these bounds, uniformly: far enough out that the way to the goal takes up to a third of an episode.
 MAX_START_POSITION = 1.0
 MAX_START_VELOCITY = 0.5
-#: No velocity grows beyond this: there, the drag takes what the largest force gives.
+#: No velocity grows beyond this: there, drag cancels the largest force.
 MAX_VELOCITY = DT / (1 - DRAG)
 #: Farther than this no episode of 150 steps gets: full force from the outermost start ends at 21.2.
 MAX_POSITION = 25.0

@@ -32,7 +32,7 @@ class TensorStep(NamedTuple):
     terminated: th.Tensor
     #: Whether a time limit, or the like, has cut an episode off.
     truncated: th.Tensor
-    #: What the step itself led to; other than ``observations`` where an episode has ended. ``None`` if none is ever cut off.
+    #: Observations before any reset, so the last ones where an episode has ended. ``None`` if none is ever cut off.
     final_observations: TensorObs | None = None
 
     @property
@@ -60,7 +60,7 @@ class TensorVecEnv(VecEnv):
     def __init__(
         self, n_envs: int, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], device: th.device | str
     ):
-        # The number of the device, if it has one: that of its tensors has
+        # With an index such as in cuda:0, since the devices of tensors have one
         self.device = th.empty(0, device=device).device
         #: Return and length of the episode that each environment was in when it made its last step: shape ``(n_envs,)``.
         self.episode_returns = self.episode_lengths = th.zeros(0)
@@ -188,7 +188,7 @@ class TensorVecEnv(VecEnv):
                 self._check(f"{name}[{key!r}]", value[key], part.shape or ())
 
     def _check(self, name: str, tensor: Any, shape: tuple[int, ...]) -> None:
-        """Check one tensor, without waiting for what is in it."""
+        """Check one tensor, without waiting for the device."""
         expected = (self.num_envs, *shape)
         if not isinstance(tensor, th.Tensor):
             problem = f"be a tensor, got {type(tensor).__name__}"
@@ -259,7 +259,7 @@ class TensorVecEnv(VecEnv):
         :return: the same value for each
         :raises AttributeError: if there is no such attribute
         """
-        value = {"render_mode": None}[attr_name] if attr_name == "render_mode" else getattr(self, attr_name)
+        value = None if attr_name == "render_mode" else getattr(self, attr_name)
         return [value] * len(list(self._get_indices(indices)))
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
@@ -296,7 +296,7 @@ class GymnasiumTensorVecEnv(TensorVecEnv):
 
     Environments that are done must begin a new episode in the same step (Gymnasium's ``AutoresetMode.SAME_STEP``). The last
     observation of an episode is taken from ``info["final_obs"]``, where Gymnasium has it, or ``info["final_observation"]``,
-    where ManiSkill has it. Isaac Lab does not tell it: then the one before stands for it.
+    where ManiSkill has it. Isaac Lab does not give it: the observation before the step is used.
 
     :param env: the environments, with ``num_envs``, ``single_observation_space`` and ``single_action_space``
     :param device: where its tensors are; ``None`` if ``env.device`` says it
@@ -324,13 +324,11 @@ class GymnasiumTensorVecEnv(TensorVecEnv):
 
     def step_tensors(self, actions: th.Tensor) -> TensorStep:
         """Make a step in all environments."""
-        # Written over by some, and needed below
+        # A copy, since some environments write over it
         last = mapped(th.clone, self._last)
         observations, rewards, terminated, truncated, info = self.env.step(actions)
         self._last = observations
-        final = next((info[name] for name in ("final_obs", "final_observation") if info.get(name) is not None), None)
-        if final is None:
-            final = last
+        final = next((info[name] for name in ("final_obs", "final_observation") if info.get(name) is not None), last)
         return TensorStep(observations, rewards, terminated, truncated, final)
 
     def close(self) -> None:

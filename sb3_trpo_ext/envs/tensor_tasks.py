@@ -88,17 +88,16 @@ class TensorCartPole(_StateTask):
         return 0.1 * self._uniform(4) - 0.05
 
     def _dynamics(self, state: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        x, speed, angle, turn = state.unbind(1)
+        x, velocity, angle, angular_velocity = state.unbind(1)
         force = self.FORCE * (2 * actions.to(state.dtype) - 1)
         cosine, sine = angle.cos(), angle.sin()
-        length = self.POLE_MASS * self.HALF_LENGTH
-        push = (force + length * turn.square() * sine) / self.TOTAL_MASS
-        turn_rate = (self.GRAVITY * sine - cosine * push) / (
+        mass_length = self.POLE_MASS * self.HALF_LENGTH
+        push = (force + mass_length * angular_velocity.square() * sine) / self.TOTAL_MASS
+        angular_acceleration = (self.GRAVITY * sine - cosine * push) / (
             self.HALF_LENGTH * (4 / 3 - self.POLE_MASS * cosine.square() / self.TOTAL_MASS)
         )
-        acceleration = push - length * turn_rate * cosine / self.TOTAL_MASS
-        parts = (x + self.DT * speed, speed + self.DT * acceleration, angle + self.DT * turn, turn + self.DT * turn_rate)
-        state = th.stack(parts, dim=1)
+        acceleration = push - mass_length * angular_acceleration * cosine / self.TOTAL_MASS
+        state = state + self.DT * th.stack((velocity, acceleration, angular_velocity, angular_acceleration), dim=1)
         terminated = (state[:, 0].abs() > self.MAX_POSITION) | (state[:, 2].abs() > self.MAX_ANGLE)
         return state, th.ones_like(x), terminated
 

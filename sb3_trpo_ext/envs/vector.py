@@ -20,7 +20,7 @@ from sb3_trpo_ext._observations import mapped, parts_of
 
 #: Values of ``gymnasium.vector.AutoresetMode``, which Gymnasium 1.0 does not have.
 NEXT_STEP, SAME_STEP, DISABLED = "NextStep", "SameStep", "Disabled"
-#: What ``reset`` with a ``reset_mask`` stops with an error, or leads to wrong numbers without one.
+#: Wrappers in which ``reset`` with a ``reset_mask`` fails, or silently leads to wrong numbers.
 STATEFUL_WRAPPERS = (gym.wrappers.vector.NormalizeObservation, gym.wrappers.vector.NormalizeReward)
 
 
@@ -124,10 +124,10 @@ class VectorEnvAdapter(VecEnv):
 
     def _final(self, ended: list[int], infos: list[dict[str, Any]]) -> list[Any]:
         """
-        Take apart what is of an old episode and of the new one, where the environment has begun that itself.
+        Separate old episodes from new ones in an environment that resets itself.
 
-        :param ended: which environments have
-        :param infos: of the new episodes there; of the old ones when this returns
+        :param ended: the environments whose episode has ended
+        :param infos: those of the new episodes there; replaced by those of the old ones
         :return: the last observations of the old ones
         """
         # Some environments have an observation there for all
@@ -241,9 +241,10 @@ class VectorEnvAdapter(VecEnv):
 
         :param method_name: the method
         :param method_args: its arguments
-        :param indices: all of them, in any order, or None: Gymnasium has no call of some
+        :param indices: all of them, in any order, or None: Gymnasium cannot call only some
         :param method_kwargs: its keyword arguments
         :return: what each returns
+        :raises ValueError: for ``indices`` that leave some out
         :raises AttributeError: if there are no single environments, or if they have no such method
         """
         if self._singles is None or not self.has_attr(method_name):
@@ -263,7 +264,7 @@ class VectorEnvAdapter(VecEnv):
 
         :param wrapper_class: the wrapper
         :param indices: which environments, all of them if None
-        :return: True for ``Monitor``; for others what is known, which is nothing about environments in other processes
+        :return: True for ``Monitor``; for others, False where the environments are not in this process
         """
         envs = self._singles.envs if isinstance(self._singles, SyncVectorEnv) else None
         return [
@@ -274,10 +275,11 @@ class VectorEnvAdapter(VecEnv):
 
 def check_vector_env(env: Any) -> str:
     """
-    Check, before it is used, that a vector environment can be one of SB3.
+    Check that :class:`VectorEnvAdapter` can adapt a vector environment.
 
     :param env: what the user gave
     :return: the value of its autoreset mode
+    :raises ValueError: if it cannot, with what to do
     """
     if not isinstance(env, VectorEnv):
         raise ArgumentError(f"`env` must be a gymnasium.vector.VectorEnv, got {env!r}.")
@@ -296,7 +298,7 @@ def check_vector_env(env: Any) -> str:
     if mode == SAME_STEP:
         return mode
     base = env.unwrapped
-    # Without shared memory an `AsyncVectorEnv` would do it again in the next step, and ignore the action of that
+    # Without shared memory an `AsyncVectorEnv` would reset again in the next step, and ignore its action
     can_reset_now = isinstance(base, SyncVectorEnv) or (isinstance(base, AsyncVectorEnv) and base.shared_memory)
     if mode != DISABLED and not (mode == NEXT_STEP and can_reset_now):
         given = "does not tell its autoreset mode, which Gymnasium takes for" if mode is None else "has the autoreset mode"

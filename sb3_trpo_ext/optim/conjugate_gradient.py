@@ -1,7 +1,7 @@
 """Preconditioned conjugate gradient with a status, for a CPU and for an accelerator.
 
 On an accelerator the loop always makes ``max_steps`` products and freezes the iterate on the device once it is done, so that
-the host waits for it once, at the end. On the CPU, where the host can read a number at no cost, the loop stops there.
+the host waits for it once, at the end. On the CPU, where reading a number costs nothing, the loop stops when it is done.
 """
 
 from enum import IntEnum

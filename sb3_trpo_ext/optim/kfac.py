@@ -53,7 +53,7 @@ class MlpFisher(GaussNewtonFisher):
 
     @property
     def preconditioner_cost(self) -> float:
-        """Counted in floating-point operations, and rounded up."""
+        """Cost of building it over that of one product, both in floating-point operations, rounded up."""
         jacobian = self.jacobian
         build, product = 0.0, 0.0
         eigh_operations = _EIGH_OPERATIONS * (1 if jacobian.output.device.type == "cpu" else _ACCELERATOR_SPEED)

@@ -168,7 +168,7 @@ class MlpJacobian(Jacobian):
 
     @property
     def n_stds(self) -> int:
-        """How many numbers the log std has, which then is the second statistic; 0 without one."""
+        """Length of the log std, the second statistic; 0 if there is none."""
         return 0 if self._log_std_index is None else self._sizes[self._log_std_index]
 
     def layer_inputs(self) -> list[th.Tensor]:

@@ -7,10 +7,10 @@ class Status(IntEnum):
     """
     Base of enumerations whose members are pairs of a code and advice.
 
-    A member is an int, so that code which averages or casts all that is logged can; ``str()`` of it is its name.
+    A member is an int, so that all logged values can be averaged or cast; ``str()`` of it is its name.
     """
 
-    #: What to do about it; empty where it belongs to the algorithm.
+    #: What to do about it; empty where it is a normal outcome.
     advice: str
 
     def __new__(cls, code: int, advice: str = "") -> "Status":
@@ -27,15 +27,15 @@ class Status(IntEnum):
 class UpdateStatus(Status):
     """How a policy update ended; every one but the first leaves the parameters bit-identical."""
 
-    ACCEPTED = 0, ""
-    KL_TOO_LARGE = 1, ""
-    NO_IMPROVEMENT = 2, ""
+    ACCEPTED = 0
+    KL_TOO_LARGE = 1
+    NO_IMPROVEMENT = 2
     NON_FINITE = 3, "no step within the trust region gave finite numbers: look for extreme observations, or lower `target_kl`"
-    ZERO_GRADIENT = 4, ""
+    ZERO_GRADIENT = 4
     NON_FINITE_OBJECTIVE = 5, "check the environment's observations and rewards for NaN and infinity"
     NON_FINITE_GRADIENT = 6, "check the environment's observations and rewards for NaN and infinity"
     CG_NON_POSITIVE_CURVATURE = 7, "the Fisher matrix is not positive definite in the arithmetic used: raise `cg_damping`"
     CG_NON_FINITE = 8, "a product with the Fisher matrix is not finite: look for extreme observations, or raise `cg_damping`"
     NO_CURVATURE = 9, "the KL does not change along the step, so that nothing bounds its length: raise `cg_damping`"
-    ZERO_TARGET_KL = 10, ""
-    NOTHING_TO_TRAIN = 11, ""
+    ZERO_TARGET_KL = 10
+    NOTHING_TO_TRAIN = 11

@@ -40,7 +40,7 @@ def gradient_by_backward(output: th.Tensor, params: Sequence[th.Tensor]) -> th.T
     """
     The flat gradient of a scalar, by ``backward``: hooks of every kind run once, and may change it.
 
-    (``th.autograd.grad`` accumulates nothing, so that hooks for after the accumulation would not run.)
+    (``th.autograd.grad`` accumulates nothing, so post-accumulate hooks would not run.)
 
     :param output: scalar with its graph
     :param params: the parameters, at least one; the gradients they have are dropped

@@ -25,7 +25,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import explained_variance, get_device
 
 from sb3_trpo_ext.parallel.moments import Moments, all_joined, difference, joined, moments_of
-from sb3_trpo_ext.parallel.reductions import all_max, all_sum, is_parallel, losses_explained, rank, world_size
+from sb3_trpo_ext.parallel.reductions import all_max, all_sum, is_parallel, lost_connections_explained, rank, world_size
 
 #: How long a process waits for the others: longer than any evaluation, which the first one makes alone.
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -48,7 +48,7 @@ def is_one_machine() -> bool:
 
 
 def attempt() -> int:
-    """How often ``torchrun`` has started these processes again."""
+    """How often ``torchrun`` has restarted these processes; 0 on several machines."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if is_one_machine() else 0
 
 
@@ -125,7 +125,7 @@ def start_together(model: OnPolicyAlgorithm, arguments: tuple[int, int, bool]) -
     counters = {name: value for name, value in vars(model).items() if type(value) in (int, float) and name not in _OWN}
     file = io.BytesIO()
     if rank() == 0:
-        # As a file, which does not say on which GPU
+        # As a file, so that each process can load it onto its own device
         th.save(model.get_parameters(), file)
     content, counters, first_statistics, arguments = broadcast(
         (file.getvalue(), counters, {name: vars(stats) for name, stats in statistics.items()}, arguments)
@@ -164,7 +164,7 @@ def _check_settings(model: OnPolicyAlgorithm) -> None:
 def gathered(value: Any) -> list[Any]:
     """The objects of all processes, the first one first."""
     everyone: list[Any] = [None] * world_size()
-    with losses_explained():
+    with lost_connections_explained():
         dist.all_gather_object(everyone, value)
     return everyone
 
@@ -174,7 +174,7 @@ def broadcast(value: Any) -> Any:
     if not is_parallel():
         return value
     payload = [value]
-    with losses_explained():
+    with lost_connections_explained():
         dist.broadcast_object_list(payload, src=0)
     return payload[0]
 

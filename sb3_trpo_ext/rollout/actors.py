@@ -55,7 +55,7 @@ def is_deferrable_policy(policy: ActorCriticPolicy) -> bool:
     An SB3 policy does, unless a method, a module or the distribution is the user's own, or something hooks into its modules: a
     module may draw random numbers, keep a state or mix the observations of a batch.
     """
-    has_own_extractors = policy.share_features_extractor and not (
+    are_extractors_replaced = policy.share_features_extractor and not (
         policy.features_extractor is policy.pi_features_extractor is policy.vf_features_extractor
     )
     return (
@@ -63,7 +63,7 @@ def is_deferrable_policy(policy: ActorCriticPolicy) -> bool:
         # Their log-probability depends on the action and the networks alone. That of gSDE too: the noise matrix decides about
         # the action, but given the state the action is a plain Gaussian
         and type(policy.action_dist) in (*PLAIN_DISTRIBUTIONS, StateDependentNoiseDistribution)
-        and not has_own_extractors
+        and not are_extractors_replaced
         and not _has_any_global_hook()
         and not any(
             module._forward_hooks or module._forward_pre_hooks or has_own_forward(module) for module in policy.modules()
@@ -152,7 +152,7 @@ class MlpActor(Actor):
         hidden = self._features(preprocess_obs(observations, space, normalize_images=normalize_images))
         with threads_for(len(hidden) * self._size, hidden.device):
             output = self._output(hidden)
-        # What the checks of `torch.distributions` are there for. A sum that is finite has no NaN in it
+        # In place of the checks of `torch.distributions`. A finite sum has no NaN in it
         if output.device.type == "cpu" and not math.isfinite(output.sum()) and bool(output.isnan().any()):
             raise ValueError(_NAN)
         self._outputs.append(output)

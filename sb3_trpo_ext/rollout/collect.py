@@ -113,7 +113,7 @@ def is_deferrable(model: OnPolicyAlgorithm, buffer: RolloutBuffer) -> bool:
 
 
 class _Ending:
-    """A callback before whose ``on_rollout_end`` something else is done."""
+    """A callback, with something to do before its ``on_rollout_end``."""
 
     def __init__(self, callback: BaseCallback, before_end: Callable[[], None]):
         self._callback, self._before_end = callback, before_end
@@ -290,7 +290,7 @@ class LeanRollout:
         return values.reshape(-1, 1), log_probs.flatten()
 
     def _steps_at_a_time(self, n_numbers: int) -> int:
-        """How many steps are evaluated in one batch, of which each has so many numbers in its observations."""
+        """How many steps are evaluated in one batch, if each has ``n_numbers`` numbers in its observations."""
         return max(1, CHUNK_NUMBERS // n_numbers)
 
     def _sent(self, observations: Any) -> PyTorchObs:

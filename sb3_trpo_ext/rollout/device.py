@@ -61,7 +61,7 @@ class TensorRollout(LeanRollout):
         #: Returns and lengths of episodes after each step.
         self._episodes: list[tuple[th.Tensor, th.Tensor]] = []
         self._is_watched = may_look(callback)
-        # What this one does with an array, it cannot do with a tensor
+        # This callback sums `dones` by NumPy, which takes no tensors
         self._counts_episodes = any(isinstance(part, StopTrainingOnMaxEpisodes) for part in callbacks_in(callback))
         self._stock_class = type(buffer)
         self._class_in_callbacks: Any = lazy_class(type(buffer), self._evaluate) if self._is_watched else type(buffer)
@@ -75,7 +75,7 @@ class TensorRollout(LeanRollout):
         observations = mapped(lambda array: th.as_tensor(array, device=device), model._last_obs)
         starts = th.as_tensor(model._last_episode_starts, device=device)
         try:
-            # They would make the host wait in each step: whether numbers are finite is checked below
+            # The checks would make the host wait in each step: finiteness is checked below
             with no_argument_checks:
                 for n_steps in range(n_rollout_steps):
                     step = self._step(n_steps, observations, starts)
@@ -189,7 +189,7 @@ class TensorRollout(LeanRollout):
 
     def _steps_at_a_time(self, n_numbers: int) -> int:
         """How many steps are evaluated in one batch."""
-        # Of small observations, the layers of the networks take more memory
+        # With small observations, the activations take more memory
         return max(1, min(super()._steps_at_a_time(n_numbers), _CHUNK // self.env.num_envs))
 
     def _sent(self, observations: Any) -> Any:

@@ -64,8 +64,8 @@ class ScaledRewards(VecEnvWrapper):
         """The rewards of the rollout as they came, and whether episodes ended: shape ``(n_steps, n_envs)``."""
         return np.array(self.rewards), np.array(self.dones)
 
-    def reward_again_(self, model: Any, buffer: Any, scale: float | None) -> None:
-        """Give a full buffer the rewards in a scale, ``None`` for 1, with what truncated episodes are still worth."""
+    def recompute_rewards_(self, model: Any, buffer: Any, scale: float | None) -> None:
+        """Scale the rewards of a full buffer (``None``: not at all), and add what truncated episodes are still worth."""
         raw = np.array(self.rewards)
         # What a callback has made of them counts, except where the value of the last observation is in the number too
         changed = buffer.rewards != raw.astype(buffer.rewards.dtype)
@@ -77,7 +77,7 @@ class ScaledRewards(VecEnvWrapper):
 
 
 def _scaled(rewards: np.ndarray, scale: float | None) -> np.ndarray:
-    """Rewards in a scale, ``None`` for 1, and clipped but for infinities, which an update must find."""
+    """Rewards as they are if the scale is ``None``; else scaled and clipped, but for infinities, which an update must find."""
     return rewards if scale is None else np.where(np.isinf(rewards), rewards, np.clip(rewards / scale, -CLIP, CLIP))
 
 
@@ -95,8 +95,8 @@ class RewardsOnDevice:
         """What :meth:`ScaledRewards.record` returns."""
         return buffer.raw_rewards, buffer.dones
 
-    def reward_again_(self, model: Any, buffer: Any, scale: float | None) -> None:
-        """Do what :meth:`ScaledRewards.reward_again_` does."""
+    def recompute_rewards_(self, model: Any, buffer: Any, scale: float | None) -> None:
+        """Do what :meth:`ScaledRewards.recompute_rewards_` does."""
         set_rewards_(model, buffer, scale)
 
 
@@ -105,7 +105,7 @@ class Normalization:
     Follows the rollouts and updates of a model with the statistics of its observations and rewards.
 
     Statistics of rewards change after a rollout, those of observations after its update: the policy must not change in
-    between. Only the first rollout, for which there were none, is given those that it has led to.
+    between. Only the first rollout, for which there were none, is normalized by its own.
 
     :param policy: before any training
     :param rewards: what scales the rewards; ``None`` to leave them alone
@@ -118,7 +118,7 @@ class Normalization:
         #: The networks before any training, as long as there are no statistics; ``None`` after the first update.
         self._untrained: dict[str, th.Tensor] | None = _networks(policy) if is_fresh else None
         self._env: ScaledRewards | RewardsOnDevice | None = None
-        #: What has the observations of the last rollout already.
+        #: Extractors that have the last rollout already.
         self._observed: list[NormalizedExtractor] = []
 
     def check(self, model: Any) -> None:
@@ -129,8 +129,8 @@ class Normalization:
         :raises ValueError: if ``norm_obs`` or ``norm_reward`` has been changed
         """
         for name, is_on in (("norm_obs", self.has_observations), ("norm_reward", self.rewards is not None)):
-            if bool(getattr(model, name)) != is_on:
-                value = getattr(model, name)
+            value = getattr(model, name)
+            if bool(value) != is_on:
                 raise ArgumentError(f"`{name}` has become {value!r}, which is decided when a model is made: make another one.")
 
     def environment(self, env: VecEnv, policy: ActorCriticPolicy, is_on_device: bool = False) -> VecEnv:
@@ -140,7 +140,7 @@ class Normalization:
         :param env: as the model has it
         :param policy: that acts in it
         :param is_on_device: whether the rollout is
-        :return: the same, or around it what scales and records the rewards
+        :return: ``env``, or a wrapper that scales and records the rewards
         """
         self._env = None
         if self.rewards is None and not any(extractor.is_fresh for extractor in normalized_extractors(policy)):
@@ -159,7 +159,7 @@ class Normalization:
 
     def protect_(self, policy: ActorCriticPolicy) -> None:
         """
-        Leave the observations of a policy alone that has been trained before there were statistics.
+        Never normalize the observations of a policy that was trained before there were statistics.
 
         Normalizing them would make it another policy.
 
@@ -198,7 +198,7 @@ class Normalization:
             evaluate_again_(model, buffer)
         with th.no_grad():
             # The rewards in the first scale, and advantages and returns of these
-            env.reward_again_(model, buffer, None if self.rewards is None else self.rewards.scale)
+            env.recompute_rewards_(model, buffer, None if self.rewards is None else self.rewards.scale)
             buffer.compute_returns_and_advantage(*ending(model))
         return bool(fresh)
 

@@ -1,4 +1,4 @@
-"""Episodes that all began together are taken apart."""
+"""Desynchronizes episodes that all began together."""
 
 from typing import Any
 
@@ -54,9 +54,9 @@ class Stagger:
         if self._is_first:
             n_groups = min(env.num_envs, -(-SPREAD // model.n_steps))
             groups = np.array_split(np.arange(env.num_envs), n_groups)[:-1]
-            # Episodes that have just begun cannot be taken apart
-            is_in_between = not np.all(model._last_episode_starts)
-            self._groups = groups if is_in_between and are_in_step(model, buffer) and can_restart(env) else []
+            # Where all episodes have just begun, a restart changes nothing
+            is_mid_episode = not np.all(model._last_episode_starts)
+            self._groups = groups if is_mid_episode and are_in_step(model, buffer) and can_restart(env) else []
         if not self._groups:
             return
         indices = self._groups.pop(0).tolist()
@@ -92,7 +92,8 @@ def can_restart(env: VecEnv) -> bool:
         return env.can_restart
     if type(env) not in (DummyVecEnv, SubprocVecEnv):
         return False
-    return not all(env.env_is_wrapped(Monitor)) or all(env.get_attr("allow_early_resets"))
+    monitored = np.flatnonzero(env.env_is_wrapped(Monitor)).tolist()
+    return all(env.get_attr("allow_early_resets", monitored))
 
 
 def restarted(env: Any, indices: list[int]) -> list[Any]:

@@ -34,10 +34,10 @@ class TensorRolloutBuffer(RolloutBuffer):
     values: Any
     #: Rewards as the environment gave them.
     raw_rewards: th.Tensor
-    #: Whether an episode ended with that step, and whether it was cut off, and nothing else.
+    #: Whether an episode ended with that step, and whether it was truncated and not terminated.
     dones: th.Tensor
     truncated: th.Tensor
-    #: What each step led to, before episodes that ended began anew; ``None`` if none was ever cut off.
+    #: Observations after each step, before ended episodes are reset; ``None`` if none was ever cut off.
     final_observations: TensorObs | None = None
 
     def _tensor(self, shape: tuple[int, ...] = (), dtype: th.dtype = th.float32) -> th.Tensor:
@@ -144,7 +144,7 @@ def advantages_of(
     """
     Generalized advantage estimates (Schulman et al. 2016, equation 16), by the operations of SB3's ``RolloutBuffer``.
 
-    :param rewards: shape ``(n_steps, n_envs)``, where an episode was cut off with the discounted value of what came after it
+    :param rewards: shape ``(n_steps, n_envs)``, with the discounted value of what came after an episode that was cut off
     :param values: of the observations before each step, the same shape
     :param episode_starts: 1 where an episode began with that step, the same shape
     :param last_values: of the observations after the last step, shape ``(n_envs,)``
@@ -173,7 +173,7 @@ def _write(stored: Any, step: int, observations: Any) -> None:
 
 
 def _dtype_of(space: spaces.Space[Any]) -> th.dtype:
-    """The type of PyTorch for a space's."""
+    """PyTorch's dtype for a space."""
     dtype = getattr(th, str(space.dtype), None)
     # Types that PyTorch lacks, such as uint16, fit into this one
     return dtype if isinstance(dtype, th.dtype) else th.int64

@@ -56,7 +56,7 @@ class Job:
 
     def run_folder(self) -> Path | None:
         """The folder that RL-Zoo has made, None before it has."""
-        return next(iter(sorted(self.folder.glob(f"{self.algo}/*_1"))), None)
+        return min(self.folder.glob(f"{self.algo}/*_1"), default=None)
 
     def is_done(self) -> bool:
         """
@@ -327,9 +327,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError("--equal-kl converts the settings of sb3-contrib's trpo, which is not among --algos")
         settings["trpo"] = with_equal_kl(settings["trpo"], args.env)
     jobs = make_jobs(args, settings)
-    left = [job for job in jobs if not job.is_done()]
     try:
         with locked(Path(args.folder) / args.env) as lock:
+            # Not before: another comparison may just have finished one
+            left = [job for job in jobs if not job.is_done()]
             print(f"{len(jobs)} trainings, {len(jobs) - len(left)} of them finished before", flush=True)
             crashed = run_jobs(left, args.jobs, args.n_timesteps, lock)
             if any(job.is_done() for job in jobs):

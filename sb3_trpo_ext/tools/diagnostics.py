@@ -19,7 +19,7 @@ from sb3_trpo_ext.zoo.runs import Run, read_run, reward_threshold
 N_COLUMNS = 3
 #: Statuses of an update with which nothing is wrong.
 NOT_REJECTED = tuple(map(str, (UpdateStatus.ACCEPTED, UpdateStatus.ZERO_TARGET_KL, UpdateStatus.NOTHING_TO_TRAIN)))
-#: A line of twice as many points has its moving average drawn over it, of a fortieth of them.
+#: A line of at least twice as many points gets its moving average, over a fortieth of them.
 N_SMOOTH = 40
 #: Columns of the parts of an update's time, in the order in which they are stacked, and their names.
 PHASES = {
@@ -82,7 +82,7 @@ def kl_panel(runs: Sequence[Run], colors: Sequence[str]) -> Panel:
 
 
 def rejected_steps(run: Run) -> np.ndarray:
-    """The timesteps of updates that were rejected; one that there was no reason to make, as for a frozen actor, was not."""
+    """The timesteps of rejected updates, without those that had nothing to do, as for a frozen actor."""
     # `status` is a number where `status_name` is there, and was the text before
     texts = run.updates.filter(["status_name", "status"]).select_dtypes(exclude="number")
     if texts.empty:
@@ -97,7 +97,7 @@ def phases(runs: Sequence[Run]) -> pandas.DataFrame:
     means = [run.updates.reindex(columns=list(PHASES)).mean() for run in runs]
     seconds = pandas.DataFrame(means, index=[run.label for run in runs]).rename(columns=PHASES)
     seconds = seconds.dropna(subset="rollout").fillna(0.0)
-    # Its parts are known
+    # Where its parts are known, they are drawn instead
     seconds.loc[seconds["policy"] > 0, "update"] = 0.0
     return seconds.loc[:, seconds.any()]
 

@@ -79,7 +79,7 @@ def model_card(env_id: str, algo: str, repo_id: str, model_path: Path) -> str:
 
 
 def _evaluation(model_path: Path) -> dict[str, Any]:
-    """What ``sb3-trpo report`` found of an agent as it is now."""
+    """What ``sb3-trpo report`` has written about an agent; raises a ``ValueError`` if missing or outdated."""
     folder = model_path.parent
     path = folder / "evaluation.json"
     if not path.is_file():
@@ -136,7 +136,7 @@ def stage(env_id: str, algo: str, repo_id: str, model_path: Path, target: Path) 
 
 
 def _hub_parser(name: str, description: str) -> argparse.ArgumentParser:
-    """A parser for the options that tell a repository, which are RL-Zoo's."""
+    """A parser with RL-Zoo's options for a repository."""
     parser = run_parser(name, description)
     parser.add_argument("-orga", "--organization", required=True, help="user or organization on the Hub")
     parser.add_argument("-name", "--repo-name", help="name of the repository (default: ALGO-ENV)")
@@ -144,7 +144,7 @@ def _hub_parser(name: str, description: str) -> argparse.ArgumentParser:
 
 
 def _repository(args: Any) -> ModelRepoId:
-    """The repository that options tell."""
+    """The repository that the options name."""
     return ModelRepoId(args.organization, args.repo_name or ModelName(args.algo, EnvironmentName(args.env)))
 
 
@@ -172,7 +172,8 @@ def pull(argv: Sequence[str] | None = None) -> None:
     Download an agent into a run of its own.
 
     :param argv: the arguments, those of the process if None
-    :raises ValueError: if ``TRUST_REMOTE_CODE`` is not set: whoever made the files can run code on this machine
+    :raises ValueError: for an ``--exp-id`` that is negative or taken, or if ``TRUST_REMOTE_CODE`` is not set: whoever made the
+        files can run code on this machine
     """
     args = _hub_parser("sb3-trpo pull", "Download an agent from the Hugging Face Hub.").parse_args(argv)
     if args.exp_id < 0:

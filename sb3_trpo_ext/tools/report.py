@@ -139,7 +139,7 @@ def load_run(
     :param device: device of the policy
     :param n_envs: number of environments
     :param env_kwargs: arguments of the environment that are other than in training
-    :return: the agent and its environments, with the saved observation statistics, not updated any more and raw rewards
+    :return: the agent and its environments, with raw rewards and the saved, frozen statistics of observations
     :raises AssertionError: if there is no such run
     :raises ValueError: if there is no agent in it
     """

@@ -92,7 +92,7 @@ class PolicyCalls:
 
     def plan(self, batch: Batch, batch_size: int, shares: Shares) -> tuple[list[int], list[float]]:
         """
-        How many minibatches there are, and how large they are: the same number in all processes.
+        The sizes of the minibatches, of which all processes have the same number.
 
         :param batch: the rollout
         :param batch_size: samples in a minibatch per process

@@ -23,7 +23,7 @@ class ActionBounds(NamedTuple):
 
 
 def action_bounds(policy: ActorCriticPolicy) -> ActionBounds | None:
-    """Find out to what the actions of a policy are clipped before the environment gets them."""
+    """The bounds to which a policy's actions are clipped before the environment gets them; ``None`` if they are not."""
     space, distribution = policy.action_space, policy.action_dist
     if not isinstance(space, spaces.Box):
         return None
@@ -45,7 +45,7 @@ class _ClippedNormal(th.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mean: th.Tensor, std: th.Tensor, actions: th.Tensor, bounds: ActionBounds) -> th.Tensor:
         """
-        Log of the density between the bounds, and of the probability of all that is beyond at them.
+        Log-density between the bounds; at a bound, the log-probability of all that is beyond it.
 
         :param ctx: keeps what the gradient needs
         :param mean: of the Gaussian, shape ``(n_batch, n_actions)``

@@ -42,9 +42,9 @@ class CriticFit(NamedTuple):
 class CriticStatus(Status):
     """How a fit of the value function ended; every one but the first leaves the critic as it was."""
 
-    FITTED = 0, ""
-    NO_EPOCHS = 1, ""
-    NOTHING_TO_TRAIN = 2, ""
+    FITTED = 0
+    NO_EPOCHS = 1
+    NOTHING_TO_TRAIN = 2
     NON_FINITE_RETURNS = 3, "check the environment's rewards for NaN and infinity"
     NON_FINITE_FIT = 4, "check the environment's observations and rewards for extremes, and the learning rate"
 
@@ -193,7 +193,7 @@ def _gradients_by_hand(
     shuffled = inputs, targets, old_values = [th.empty_like(source) for source in sources]
     values = th.empty_like(targets)
     minibatches = list(zip(*(tensor.split(sizes) for tensor in (inputs, values, targets, old_values)), strict=True))
-    # Of each sample in the mean over minibatches of their mean losses: those of a small minibatch count more
+    # Of each sample in the mean of the minibatches' mean losses: those in a small minibatch count more
     weights = th.cat([th.full_like(part[1], 1 / (len(part[1]) * len(sizes))) for part in minibatches])
     for _ in range(fit.n_epochs):
         order = sent_to(batch.returns.device, th.randperm(batch.n_samples))

@@ -27,8 +27,8 @@ from stable_baselines3.common.distributions import (
 from torch.nn import functional as F
 
 from sb3_trpo_ext.optim.devices import sent_to
+from sb3_trpo_ext.optim.operators import Statistics
 
-Statistics = tuple[th.Tensor, ...]
 #: What a family reads off a distribution: `Statistics`, or any object if `is_batched` is false.
 StatisticsT = TypeVar("StatisticsT")
 

@@ -15,14 +15,8 @@ from stable_baselines3.common.distributions import (
 from stable_baselines3.common.preprocessing import get_action_dim
 from torch import nn
 
-from sb3_trpo_ext.update.distributions import (
-    BernoulliFamily,
-    CategoricalFamily,
-    Family,
-    GaussianFamily,
-    Statistics,
-    register_family,
-)
+from sb3_trpo_ext.optim.operators import Statistics
+from sb3_trpo_ext.update.distributions import BernoulliFamily, CategoricalFamily, Family, GaussianFamily, register_family
 
 
 class MixedActions(spaces.Box):
@@ -143,7 +137,7 @@ class MixedDistribution(DiagGaussianDistribution):
         self, latent_dim: int, log_std_init: float = 0.0
     ) -> tuple[nn.Linear, nn.Parameter | None]:
         """
-        Make what the parameters of the distribution come from.
+        Make the output layer and the log std.
 
         :param latent_dim: inputs of the layer
         :param log_std_init: initial value of the log std
@@ -236,7 +230,7 @@ def _family(part: Any) -> Family[Statistics]:
 
 
 def _of_parts(statistics: Statistics, *sizes: Sequence[int]) -> list[Statistics]:
-    """Cut statistics into those of the parts, given how many numbers of each statistic are whose."""
+    """Cut statistics into those of the parts; ``sizes`` are the parts' widths, by statistic."""
     columns = [statistic.split(list(widths), dim=-1) for statistic, widths in zip(statistics, sizes, strict=False)]
     return [tuple(own for own in row if own.shape[-1] > 0) for row in zip(*columns, strict=True)]
 

@@ -15,11 +15,11 @@ from sb3_trpo_ext.parallel.reductions import all_true
 
 #: Normalized observations and rewards are clipped to plus or minus this, as in SB3's ``VecNormalize``.
 CLIP = 10.0
-#: Where they are clipped before there are statistics: infinities only, which no layer can use, and this overflows in none.
+#: The limit before there are statistics: only infinities are clipped, to a number that overflows in no layer.
 FAR = 1e30
 #: Added to variances, as in ``VecNormalize``.
 EPSILON = 1e-8
-#: The number of samples when there are none, and never will be. Statistics of n samples that stay as they are have -1 - n.
+#: ``n_samples`` of statistics that were frozen before the first sample; those frozen after n samples have -1 - n.
 FROZEN = -1
 _NOT_FINITE = (
     "Some observations are infinite or NaN. The statistics that normalize observations skip the rollouts with these: use "
@@ -265,7 +265,7 @@ class RewardScale(nn.Module):
         :param rewards: as the environment gave them, shape ``(n_steps, n_envs)``: an array or a tensor
         :param dones: whether an episode ended with that step, the same shape
         """
-        # Some environments have numbers of 0 and 1 for what is done
+        # Some environments return 0 and 1 instead of booleans
         rewards, dones = _in_double(th.as_tensor(rewards)), th.as_tensor(dones).bool()
         if self._returns is None or self._returns.shape != rewards.shape[1:] or self._returns.device != rewards.device:
             self._returns = th.zeros_like(rewards[0])

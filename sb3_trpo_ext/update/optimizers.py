@@ -11,7 +11,7 @@ def follow_(optimizer: th.optim.Optimizer, before: Mapping[str, th.Tensor], now:
     Let an optimizer follow parameters that have been replaced: new ones join, those that are gone leave.
 
     A new one joins the group of the parameter that had its name, or the first group. The others keep their place and their
-    state. What an optimizer has never held, though it was there before, it does not get: its owner has left it out.
+    state. A parameter that was there before but never in the optimizer is not added: its owner has left it out.
 
     :param optimizer: any optimizer of PyTorch
     :param before: the parameters of a network at the last call, by name

@@ -62,7 +62,7 @@ CAN_SET_THREADS = "ATen parallel backend: OpenMP" in th.__config__.parallel_info
 
 def threads_for(n_multiplications: float, device: th.device) -> AbstractContextManager[None]:
     """
-    What to compute small products in: one thread of PyTorch on the CPU, at the cost of a microsecond.
+    A context for small products: one thread of PyTorch on the CPU, at the cost of a microsecond.
 
     The results are the same to the last bit. Small products are hardly faster on two threads, but OpenMP's threads spin after
     them, on the cores that other processes need.

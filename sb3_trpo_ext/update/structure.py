@@ -155,7 +155,7 @@ PLAIN_DISTRIBUTIONS: list[type[Distribution]] = [
     BernoulliDistribution,
     MixedDistribution,
 ]
-#: Classes of policies whose methods are known. A module for further policies adds its own to both lists.
+#: Classes of policies whose methods are known. A module for further policies adds to this list and to `PLAIN_DISTRIBUTIONS`.
 STOCK_POLICIES: list[type[BasePolicy]] = [ActorCriticPolicy]
 #: Families whose statistics these are. Exact types: a user's family, a subclass too, may describe the same distribution by
 #: other numbers, and the products of `MlpJacobian` would be of the wrong ones.

@@ -104,7 +104,7 @@ class Surrogate(Problem):
         self._noise: th.Tensor | None = None
         if self.family.needs_noise:
             self._noise = th.cat([standard_normal(batch.actions[chunk], self._generator) for chunk, _ in self._chunks])
-        #: Of the actions at the old parameters. The rollout's are those of the actions before they were clipped.
+        #: Log-probabilities of the actions at the old parameters; the rollout has those of the actions before clipping.
         self._old_log_prob = batch.old_log_prob if bounds is None else th.empty_like(batch.old_log_prob)
         #: Of an MLP actor on the whole batch, if that is a single chunk.
         self._jacobian: MlpJacobian | None = None

@@ -28,7 +28,7 @@ class PolicyWatch:
         self._warned: set[str] = set()
 
     def parts(self, policy: ActorCriticPolicy, optimizers: Iterable[th.optim.Optimizer] = ()) -> PolicyParts:
-        """Actor and critic as they are now. After a change optimizers follow, and what will not be trained is warned of."""
+        """Actor and critic as they are now. After a change, updates optimizers and warns of what will not be trained."""
         now = contents(policy)
         if self._parts is None or list(map(id, now)) != list(map(id, self._contents)):
             self._parts, self._contents = split_policy(policy, self._calls_class(policy)), now

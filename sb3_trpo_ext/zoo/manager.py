@@ -95,7 +95,7 @@ class Manager(ExperimentManager):
         # Where RL-Zoo looks for the statistics of an agent that it trains further
         statistics = params_path / "vecnormalize.pkl"
         if checkpoint.statistics == statistics:
-            # They are written again with the next best agent. Until then the final one needs its own
+            # The next best agent overwrites this file, and the agent that we continue from needs its own
             shutil.copyfile(statistics, statistics_of(folder, checkpoint.num_timesteps))
         elif checkpoint.statistics is not None:
             shutil.copyfile(checkpoint.statistics, statistics)

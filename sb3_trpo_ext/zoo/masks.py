@@ -50,7 +50,7 @@ def remember(env: VecEnv) -> VecEnv:
 
 @contextmanager
 def scripts_watched() -> Iterator[None]:
-    """Within the block RL-Zoo's ``create_test_env``, with which its scripts make their environments, tells us of them."""
+    """Within the block, remember the environments that RL-Zoo's scripts make with ``create_test_env``."""
     original = rl_zoo3.utils.create_test_env
 
     @functools.wraps(original)

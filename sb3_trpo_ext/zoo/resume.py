@@ -106,7 +106,7 @@ def statistics_of(folder: Path, num_timesteps: int) -> Path:
 
 def drop_later_episodes(folder: Path, num_timesteps: int) -> None:
     """
-    Take out of the monitor files of a run what came after the state that it continues from: it will be made again.
+    Remove from a run's monitor files the episodes after the state that it continues from: it will repeat them.
 
     :param folder: of the run
     :param num_timesteps: of that state

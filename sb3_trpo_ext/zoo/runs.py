@@ -113,7 +113,7 @@ def _reading(path: Path | str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class PythonObject:
-    """What only Python can make of a file: named, and not made."""
+    """A Python object in a file, of which only the name is read."""
 
     name: str
 

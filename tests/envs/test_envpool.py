@@ -380,6 +380,8 @@ def test_use_in_the_wrong_order_is_refused() -> None:
     env.step(np.zeros((2, 3)))
     env.close()
     env.close()
+    with pytest.raises(RuntimeError, match="have been closed"):
+        env.reset()
     with pytest.raises(RuntimeError, match="reset"):
         env.step(np.zeros((2, 3)))
 

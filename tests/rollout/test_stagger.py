@@ -142,12 +142,14 @@ def test_one_environment_is_left_alone() -> None:
     assert phases(make_vec_env(Clock, 1), 3) == [[0], [100], [200]]
 
 
-@pytest.mark.parametrize("kind", ["wrapper", "monitor"])
+@pytest.mark.parametrize("kind", ["wrapper", "monitor", "one monitor"])
 def test_wrappers_that_would_not_know_of_it_are_left_alone(kind: str) -> None:
     if kind == "wrapper":
         env: VecEnv = VecNormalize(make_vec_env(Clock, 2), norm_obs=False)
-    else:
+    elif kind == "monitor":
         env = make_vec_env(Clock, 2, monitor_kwargs={"allow_early_resets": False})
+    else:
+        env = DummyVecEnv([lambda: Monitor(Clock(), allow_early_resets=False), Clock])
     assert phases(env, 3) == [[0, 0], [100, 100], [200, 200]]
 
 
