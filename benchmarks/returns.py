@@ -2,11 +2,14 @@
 
     sb3-trpo compare --env Hopper-v5 --algos trpo_ext trpo --seeds 3 -n 1000000 --vec-env envpool
     python -m benchmarks.returns add comparisons/Hopper-v5
+    sb3-trpo train --env Humanoid-v5 --vec-env envpool --seed 3 --eval-freq 50000 --eval-episodes 10 -f logs/seed_3
+    python -m benchmarks.returns humanoid logs/seed_3
     python -m benchmarks.returns draw
 
 ``add`` lets each trained agent act for 100 deterministic episodes in Gymnasium's environment, with a seed that no training has
 used, and puts rows into ``results/suite.csv``: one for each evaluation during training, and one for these episodes. A run that
 is there with the same settings is left out, so that an interrupted ``add`` can be repeated; delete its rows to add it anew.
+``humanoid`` does the same for single runs of Humanoid-v5, with distances and falls, in ``results/humanoid.csv``.
 ``draw`` writes ``results/humanoid.png`` and ``results/suite.png``; ``python -m benchmarks.tables`` writes the tables.
 """
 
@@ -42,12 +45,16 @@ LABELS = {
 COLORS = {"trpo_ext": "tab:orange", "trpo": "tab:blue", "ppo": "tab:green"}
 EVALUATION_SEED = 1000
 N_ENVS = 10
+#: Of an episode without a fall.
+HUMANOID_STEPS = 1000
 #: Of fewer seeds, the interquartile mean is about the mean, and its interval their range.
 N_SEEDS_OF_INTERVAL = 5
 
 #: Settings of Humanoid-v5 as they are in the file: those of the package, and what it takes for longer trainings.
 PUBLISHED = "trpo_ext.yml"
 LONG = "clip_advantage:None gae_lambda:0.8 target_kl:lin_0.12"
+#: Seeds of the published trainings of a million steps. The settings were also chosen on 0, 1 and 2.
+UNSEEN_SEEDS = (3, 4, 5, 6, 7)
 CURVE_STEPS = (200_000, 400_000, 600_000, 1_000_000)
 
 
@@ -99,6 +106,11 @@ def humanoid(algorithm: str = "trpo_ext", settings: str = PUBLISHED, training_st
     return results_of(RESULTS / "humanoid.csv", **wanted)
 
 
+def published() -> list[Result]:
+    """Ours on Humanoid-v5 for a million steps, with seeds that no choice was made on."""
+    return [result for result in humanoid() if result.seed in UNSEEN_SEEDS]
+
+
 def curve_row(label: str, results: Sequence[Result]) -> list[str]:
     """A row of the table of learning curves on Humanoid-v5."""
     means = np.mean([result.curve.returns[:, 0] for result in results], axis=0)
@@ -142,7 +154,7 @@ def suite_rows(task: str) -> Iterator[list[object]]:
 
 def tables() -> dict[str, str]:
     """The tables of returns, by name."""
-    ours, theirs, ppo = humanoid(), humanoid("trpo", "RL-Zoo"), humanoid("ppo", "RL-Zoo")
+    ours, theirs, ppo = published(), humanoid("trpo", "RL-Zoo"), humanoid("ppo", "RL-Zoo")
     head = ("Humanoid-v5", *(f"{steps // 1000}k" for steps in CURVE_STEPS), "100 episodes at the end", "distance")
     rivals = (("sb3-contrib TRPO, RL-Zoo's settings", theirs), ("SB3 PPO, RL-Zoo's settings", ppo))
     single = [curve_row(f"{label}, seed {result.seed}", [result]) for label, group in rivals for result in group]
@@ -150,10 +162,10 @@ def tables() -> dict[str, str]:
     mean = curve_row(f"**sb3-trpo-ext, mean of {n_seeds(ours)}**", ours)
 
     ending = ("settings", "seeds", "return", "distance", "falls", "return without a fall", "distance without a fall", "std")
-    longer = [
+    longer = [ending_row("1M steps, the package's settings", ours)[:5]]
+    longer += [
         ending_row(f"{steps // 1_000_000}M steps, {name}", humanoid(settings=settings, training_steps=steps))[:5]
         for steps, settings, name in (
-            (1_000_000, PUBLISHED, "the package's settings"),
             (3_000_000, PUBLISHED, "the package's settings"),
             (3_000_000, LONG, "settings for long trainings"),
             (10_000_000, LONG, "settings for long trainings"),
@@ -191,8 +203,8 @@ def draw_humanoid() -> None:
     """Draw the learning curves on Humanoid-v5."""
     lines = []
     for algorithm, color in COLORS.items():
-        settings, whose = (PUBLISHED, "") if algorithm == "trpo_ext" else ("RL-Zoo", ", RL-Zoo's settings")
-        results = humanoid(algorithm, settings)
+        is_ours = algorithm == "trpo_ext"
+        results, whose = (published(), "") if is_ours else (humanoid(algorithm, "RL-Zoo"), ", RL-Zoo's settings")
         lines += seed_lines(results, color, f"{LABELS[algorithm]}{whose} ({n_seeds(results)})")
     title = "Humanoid-v5: 10 deterministic episodes, each seed and the mean over seeds"
     draw_learning_curve(RESULTS / "humanoid.png", Panel(title, lines), 1e6)
@@ -222,8 +234,8 @@ def evaluation_row(returns: np.ndarray, steps: int, evaluation: str) -> dict[str
     return {"steps": steps, "evaluation": evaluation, "episodes": len(returns), "return": mean, "return_std": std}
 
 
-def final_returns(task: str, algorithm: str, folder: Path, n_episodes: int) -> np.ndarray:
-    """Let a trained agent act, with a seed that no training has used."""
+def final_episodes(task: str, algorithm: str, folder: Path, n_episodes: int) -> tuple[Any, Any]:
+    """Let a trained agent act, with a seed that no training has used; returns the run and its episodes."""
     from stable_baselines3.common.utils import set_random_seed
 
     from sb3_trpo_ext.tools.report import load_run, run_episodes
@@ -232,7 +244,7 @@ def final_returns(task: str, algorithm: str, folder: Path, n_episodes: int) -> n
     set_random_seed(EVALUATION_SEED)
     episodes = run_episodes(run.model, run.env, n_episodes, deterministic=True)
     run.env.close()
-    return np.array(episodes.returns)
+    return run, episodes
 
 
 def add(comparison: Path, n_episodes: int) -> None:
@@ -257,7 +269,7 @@ def add(comparison: Path, n_episodes: int) -> None:
             continue
         (folder,) = (path for path in (done.parent / algorithm).iterdir() if path.is_dir())
         evaluations = read_run(folder).evaluations
-        returns = final_returns(task, algorithm, done.parent, n_episodes)
+        returns = np.array(final_episodes(task, algorithm, done.parent, n_episodes)[1].returns)
         made = [
             evaluation_row(values, int(steps), "training")
             for steps, values in zip(evaluations.steps, evaluations.returns, strict=True)
@@ -265,10 +277,56 @@ def add(comparison: Path, n_episodes: int) -> None:
         made.append(evaluation_row(returns, settings["-n"], "end"))
         key = {"task": task, "algorithm": algorithm, "identity": identity, "training_steps": settings["-n"], "seed": seed}
         joined = pandas.concat([rows[~is_run], pandas.DataFrame([{**key, **row} for row in made])])
-        partial = SUITE.with_suffix(".partial")
-        joined.sort_values(["task", "algorithm", "seed"], kind="stable").to_csv(partial, index=False)
-        partial.replace(SUITE)
+        write(joined.sort_values(["task", "algorithm", "seed"], kind="stable"), SUITE)
         print(f"{task} {algorithm} seed {seed}: {returns.mean():,.0f}")
+
+
+def write(rows: pandas.DataFrame, path: Path) -> None:
+    """Replace a file in one go."""
+    partial = path.with_suffix(".partial")
+    rows.to_csv(partial, index=False)
+    partial.replace(path)
+
+
+def humanoid_row(returns: Any, lengths: Any, steps: int, evaluation: str) -> dict[str, Any]:
+    """What the columns of an evaluation on Humanoid-v5 are: an episode that does not last is a fall."""
+    row = evaluation_row(returns, steps, evaluation)
+    figures = {"length": round(float(np.mean(lengths)), 1), "length_std": round(float(np.std(lengths)), 1)}
+    return {**row, **figures, "falls": int((np.array(lengths) < HUMANOID_STEPS).sum())}
+
+
+def add_humanoid(folder: Path, n_episodes: int) -> None:
+    """
+    Evaluate a run of Humanoid-v5, and keep what it came to.
+
+    :param folder: the ``-f`` of its training
+    :param n_episodes: of the evaluation at the end
+    """
+    from sb3_trpo_ext.zoo.manager import register
+    from sb3_trpo_ext.zoo.runs import read_settings
+
+    register()
+    run, episodes = final_episodes("Humanoid-v5", "trpo_ext", folder, n_episodes)
+    arguments = read_settings(run.folder / "Humanoid-v5" / "args.yml")
+    changes = [f"{name}:{value}" for name, value in (arguments["hyperparams"] or {}).items()]
+    key = {"task": "Humanoid-v5", "algorithm": "trpo_ext", "settings": " ".join(changes) or PUBLISHED}
+    key |= {"training_steps": run.model._total_timesteps, "seed": arguments["seed"]}
+    with np.load(run.folder / "evaluations.npz") as table:
+        on_the_way = zip(table["timesteps"], table["results"], table["ep_lengths"], strict=True)
+        made = [humanoid_row(returns, lengths, int(steps), "training") for steps, returns, lengths in on_the_way]
+    end = humanoid_row(episodes.returns, episodes.lengths, run.model.num_timesteps, "end")
+    returns, distances = np.array(episodes.returns), np.array(episodes.distances)
+    is_whole = np.array(episodes.lengths) == HUMANOID_STEPS
+    end |= {"distance": round(float(distances.mean()), 3), "distance_std": round(float(distances.std()), 3)}
+    if is_whole.any():
+        end["return_without_fall"] = round(float(returns[is_whole].mean()), 1)
+        end["distance_without_fall"] = round(float(distances[is_whole].mean()), 3)
+    end["action_std"] = round(float(run.model.policy.log_std.detach().exp().mean()), 3)
+    file = RESULTS / "humanoid.csv"
+    rows = pandas.read_csv(file)
+    is_run = (rows[list(key)] == pandas.Series(key)).all(axis=1)
+    write(pandas.concat([rows[~is_run], pandas.DataFrame([{**key, **row} for row in [*made, end]])]), file)
+    print(f"seed {key['seed']}: {returns.mean():,.0f}, {distances.mean():.1f} m, {end['falls']} falls")
 
 
 def main() -> None:
@@ -277,11 +335,17 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     adding = commands.add_parser("add", help="evaluate and keep the runs of a comparison")
     adding.add_argument("comparison", type=Path)
-    adding.add_argument("--episodes", type=int, default=100)
+    alone = commands.add_parser("humanoid", help="evaluate and keep runs of Humanoid-v5")
+    alone.add_argument("folders", nargs="+", type=Path)
+    for parser_of_runs in (adding, alone):
+        parser_of_runs.add_argument("--episodes", type=int, default=100)
     commands.add_parser("draw", help="draw the figures")
     args = parser.parse_args()
     if args.command == "add":
         add(args.comparison, args.episodes)
+    elif args.command == "humanoid":
+        for folder in args.folders:
+            add_humanoid(folder, args.episodes)
     else:
         draw_humanoid()
         draw_suite()
