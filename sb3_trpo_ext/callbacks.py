@@ -88,13 +88,17 @@ class TrainingRecorder(BaseCallback):
         """The file; without a folder, it is known when the callback has a model."""
         return (Path(self.logger.get_dir() or ".") if self.folder is None else self.folder) / FILE_NAME
 
+    @property
+    def _episodes_path(self) -> Path:
+        return self.path.with_name(EPISODES_NAME)
+
     def _on_step(self) -> bool:
         infos = self.locals.get("infos", ())
         # Those of environments of tensors would have to be fetched from the device in every step
         episodes = [info["episode"] for info in infos if "episode" in info] if isinstance(infos, (list, tuple)) else []
         if episodes:
             rows = [(self.model.num_timesteps, episode["r"], episode["l"]) for episode in episodes]
-            with self.path.with_name(EPISODES_NAME).open("a", newline="", encoding="utf-8") as file:
+            with self._episodes_path.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(rows)
         return True
 
@@ -112,13 +116,14 @@ class TrainingRecorder(BaseCallback):
                 raise ValueError(f"`folder`: SB3's logger writes {path} already: pass another folder, or log no CSV there.")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            goes_on, episodes_path = self.model.num_timesteps > 0, path.with_name(EPISODES_NAME)
-            rows = [row for row in read_rows(path) if self._is_past(row)] if goes_on else []
+            rows, episodes, n_timesteps = [], [], self.model.num_timesteps
+            if n_timesteps > 0:
+                rows = [row for row in read_rows(path) if self._is_past(row)]
+                # An episode that ended with the last step of a checkpoint is not made again
+                episodes = [row for row in read_rows(self._episodes_path) if int(row["timesteps"]) <= n_timesteps]
             self._columns = list(dict.fromkeys([*COLUMNS, *(rows[0] if rows else ())]))
             _write_rows(path, self._columns, rows)
-            # An episode that ended with the last step of a checkpoint is not made again
-            n_timesteps, episodes = self.model.num_timesteps, read_rows(episodes_path) if goes_on else []
-            _write_rows(episodes_path, EPISODE_COLUMNS, [row for row in episodes if int(row["timesteps"]) <= n_timesteps])
+            _write_rows(self._episodes_path, EPISODE_COLUMNS, episodes)
         except OSError as error:
             raise ValueError(f"`folder`: cannot write {path} ({error.strerror}): pass another folder.") from error
         if self.verbose > 0:

@@ -198,11 +198,10 @@ class RecurrentCalls(PolicyCalls):
 
         With a stride k, only of every k-th sequence, or more if these have less than a k-th of the samples.
         """
-        which = th.arange(len(self.sequences.starts))
-        if stride > 1:
-            order = th.cat([which[first::stride] for first in range(stride)])
-            is_missing = self.sequences.lengths[order].cumsum(0) * stride < batch.n_samples
-            which = order[: int(is_missing.sum()) + 1].sort().values
+        numbers = th.arange(len(self.sequences.starts))
+        order = th.cat([numbers[first::stride] for first in range(stride)])
+        are_too_few = self.sequences.lengths[order].cumsum(0) * stride < batch.n_samples
+        which = order[: int(are_too_few.sum()) + 1].sort().values
         groups, n_samples = list[list[int]](), size
         lengths = self.sequences.lengths[which].tolist()
         for number, length in zip(which.tolist(), lengths, strict=True):

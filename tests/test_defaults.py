@@ -234,9 +234,8 @@ def test_a_features_extractor_of_ones_own_gets_what_it_asks_for() -> None:
     model = TRPO("MlpPolicy", RandomEnv(), **kwargs, norm_obs=True)
     assert isinstance(model.policy.features_extractor, NormalizedExtractor)
     # SB3's own, by its name
-    assert TRPO(
-        "MlpPolicy", RandomEnv(), **{**SMALL, "policy_kwargs": {"features_extractor_class": FlattenExtractor}}
-    ).norm_obs
+    kwargs["policy_kwargs"] = {"features_extractor_class": FlattenExtractor}
+    assert TRPO("MlpPolicy", RandomEnv(), **kwargs).norm_obs
 
 
 def test_the_agent_learns_from_what_vecnormalize_would_give_it() -> None:
