@@ -59,6 +59,8 @@ LAYERS = (
     ("zoo",),
     ("tools",),
 )
+#: They load when one of their classes is first used, and only each other import them: the rest needs no sb3-contrib.
+MASKS_AND_MEMORY = ("maskable", "recurrent", "update.masks", "update.sequences", "rollout.masks")
 #: SB3 asks for one class with a constructor of thirty arguments, which alone are a hundred lines.
 MAX_CODE_LINES = {"sb3_trpo_ext.trpo": 400}
 
@@ -162,8 +164,17 @@ def test_reductions_import_torch_and_the_standard_library_alone(module: str) -> 
 @pytest.mark.parametrize("module", FILES)
 def test_only_rl_zoo_and_the_tools_import_the_extras(module: str) -> None:
     forbidden = () if layer_of(module) in ("zoo", "tools") else EXTRAS
-    allowed = {"envs": ("envpool",), "maskable": ("sb3_contrib",), "recurrent": ("sb3_contrib",)}.get(layer_of(module), ())
+    allowed = {"envs": ("envpool",)}.get(layer_of(module), ())
+    if module.removeprefix(f"{PACKAGE}.") in MASKS_AND_MEMORY:
+        allowed = ("sb3_contrib",)
     assert not [name for name in imports_of(module) if is_within(name, forbidden) and not is_within(name, allowed)]
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_only_masks_memory_and_rl_zoo_import_masks_and_memory(module: str) -> None:
+    users = {f"{PACKAGE}.{name}" for name in MASKS_AND_MEMORY}
+    if module not in users and layer_of(module) not in ("zoo", "tools"):
+        assert not users & imports_of(module)
 
 
 def test_modules_do_not_import_each_other_in_a_circle() -> None:

@@ -27,10 +27,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 from torch import nn
 
 from sb3_trpo_ext import TRPO, MaskableTRPO, TrainingRecorder
-from sb3_trpo_ext.maskable import MaskedCalls, choices
 from sb3_trpo_ext.optim import HessianFisher, KLConstraint
 from sb3_trpo_ext.optim.vectors import assign_, flatten
 from sb3_trpo_ext.update.batch import Batch
+from sb3_trpo_ext.update.masks import MaskedCalls, choices
 from sb3_trpo_ext.update.structure import split_policy
 from sb3_trpo_ext.update.surrogate import Surrogate
 

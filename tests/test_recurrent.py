@@ -26,9 +26,9 @@ from torch import nn
 from sb3_trpo_ext import TRPO, RecurrentTRPO, TrainingRecorder
 from sb3_trpo_ext.optim import HessianFisher, KLConstraint
 from sb3_trpo_ext.parallel.reductions import Shares
-from sb3_trpo_ext.recurrent import RecurrentCalls, Sequences
 from sb3_trpo_ext.update import surrogate as surrogate_module
 from sb3_trpo_ext.update.batch import Batch
+from sb3_trpo_ext.update.sequences import RecurrentCalls, Sequences
 from sb3_trpo_ext.update.structure import split_policy
 from sb3_trpo_ext.update.surrogate import Limits, Surrogate
 

@@ -18,7 +18,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from sb3_trpo_ext.envs import EnvPoolVecEnv
-from sb3_trpo_ext.envs.envpool import n_cores
+from sb3_trpo_ext.envs.envpool_tasks import n_cores
 
 
 def steps_per_second(step: Callable[[np.ndarray], object], actions: np.ndarray, seconds: float) -> float:

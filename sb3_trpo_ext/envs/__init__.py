@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sb3_trpo_ext.envs.envpool import EnvPoolVecEnv
     from sb3_trpo_ext.envs.jax_envs import BraxVecEnv, PlaygroundVecEnv
-    from sb3_trpo_ext.envs.tensor import GymnasiumTensorVecEnv, TensorStep, TensorVecEnv
+    from sb3_trpo_ext.envs.tensor import TensorStep, TensorVecEnv
+    from sb3_trpo_ext.envs.tensor_gymnasium import GymnasiumTensorVecEnv
     from sb3_trpo_ext.envs.tensor_tasks import TensorCartPole, TensorPointMass
     from sb3_trpo_ext.envs.vector import VectorEnvAdapter
 
@@ -26,7 +27,8 @@ __all__ = [
 _MODULES = {
     "envpool": ("EnvPoolVecEnv",),
     "jax_envs": ("BraxVecEnv", "PlaygroundVecEnv"),
-    "tensor": ("GymnasiumTensorVecEnv", "TensorStep", "TensorVecEnv"),
+    "tensor": ("TensorStep", "TensorVecEnv"),
+    "tensor_gymnasium": ("GymnasiumTensorVecEnv",),
     "tensor_tasks": ("TensorCartPole", "TensorPointMass"),
     "vector": ("VectorEnvAdapter",),
 }

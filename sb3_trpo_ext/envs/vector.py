@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import concatenate, create_empty_array
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
@@ -17,11 +17,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvO
 
 from sb3_trpo_ext._checks import ArgumentError, checked_actions
 from sb3_trpo_ext._observations import mapped, parts_of
-
-#: Values of ``gymnasium.vector.AutoresetMode``, which Gymnasium 1.0 does not have.
-NEXT_STEP, SAME_STEP, DISABLED = "NextStep", "SameStep", "Disabled"
-#: Wrappers in which ``reset`` with a ``reset_mask`` fails, or silently leads to wrong numbers.
-STATEFUL_WRAPPERS = (gym.wrappers.vector.NormalizeObservation, gym.wrappers.vector.NormalizeReward)
+from sb3_trpo_ext.envs.vector_modes import SAME_STEP, check_vector_env
 
 
 class VectorEnvAdapter(VecEnv):
@@ -271,51 +267,6 @@ class VectorEnvAdapter(VecEnv):
             wrapper_class is Monitor or (envs is not None and is_wrapped(envs[index], wrapper_class))
             for index in self._get_indices(indices)
         ]
-
-
-def check_vector_env(env: Any) -> str:
-    """
-    Check that :class:`VectorEnvAdapter` can adapt a vector environment.
-
-    :param env: what the user gave
-    :return: the value of its autoreset mode
-    :raises ValueError: if it cannot, with what to do
-    """
-    if not isinstance(env, VectorEnv):
-        raise ArgumentError(f"`env` must be a gymnasium.vector.VectorEnv, got {env!r}.")
-    if getattr(env, "device", None) is not None:
-        raise ArgumentError(
-            f"`env` has tensors on {env.device}: use sb3_trpo_ext.envs.GymnasiumTensorVecEnv(env)."  # type: ignore[attr-defined]
-        )
-    for part in parts_of(env.single_observation_space).values():
-        if isinstance(part, (spaces.Dict, spaces.Tuple)):
-            raise ArgumentError(
-                f"`env` has the observation space {env.single_observation_space}, which SB3 does not support: "
-                "use gymnasium.wrappers.FlattenObservation."
-            )
-    mode = env.metadata.get("autoreset_mode")
-    mode = getattr(mode, "value", mode)
-    if mode == SAME_STEP:
-        return mode
-    base = env.unwrapped
-    # Without shared memory an `AsyncVectorEnv` would reset again in the next step, and ignore its action
-    can_reset_now = isinstance(base, SyncVectorEnv) or (isinstance(base, AsyncVectorEnv) and base.shared_memory)
-    if mode != DISABLED and not (mode == NEXT_STEP and can_reset_now):
-        given = "does not tell its autoreset mode, which Gymnasium takes for" if mode is None else "has the autoreset mode"
-        raise ArgumentError(
-            f"`env` {given} {mode or NEXT_STEP}, and cannot begin a new episode in the same step, as SB3 needs it, got {env}: "
-            'use gymnasium.make_vec(id, num_envs, vectorization_mode="sync"), or pass '
-            "autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP to an environment that has this option."
-        )
-    layer = env
-    while isinstance(layer, VectorWrapper):
-        if isinstance(layer, STATEFUL_WRAPPERS):
-            raise ArgumentError(
-                f"`env` is wrapped in {type(layer).__name__}, which cannot reset single environments: use SB3's VecNormalize, "
-                "or leave it to TRPO's norm_obs and norm_reward."
-            )
-        layer = layer.env
-    return mode
 
 
 def rows(columns: Any, n_envs: int) -> list[dict[str, Any]]:
