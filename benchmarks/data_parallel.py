@@ -1,6 +1,6 @@
 """Time the whole training in one process and in two, each with the same number of environments.
 
-    python benchmarks/data_parallel.py --output benchmarks/results/data_parallel.json
+    python -m benchmarks.data_parallel --output benchmarks/results/data_parallel.json
 
 The processes are started as ``torchrun`` starts them, with one thread each, and train with our settings for the task. Runs of
 one and of two processes alternate; what is reported are medians, and the ratios of neighboring runs. The clock runs from the
@@ -25,11 +25,11 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch.distributed import TCPStore
 
+from benchmarks.markdown import ROOT
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.zoo.settings import linear_schedule
 
 TASKS = ("Humanoid-v5", "CartPole-v1")
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 #: Settings that are RL-Zoo's and not the model's.
 NOT_OF_MODEL = ("callback", "normalize", "n_envs", "n_timesteps", "policy", "policy_kwargs")
 
@@ -97,7 +97,7 @@ def run(task: str, n_processes: int, n_updates: int) -> dict[str, float]:
     """
     # As with `torchrun`, the store that the processes find each other by is in the process that starts them
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    command = [sys.executable, __file__, "--train", task, "--updates", str(n_updates)]
+    command = [sys.executable, "-m", "benchmarks.data_parallel", "--train", task, "--updates", str(n_updates)]
     processes = []
     for rank in range(n_processes):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -28,14 +28,14 @@ from matplotlib.figure import Figure
 from stable_baselines3 import PPO
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
+from benchmarks.markdown import ROOT
 from benchmarks.simulators import timed
 from sb3_trpo_ext import TRPO, defaults
 from sb3_trpo_ext.envs import TensorCartPole, TensorVecEnv
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(ROOT / "tests"))
 from tensor_envs import NumpySide
 
-ROOT = Path(__file__).resolve().parents[1]
 N_STEPS = 32
 OURS, OURS_NUMPY, PPO_NUMPY = "TRPO, tensors", "TRPO, NumPy", "PPO, NumPy"
 

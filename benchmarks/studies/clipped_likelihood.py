@@ -20,6 +20,7 @@ import torch as th
 import yaml
 from stable_baselines3.common.vec_env import VecNormalize
 
+from benchmarks.markdown import ROOT
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.envs import EnvPoolVecEnv
 from sb3_trpo_ext.optim import KLConstraint
@@ -28,8 +29,6 @@ from sb3_trpo_ext.update.batch import Batch, rollout_batch
 from sb3_trpo_ext.update.clipping import action_bounds
 from sb3_trpo_ext.update.settings import no_argument_checks
 from sb3_trpo_ext.update.surrogate import Surrogate
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def humanoid_model(seed: int, target_kl: float, names: Sequence[str] = (), **kwargs: Any) -> TRPO:

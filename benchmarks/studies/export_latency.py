@@ -18,12 +18,12 @@ import numpy as np
 import onnxruntime
 import torch as th
 
+from benchmarks.markdown import ROOT
 from benchmarks.timing import spread, timing_parser
 from sb3_trpo_ext import export
 from sb3_trpo_ext.tools.report import load_run
 from sb3_trpo_ext.zoo.manager import register
 
-ROOT = Path(__file__).resolve().parents[2]
 N_OBSERVATIONS = 2000
 
 

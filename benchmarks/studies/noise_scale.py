@@ -23,12 +23,11 @@ import yaml
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
+from benchmarks.markdown import ROOT
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.update.batch import Batch, rollout_batch
 from sb3_trpo_ext.update.clipping import action_bounds
 from sb3_trpo_ext.update.surrogate import Surrogate
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def fresh_model(settings: dict[str, Any], seed: int) -> TRPO:

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch as th
 
+from benchmarks.markdown import ROOT
 from benchmarks.throughput import CASES, Contestant, make_models
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def short_name(file: str, line: int, function: str) -> str:
