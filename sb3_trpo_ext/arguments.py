@@ -232,8 +232,10 @@ def check_env(env: Any) -> None:
     if any(base.__module__.partition(".")[0] == "envpool" for base in type(env).__mro__):
         raise ArgumentError(f"`env` is EnvPool's own {name}: use sb3_trpo_ext.envs.EnvPoolVecEnv(env_id, n_envs=16).")
     if isinstance(env, type) or not hasattr(env, "step"):
-        hint = f"call it: {env.__name__}()" if isinstance(env, type) else "pass an environment, or the id of one"
-        raise ArgumentError(f"`env` must be an environment of Gymnasium, a VecEnv of SB3 or an id, got {env!r}: {hint}.")
+        # A new model takes an id, of which SB3 has made an environment by now; `load` and `set_env` take none
+        hint = f"pass gymnasium.make({env!r})" if isinstance(env, str) else "pass an environment, or its id to a new model"
+        hint = f"call it: {env.__name__}()" if isinstance(env, type) else hint
+        raise ArgumentError(f"`env` must be an environment of Gymnasium or a VecEnv of SB3, got {env!r}: {hint}.")
 
 
 def check_settings(model: Any) -> None:

@@ -87,25 +87,35 @@ def sub_sampling_factor(n_samples: int) -> int:
     return factor - (factor + 1) % 2
 
 
-def target_kl(action_space: spaces.Space[Any], n_samples: int, total_timesteps: int, progress_remaining: float) -> float:
+def target_kl(
+    action_space: spaces.Space[Any],
+    n_samples: int,
+    total_timesteps: int,
+    progress_remaining: float,
+    start: int = 0,
+) -> float:
     """
     Radius of the trust region for which the KL of a training adds up to a budget.
 
     That is :data:`KL_BUDGET` per action dimension for each :data:`BUDGET_STEPS`, and once for a shorter training. So a long
-    one that a callback ends early learns as fast as others.
+    one that a callback ends early learns as fast as others. A training that begins where another one has ended has no such
+    minimum: many short ones in a row spend as much as a long one.
 
     The radius falls linearly to zero. An update gets the value in the middle of its rollout: the sum over all updates is then
     the budget, however few there are.
 
     :param action_space: of the environment
     :param n_samples: of the rollout, of all processes
-    :param total_timesteps: length of the training; 0 if it is not known
-    :param progress_remaining: after the rollout, from 1 to 0
+    :param total_timesteps: where the training ends; 0 if that is not known
+    :param progress_remaining: after the rollout, from 1 at the first of all timesteps to 0
+    :param start: timesteps before this training
     :return: the radius
     """
     total_timesteps = total_timesteps or BUDGET_STEPS
-    slope = 2 * KL_BUDGET * n_samples / min(total_timesteps, BUDGET_STEPS)
-    return get_action_dim(action_space) * min(slope * (progress_remaining + n_samples / total_timesteps / 2), MAX_KL)
+    length = total_timesteps - start
+    slope = 2 * KL_BUDGET * n_samples / (BUDGET_STEPS if start else min(length, BUDGET_STEPS))
+    progress_remaining *= total_timesteps / length
+    return get_action_dim(action_space) * min(slope * (progress_remaining + n_samples / length / 2), MAX_KL)
 
 
 def normalizes_observations(norm_obs: bool | str, policy: type, policy_kwargs: dict[str, Any], env: VecEnv | None) -> bool:

@@ -85,7 +85,7 @@ class TRPO(SavingAlgorithm):
     :param normalize_advantage: Whether to normalize the advantage
     :param target_kl: Radius of the trust region, a number or a schedule; ``"auto"`` for one that falls linearly to zero, so
         that the KL of all updates of a training adds up to one nat per action dimension, or in a longer training to one for
-        each 250,000 steps
+        each 250,000 steps. ``learn(..., reset_num_timesteps=False)`` after its end spends as much per step
     :param sub_sampling_factor: Take the Fisher matrix on every k-th sample only. Gradient, objective and KL always see
         the whole rollout (sb3-contrib thins them too). ``None`` for every sample of a rollout of less than 49,152, and for
         at least 16,384 of a longer one
@@ -224,10 +224,12 @@ class TRPO(SavingAlgorithm):
         self._auto_batch_size: int | None = None
         self.kl_penalty: AdaptiveKLPenalty | None = None
         self._stagger = Stagger()
-        #: The policy that acted in the last rollout.
+        #: The policy that acted in the last rollout; None if there was none, or another loop collected it.
         self._acted: Snapshot | None = None
         #: KL that `target_kl="auto"` gave the updates so far and they did not use.
         self._unspent_kl = 0.0
+        #: Timesteps before the training that this budget is for.
+        self._budget_start = 0
         #: Number of updates that moved the policy, out of `_n_updates`.
         self._n_accepted = 0
         #: Where the last line searches ended, as a share of the full step: where the next one starts.
@@ -399,9 +401,7 @@ class TRPO(SavingAlgorithm):
         is_staggered = self.stagger_episodes if self.stagger_episodes != arguments.AUTO else self.n_steps == self._auto_n_steps
         self._stagger.before_rollout(self)
         env = self._normalization.environment(env, self.policy, isinstance(rollout_buffer, TensorRolloutBuffer))
-        is_full = self._collect(env, callback, rollout_buffer, n_rollout_steps, self._normalize)
-        if is_full and self.vf_lambda is not None:
-            set_returns_(self, rollout_buffer, self.vf_lambda)
+        is_full = self._collect(env, callback, rollout_buffer, n_rollout_steps, self._complete)
         if is_full and is_staggered:
             self._stagger.after_rollout(self, rollout_buffer)
         return is_full and not (isinstance(callback, launch.RankCallback) and callback.is_over)
@@ -412,11 +412,17 @@ class TRPO(SavingAlgorithm):
         rollout_class = functools.partial(TensorRollout, scale=self._normalization.scale) if is_on_device else None
         return collect_rollouts(self, env, callback, rollout_buffer, *args, rollout_class=rollout_class)
 
-    def _normalize(self, rollout_buffer: RolloutBuffer, acted: Snapshot) -> None:
-        """Normalize a full buffer, before a callback's ``on_rollout_end`` that may change it; ``acted`` is who filled it."""
+    def _complete(self, rollout_buffer: RolloutBuffer, acted: Snapshot) -> None:
+        """
+        Normalize a full buffer and compute the critic's targets, before a callback's ``on_rollout_end`` that may change them.
+
+        :param rollout_buffer: full
+        :param acted: the policy that filled it
+        """
         self._acted = acted
         if self._normalization.after_rollout(self, rollout_buffer, acted.is_of(self.policy)):
             self._acted = Snapshot(self.policy)
+        set_returns_(self, rollout_buffer, self.vf_lambda)
 
     def _last_values(self) -> th.Tensor:
         """The values after the last step of a rollout, shape ``(n_envs, 1)``."""
@@ -458,6 +464,7 @@ class TRPO(SavingAlgorithm):
         # As during the rollout: dropout or BatchNorm in training mode would make the ratio differ from 1 before any step
         self.policy.set_training_mode(False)
         self._update_learning_rate(self.policy.optimizer)
+        self._normalization.before_update(self, is_known_loop=self._acted is not None)
         batch, calls = self._full_batch(), self.calls_class.on(self.policy, self.rollout_buffer)
         started = time.perf_counter()
         result, entropy, std = self._no_update(UpdateStatus.NOTHING_TO_TRAIN), math.nan, math.nan
@@ -527,7 +534,8 @@ class TRPO(SavingAlgorithm):
         """Current radius of the trust region on so many samples, without what is carried over."""
         if self.target_kl != arguments.AUTO:
             return self._scheduled("target_kl", 0.0)
-        return defaults.target_kl(self.action_space, n_samples, self._total_timesteps, self._current_progress_remaining)
+        progress, total_timesteps = self._current_progress_remaining, self._total_timesteps
+        return defaults.target_kl(self.action_space, n_samples, total_timesteps, progress, self._budget_start)
 
     def _no_update(self, status: UpdateStatus) -> UpdateResult:
         """The result of an update that was not made."""
@@ -592,8 +600,9 @@ class TRPO(SavingAlgorithm):
                 self, (total_timesteps, log_interval, reset_num_timesteps)
             )
             callback, progress_bar = launch.RankCallback(launch.running_statistics(self), callback, progress_bar), False
-        if reset_num_timesteps:
-            self._unspent_kl = 0.0
+        if reset_num_timesteps or self.num_timesteps >= self._total_timesteps:
+            # Not where a training was interrupted: it goes on with what it has left
+            self._unspent_kl, self._budget_start = 0.0, 0 if reset_num_timesteps else self.num_timesteps
         if was_interrupted(self.env):
             # SB3 resets the environments then
             self._last_obs = None

@@ -71,9 +71,7 @@ def test_envpools_own_environments_are_named(make: str) -> None:
         TRPO("MlpPolicy", env)
 
 
-@pytest.mark.parametrize(
-    ("env", "hint"), [(RandomEnv, r"call it: RandomEnv\(\)"), (7, "pass an environment, or the id of one")]
-)
+@pytest.mark.parametrize(("env", "hint"), [(RandomEnv, r"call it: RandomEnv\(\)"), (7, "pass an environment, or its id")])
 def test_what_is_no_environment_is_named(env: Any, hint: str) -> None:
     with pytest.raises(ValueError, match=f"`env` must be .*{hint}"):
         TRPO("MlpPolicy", env)

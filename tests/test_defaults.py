@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from agents import RandomEnv, UpdateLog, assert_identical, collect, make_model, 
 from gymnasium import spaces
 from helpers import VECTOR
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_trpo_ext import TRPO, defaults
-from sb3_trpo_ext.update.normalization import FROZEN, NormalizedExtractor, RunningNormalization
+from sb3_trpo_ext.optim import UpdateResult
+from sb3_trpo_ext.update.normalization import FROZEN, NormalizedExtractor, RunningNormalization, normalized_extractors
 from sb3_trpo_ext.update.settings import no_argument_checks
 from sb3_trpo_ext.update.structure import actor_structure, critic_structure
 
@@ -166,8 +170,30 @@ def test_the_budget_is_that_of_each_call_of_learn() -> None:
     first, second, third = (log.values("train/target_kl") for log in logs)
     # Up to what each update takes over from those before
     assert first == pytest.approx(second, rel=0.1)
-    # The second half of a training of twice the length: half as much per step, and half of that is left
-    assert third == pytest.approx([value / 4 for value in first], rel=0.1)
+    # As much per step as a long training, and all of it for this call
+    assert third == pytest.approx([value * 640 / defaults.BUDGET_STEPS for value in first], rel=0.1)
+
+
+def test_many_calls_of_learn_move_the_policy_like_one_long_call() -> None:
+    model = TRPO("MlpPolicy", RandomEnv(), **SMALL, n_steps=32, batch_size=32)
+    log = UpdateLog()
+    for _ in range(20):
+        model.learn(32, log, reset_num_timesteps=False)
+    values = log.values("train/target_kl")[1:]
+    assert values == pytest.approx([2 * defaults.KL_BUDGET * 32 / defaults.BUDGET_STEPS] * 19)
+
+
+def test_a_training_that_a_callback_has_ended_goes_on_with_what_is_left() -> None:
+    class Stop(BaseCallback):
+        def _on_step(self) -> bool:
+            return self.num_timesteps < 320
+
+    whole, rest = UpdateLog(), UpdateLog()
+    models = [TRPO("MlpPolicy", RandomEnv(), **SMALL, n_steps=32, batch_size=32) for _ in range(2)]
+    models[0].learn(640, whole)
+    models[1].learn(640, Stop())
+    models[1].learn(320, rest, reset_num_timesteps=False)
+    assert rest.values("train/target_kl") == pytest.approx(whole.values("train/target_kl")[10:], rel=0.1)
 
 
 # --- The start of a policy -------------------------------------------------------------------------------------------------
@@ -274,6 +300,51 @@ def test_the_ratio_is_one_when_each_update_begins(policy: str, space: spaces.Spa
     model = Checked(policy, DummyVecEnv([env] * 2), **SMALL, n_steps=32, use_sde=use_sde)
     model.learn(64 * 4)
     assert model.n_checked == 4
+
+
+def test_the_first_update_on_a_rollout_of_the_users_own_loop_is_of_the_normalized_policy() -> None:
+    """If the statistics came after it, the policy would be another one outside of the trust region."""
+
+    class OwnLoop(TRPO):
+        collect_rollouts = OnPolicyAlgorithm.collect_rollouts
+
+        def _update_policy(self, *args: Any) -> UpdateResult:
+            [extractor] = set(normalized_extractors(self.policy))
+            normalization: Any = extractor.normalizations["observation"]
+            self.n_samples = int(normalization.n_samples)
+            batch = self._full_batch()
+            with th.no_grad():
+                values, log_probs, _ = self.policy.evaluate_actions(batch.observations, batch.actions)
+            np.testing.assert_allclose(log_probs, batch.old_log_prob, atol=1e-4)
+            np.testing.assert_allclose(values.flatten(), batch.old_values, atol=1e-4)
+            return super()._update_policy(*args)
+
+    model = OwnLoop("MlpPolicy", DummyVecEnv([FarEnv] * 2), **SMALL, n_steps=32)
+    for update in range(3):
+        with pytest.warns(UserWarning, match="rewards are not scaled"):
+            model.learn(64, reset_num_timesteps=False)
+        assert model.n_samples == 64 * max(update, 1)
+
+
+def test_a_model_that_does_not_scale_rewards_does_not_warn_of_them(recwarn: pytest.WarningsRecorder) -> None:
+    model = TRPO("MlpPolicy", random_vec_env(2), **SMALL, n_steps=32, batch_size=16, norm_reward=False)
+    _, callback = model._setup_learn(1000)
+    assert model.env is not None
+    OnPolicyAlgorithm.collect_rollouts(model, model.env, callback, model.rollout_buffer, model.n_steps)
+    model.train()
+    assert not recwarn.list
+
+
+def test_what_the_extractor_within_has_can_be_read() -> None:
+    space = spaces.Dict({"image": spaces.Box(0, 255, (36, 36, 3), np.uint8), "vector": VECTOR})
+    model = TRPO("MultiInputPolicy", RandomEnv(space), **SMALL, n_steps=32, batch_size=16)
+    extractor: Any = model.policy.features_extractor
+    assert isinstance(extractor, NormalizedExtractor)
+    assert isinstance(extractor.extractors["image"], NatureCNN)
+    for copied in (copy.deepcopy(extractor), pickle.loads(pickle.dumps(extractor))):
+        assert list(copied.extractors) == ["image", "vector"]
+    with pytest.raises(AttributeError, match="extractor_of_nobody"):
+        _ = extractor.extractor_of_nobody
 
 
 def test_rewards_are_those_of_the_environment_over_a_scale_that_a_rollout_keeps() -> None:

@@ -270,6 +270,35 @@ class _Odd(MaskableActorCriticPolicy):
         return super().get_distribution(*args, **kwargs)
 
 
+def probabilities(distribution: Any) -> np.ndarray:
+    """Those of all choices, of shape ``(n_envs, n_choices)``."""
+    parts = getattr(distribution, "distributions", None) or [distribution.distribution]
+    return np.concatenate([part.probs.numpy() for part in parts], axis=-1)
+
+
+class _LookAtDistribution(BaseCallback):
+    """Compares the policy's distribution with that of the observations and the masks of the step."""
+
+    def _on_step(self) -> bool:
+        policy: Any = self.model.policy
+        seen = probabilities(policy.action_dist)
+        assert (seen[~self.locals["action_masks"]] == 0).all()
+        with th.no_grad():
+            expected = policy.get_distribution(self.locals["obs_tensor"], self.locals["action_masks"])
+        np.testing.assert_allclose(seen, probabilities(expected), atol=1e-6)
+        return True
+
+
+@pytest.mark.parametrize("policy", ["MlpPolicy", _Odd, "MultiInputPolicy"], ids=["mlp", "users", "dict"])
+@each_space
+def test_callbacks_see_the_masked_distribution(policy: Any, space: spaces.Space[Any]) -> None:
+    observations = DICT if policy == "MultiInputPolicy" else VECTOR
+    model = MaskableTRPO(policy, games(Game, space, observations), n_steps=32, batch_size=96, seed=0)
+    callback = _LookAtDistribution()
+    model.learn(2 * 96, callback)
+    assert callback.n_calls == 64
+
+
 @pytest.mark.parametrize("policy", ["MlpPolicy", _Odd, "MultiInputPolicy"], ids=["mlp", "users", "dict"])
 @pytest.mark.parametrize("space", [ACTIONS["discrete"], ACTIONS["multi_binary"]], ids=["discrete", "multi_binary"])
 def test_buffer_has_what_sb3_contribs_loop_would_put_there(policy: Any, space: spaces.Space[Any]) -> None:

@@ -702,3 +702,18 @@ def test_an_update_leaves_the_rollout_as_it_was(observation_space: spaces.Space)
         assert all(np.array_equal(observations[key], expected[key]) for key in expected)
     else:
         assert np.array_equal(observations, expected)
+
+
+@pytest.mark.parametrize("n_steps", [8, 31])
+def test_a_rollout_buffer_that_is_not_full_is_refused(n_steps: int) -> None:
+    model = make_model()
+    model.n_steps = n_steps
+    before = model.policy.state_dict()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    with pytest.raises(ValueError, match=rf"has {n_steps} of 32 steps.*model._setup_model\(\)"):
+        model.learn(64)
+    assert all(th.equal(tensor, before[name]) for name, tensor in model.policy.state_dict().items())
+    model._setup_model()
+    model.batch_size = n_steps
+    model.learn(64)
+    assert model._n_updates == -(-64 // n_steps)

@@ -81,6 +81,9 @@ class Actor:
         self._action_shape = policy.action_space.shape or ()
         #: As they were sampled, one tensor per step: the buffer may hold them in another type.
         self._actions: list[th.Tensor] = []
+        #: Of the last step, and whether the policy's `action_dist` is at them.
+        self._observations: PyTorchObs | None = None
+        self._is_shown = False
 
     def act(self, observations: PyTorchObs) -> np.ndarray:
         """
@@ -114,10 +117,19 @@ class Actor:
     @th.no_grad()
     def _sample(self, observations: PyTorchObs) -> th.Tensor:
         """Sample actions without a graph, one per environment."""
+        self._observations, self._is_shown = observations, True
         return self._policy.get_distribution(observations).get_actions()
+
+    @th.no_grad()
+    def show_distribution(self) -> None:
+        """Leave the policy's ``action_dist`` at the last step, as ``policy.forward`` does, for a callback that looks at it."""
+        if self._observations is not None and not self._is_shown:
+            self._policy.get_distribution(self._observations)
+            self._is_shown = True
 
     def evaluate(self, observations: PyTorchObs, begin: int, end: int) -> tuple[th.Tensor, th.Tensor]:
         """Values and log-probabilities of the actions of this actor in the steps from ``begin`` to ``end``."""
+        self._is_shown = False
         # Together: they may share a features extractor
         values, log_probs, _ = self._policy.evaluate_actions(observations, th.cat(self._actions[begin:end]))
         return values, log_probs
@@ -175,12 +187,20 @@ class MlpActor(Actor):
             output = F.linear(activation(output), weight, bias)
         return output
 
+    @th.no_grad()
+    def show_distribution(self) -> None:
+        """Leave the policy's ``action_dist`` at the last step; as it is if there was none."""
+        if self._outputs:
+            self._policy.action_dist.proba_distribution(*self._statistics(self._outputs[-1]))
+
     def evaluate(self, observations: PyTorchObs, begin: int, end: int) -> tuple[th.Tensor, th.Tensor]:
         """Values, and log-probabilities from the outputs that have been kept."""
-        outputs = th.cat(self._outputs[begin:end])
-        statistics = (outputs,) if self._log_std is None else (outputs, self._log_std)
-        distribution = self._distribution.proba_distribution(*statistics)
+        distribution = self._distribution.proba_distribution(*self._statistics(th.cat(self._outputs[begin:end])))
         return self._policy.predict_values(observations), distribution.log_prob(th.cat(self._actions[begin:end]))
+
+    def _statistics(self, outputs: th.Tensor) -> tuple[th.Tensor, ...]:
+        """What a distribution is made of."""
+        return (outputs,) if self._log_std is None else (outputs, self._log_std)
 
 
 def make_actor(policy: ActorCriticPolicy) -> Actor:

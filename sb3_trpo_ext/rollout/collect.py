@@ -79,7 +79,7 @@ def collect_rollouts(
             rollout = (rollout_class or LeanRollout)(model, env, callback, rollout_buffer)
             return rollout.collect(n_rollout_steps, before_end)
         snapshot = Snapshot(model.policy)
-        ending: Any = _Ending(callback, functools.partial(before_end, rollout_buffer, snapshot))
+        ending: Any = _Ending(callback, model.env, functools.partial(before_end, rollout_buffer, snapshot))
         with snapshot.watching():
             return loop(model, env, ending, rollout_buffer, n_rollout_steps)
     except (ValueError, RuntimeError) as error:
@@ -113,13 +113,23 @@ def is_deferrable(model: OnPolicyAlgorithm, buffer: RolloutBuffer) -> bool:
 
 
 class _Ending:
-    """A callback, with something to do before its ``on_rollout_end``."""
+    """
+    A callback, with something to do before its ``on_rollout_end``.
 
-    def __init__(self, callback: BaseCallback, before_end: Callable[[], None]):
-        self._callback, self._before_end = callback, before_end
+    :param callback: the callback
+    :param env: what it is to find under the locals: the environment without what is wrapped around it for one rollout
+    :param before_end: what to do
+    """
+
+    def __init__(self, callback: BaseCallback, env: VecEnv | None, before_end: Callable[[], None]):
+        self._callback, self._env, self._before_end = callback, env, before_end
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._callback, name)
+
+    def update_locals(self, locals_: dict[str, Any]) -> None:
+        """The local variables of SB3's loop."""
+        self._callback.update_locals({**locals_, "env": self._env})
 
     def on_rollout_end(self) -> None:
         """The rollout is full."""
@@ -151,7 +161,7 @@ class LeanRollout:
         #: Truncated episodes: step, environment and last observation.
         self._truncated: list[tuple[int, int, PyTorchObs]] = []
         #: What SB3 has in its local variables, under the same names.
-        self._scope: dict[str, Any] = {"self": model, "env": env, "callback": callback, "rollout_buffer": buffer}
+        self._scope: dict[str, Any] = {"self": model, "env": model.env, "callback": callback, "rollout_buffer": buffer}
 
     def collect(self, n_rollout_steps: int, before_end: Callable[[RolloutBuffer, Snapshot], None]) -> bool:
         """Run the environment, then compute what was deferred; as :func:`collect_rollouts`."""
@@ -174,6 +184,8 @@ class LeanRollout:
             return False
         values, log_probs, rewards = self._finish()
         before_end(buffer, self.snapshot)
+        if may_look(callback):
+            self._actor.show_distribution()
         scope.update(n_steps=n_rollout_steps, values=values, log_probs=log_probs, rewards=rewards)
         callback.update_locals(scope)
         callback.on_rollout_end()
@@ -205,6 +217,7 @@ class LeanRollout:
             if is_watched:
                 evaluate = functools.partial(self._evaluate_step, n_steps, obs_tensor)
                 scope["values"], scope["log_probs"] = lazy_pair(evaluate, env.num_envs, model.device)
+                self._actor.show_distribution()
             scope.update(n_steps=n_steps, obs_tensor=obs_tensor, actions=actions, clipped_actions=clipped_actions)
             scope.update(new_obs=new_obs, rewards=rewards, dones=dones, infos=infos)
             callback.update_locals(scope)

@@ -116,6 +116,7 @@ class TensorRollout(LeanRollout):
             if not self._is_eager:
                 evaluate = functools.partial(self._evaluate_step, n_steps, observations)
                 values, log_probs = lazy_pair(evaluate, env.num_envs, model.device)
+                self._actor.show_distribution()
             scope["values"], scope["log_probs"] = values, log_probs
         # RL-Zoo has a callback that looks at these
         scope["infos"] = LazyList(functools.partial(env.infos_of, step, *episodes), env.num_envs)

@@ -27,21 +27,30 @@ class _MaskedActor(Actor):
         super().__init__(policy)  # type: ignore[arg-type]
         self._calls = MaskedCalls(policy)  # type: ignore[arg-type]
         self._all_masks: list[th.Tensor | None] = []
+        #: Of the last step.
+        self._masked_logits: th.Tensor | None = None
 
     @th.no_grad()
     def _sample(self, observations: PyTorchObs) -> th.Tensor:
         self._all_masks.append(self.masks)
-        return self._distribution(observations, self.masks).get_actions()
+        self._masked_logits = apply_masks(self._calls.logits(observations), self.masks)
+        return self._distribution(self._masked_logits).get_actions()
+
+    @th.no_grad()
+    def show_distribution(self) -> None:
+        """Leave the policy's ``action_dist`` at the last step; as it is if there was none."""
+        if self._masked_logits is not None:
+            self._policy.action_dist.proba_distribution(self._masked_logits)
 
     def evaluate(self, observations: PyTorchObs, begin: int, end: int) -> tuple[th.Tensor, th.Tensor]:
         """Values and log-probabilities of the actions of this actor in the steps from ``begin`` to ``end``."""
         masks = None if self.masks is None else th.cat(self._all_masks[begin:end])  # type: ignore[arg-type]
-        log_prob = self._distribution(observations, masks).log_prob(th.cat(self._actions[begin:end]))
+        logits = apply_masks(self._calls.logits(observations), masks)
+        log_prob = self._distribution(logits).log_prob(th.cat(self._actions[begin:end]))
         return self._policy.predict_values(observations), log_prob
 
-    def _distribution(self, observations: PyTorchObs, masks: th.Tensor | None) -> Distribution:
-        logits = apply_masks(self._calls.logits(observations), masks)
-        return plain_distribution(self._policy.action_space).proba_distribution(logits)
+    def _distribution(self, masked_logits: th.Tensor) -> Distribution:
+        return plain_distribution(self._policy.action_space).proba_distribution(masked_logits)
 
 
 class _MaskedMlpActor(MlpActor):

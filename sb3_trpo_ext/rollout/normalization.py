@@ -24,6 +24,10 @@ _PRETRAINED = (
     "would make it another policy: pass norm_obs=False to say that this is meant. To normalize them, call "
     "`model.observe` with those of the demonstrations before the pretraining."
 )
+_NOT_SCALED = (
+    "The rewards are not scaled, because the rollout was not collected by the class's own `collect_rollouts`: pass "
+    "norm_reward=False to say that this is meant, or wrap the environment in VecNormalize."
+)
 #: Samples that are evaluated at a time.
 _CHUNK = 4096
 
@@ -201,6 +205,28 @@ class Normalization:
             env.recompute_rewards_(model, buffer, None if self.rewards is None else self.rewards.scale)
             buffer.compute_returns_and_advantage(*ending(model))
         return bool(fresh)
+
+    def before_update(self, model: Any, is_known_loop: bool) -> None:
+        """
+        Do what is left to do for a rollout that a loop of the user's has collected.
+
+        :param model: with that rollout in its buffer
+        :param is_known_loop: whether the class itself has collected it, and there is nothing left
+        """
+        if is_known_loop:
+            return
+        buffer = model.rollout_buffer
+        self.protect_(model.policy)
+        self._observed = [extractor for extractor in normalized_extractors(model.policy) if extractor.is_fresh]
+        if buffer.generator_ready or not is_known(type(buffer)):
+            self._observed = []
+        if self._observed:
+            for extractor in self._observed:
+                extractor.update(buffer.observations)
+            model._renew_states(buffer)
+            evaluate_again_(model, buffer)
+        if self.rewards is not None and self.rewards.is_fresh:
+            warnings.warn(_NOT_SCALED, stacklevel=3)
 
     def after_update(self, model: OnPolicyAlgorithm) -> None:
         """

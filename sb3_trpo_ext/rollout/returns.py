@@ -21,7 +21,7 @@ def ending(model: Any) -> tuple[th.Tensor, np.ndarray]:
 
 
 @th.no_grad()
-def set_returns_(model: Any, buffer: RolloutBuffer, vf_lambda: float) -> None:
+def set_returns_(model: Any, buffer: RolloutBuffer, vf_lambda: float | None) -> None:
     """
     Replace the returns of a full buffer by TD(lambda) returns, and leave its advantages.
 
@@ -29,8 +29,10 @@ def set_returns_(model: Any, buffer: RolloutBuffer, vf_lambda: float) -> None:
 
     :param model: after the rollout
     :param buffer: full, flattened by ``get`` or not
-    :param vf_lambda: from 0 (one reward and the next value) to 1 (rewards alone)
+    :param vf_lambda: from 0 (one reward and the next value) to 1 (rewards alone); ``None`` to leave the returns as they are
     """
+    if vf_lambda is None:
+        return
     if isinstance(buffer, TensorRolloutBuffer):
         th.add(buffer.advantages_for(vf_lambda, *ending(model)), buffer.values, out=buffer.returns)
         return

@@ -1,15 +1,20 @@
 """The state of a policy at some moment: tells whether it has changed since, and can restore it for a while."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from sb3_trpo_ext.optim.vectors import assign_, flatten
+
+#: The numbers of a tensor that are compared: to read so many takes a microsecond.
+N_WATCHED = 1024
 
 
 class Snapshot:
@@ -18,8 +23,9 @@ class Snapshot:
 
     A change is noticed in a few microseconds, without a wait for an accelerator: an operation of PyTorch in place, by the
     tensor's version; new memory, by its address; a part of a module that is new, replaced or gone; a step of the policy's
-    optimizer within :meth:`watching` (fused ones change no version); and on the CPU whatever else changes the first number of
-    a tensor, such as ``param.data.mul_(0.5)``. Plain attributes of modules are not looked at.
+    optimizer within :meth:`watching` (fused ones change no version); and on the CPU whatever else changes a number of a small
+    tensor or one of a thousand numbers of a large one, such as ``param.data.clamp_(-1, 1)``. Plain attributes of modules are
+    not looked at.
 
     :param policy: the policy
     """
@@ -32,9 +38,9 @@ class Snapshot:
         #: Dictionaries of parts, and what is in them.
         self._tree = [(branch, dict(branch)) for branch in branches]
         self._parts = [branch.values() for branch in branches]
-        #: The same memory as that of the tensors, where NumPy can read it.
-        self._arrays = [
-            tensor.detach().numpy()
+        #: Numbers in the memory of the tensors, where NumPy can read it.
+        self._views = [
+            _some_numbers(tensor.detach().numpy())
             for tensor in self._tensors
             if tensor.device.type == "cpu" and tensor.numel() > 0 and tensor.dtype != th.bfloat16
         ]
@@ -71,7 +77,7 @@ class Snapshot:
 
     def _details_now(self) -> list[Any]:
         """What else may change."""
-        return [*map(id, itertools.chain.from_iterable(self._parts)), *(array.item(0) for array in self._arrays)]
+        return [*map(id, itertools.chain.from_iterable(self._parts)), *(view.tobytes() for view in self._views)]
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -88,6 +94,14 @@ class Snapshot:
         finally:
             assign_(self._tensors, numbers)
             _fill(now)
+
+
+def _some_numbers(array: np.ndarray) -> np.ndarray:
+    """All numbers of a small array, and :data:`N_WATCHED` of a large one: a view."""
+    if not array.flags.c_contiguous:
+        # Its rows, flat, would be a copy
+        return array[(slice(1),) * array.ndim]
+    return array.reshape(-1)[:: math.ceil(array.size / N_WATCHED)]
 
 
 def _fill(tree: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:

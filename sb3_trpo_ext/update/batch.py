@@ -8,7 +8,7 @@ import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_trpo_ext._checks import is_known
+from sb3_trpo_ext._checks import ArgumentError, is_known
 from sb3_trpo_ext._observations import mapped
 from sb3_trpo_ext.optim.devices import sent_to
 from sb3_trpo_ext.parallel.moments import all_moments
@@ -39,7 +39,17 @@ class Batch(NamedTuple):
 def rollout_batch(
     buffer: RolloutBuffer, is_discrete: bool, normalize_advantage: bool, clip_advantage: float | None = None
 ) -> Batch:
-    """The whole rollout in a full buffer: in the order of time within each environment, unless it has a ``get`` of its own."""
+    """
+    The whole rollout in a full buffer: in the order of time within each environment, unless it has a ``get`` of its own.
+
+    :raises ValueError: if the buffer is not full
+    """
+    if not buffer.full:
+        raise ArgumentError(
+            f"The rollout buffer has {buffer.pos} of {buffer.buffer_size} steps. If `n_steps` was changed after the model was "
+            "made, make a new buffer by `model._setup_model()`, or load the model with the new `n_steps`; if a callback has "
+            "called `reset` of the buffer, leave it out."
+        )
     data = _in_order(buffer) if is_known(type(buffer).get) else next(iter(buffer.get(buffer.buffer_size * buffer.n_envs)))
     advantages = _normalized(data.advantages) if normalize_advantage else data.advantages
     if clip_advantage is not None:

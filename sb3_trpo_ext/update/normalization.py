@@ -161,6 +161,15 @@ class NormalizedExtractor(BaseFeaturesExtractor):
         features = self.extractor({**observations, **normalized})
         return features
 
+    def __getattr__(self, name: str) -> Any:
+        """What this module does not have is that of the extractor within, such as the ``extractors`` of SB3's for a Dict."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name != "extractor" and hasattr(self, "extractor"):
+                return getattr(self.extractor, name)
+            raise
+
     @property
     def is_fresh(self) -> bool:
         """Whether there are statistics, and no observations in them yet."""

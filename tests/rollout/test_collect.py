@@ -344,6 +344,93 @@ def test_callbacks_see_what_sb3s_loop_shows(name: str) -> None:
     assert set(expected.final) - set(actual.final) <= {"idx", "done", "terminal_obs", "terminal_value"}
 
 
+@pytest.mark.parametrize("name", ["box", "discrete", "gSDE", "image, shared extractor"])
+def test_callbacks_see_the_distribution_of_the_step(name: str) -> None:
+    class Distributions(BaseCallback):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[np.ndarray] = []
+
+        def look(self) -> None:
+            policy: Any = self.model.policy
+            distribution = policy.action_dist.distribution
+            self.seen.append((distribution.probs if hasattr(distribution, "probs") else distribution.mean).numpy().copy())
+
+        def _on_step(self) -> bool:
+            # What a callback looks at in between must not stay
+            if self.n_calls % 5 == 0:
+                assert self.locals["log_probs"].isfinite().all()
+            self.look()
+            return True
+
+        def _on_rollout_end(self) -> None:
+            self.look()
+
+    found = []
+    for own_loop in (False, True):
+        model, callback = CASES[name].make(), Distributions()
+        collect(model, own_loop, callback)
+        found.append(callback.seen)
+    assert len(found[0]) == len(found[1]) == 33
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("own_loop", [False, True])
+def test_callbacks_see_the_environment_of_the_model(own_loop: bool) -> None:
+    class Environments(BaseCallback):
+        def _on_step(self) -> bool:
+            assert self.locals["env"] is self.model.env
+            return True
+
+        def _on_rollout_end(self) -> None:
+            assert self.locals["env"] is self.model.env
+
+    # A policy of the user's takes SB3's loop
+    model = TRPO(BetaPolicy if own_loop else "MlpPolicy", random_vec_env(2), n_steps=16, norm_reward=True, device="cpu")
+    assert model.env is not None
+    assert model._normalization.environment(model.env, model.policy) is not model.env
+    model.learn(64, Environments())
+
+
+@pytest.mark.parametrize("vf_lambda", [None, 0.9])
+def test_what_a_callback_does_to_the_model_after_the_rollout_is_not_in_its_returns(vf_lambda: float | None) -> None:
+    class Resetting(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            assert isinstance(self.model, TRPO)
+            self.returns = self.model.rollout_buffer.returns.copy()
+            self.model._last_obs = self.training_env.reset()  # type: ignore[assignment]
+            self.model._last_episode_starts = np.ones(self.training_env.num_envs, dtype=bool)
+
+    model = make_model(random_vec_env(2), vf_lambda=vf_lambda)
+    callback = Resetting()
+    _, callbacks = model._setup_learn(100, callback)
+    assert model.env is not None
+    assert model.collect_rollouts(model.env, callbacks, model.rollout_buffer, model.n_steps)
+    assert callback.returns[-1].any()
+    np.testing.assert_array_equal(model.rollout_buffer.returns, callback.returns)
+
+
+@pytest.mark.parametrize("vf_lambda", [None, 0.9])
+def test_returns_that_a_callback_has_changed_are_the_targets(vf_lambda: float | None) -> None:
+    class Adding(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            assert isinstance(self.model, TRPO)
+            self.model.rollout_buffer.returns += 5
+
+    models = [make_model(random_vec_env(2), vf_lambda=vf_lambda) for _ in range(2)]
+    for model, callback in zip(models, (None, Adding()), strict=True):
+        model.learn(model.n_steps * 2, callback)
+    np.testing.assert_array_equal(models[1].rollout_buffer.returns, models[0].rollout_buffer.returns + 5)
+    assert log_of(models[1])["train/value_loss"] > log_of(models[0])["train/value_loss"] + 10
+
+
 @pytest.mark.parametrize("name", ["box", "discrete"])
 def test_callback_that_writes_into_the_actions(name: str) -> None:
     class Zeroing(BaseCallback):
@@ -548,6 +635,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "behavior cloning": clone_actions,
     "values": fit_values,
     "data of log std": lambda policy: policy.log_std.data.fill_(-1.0),
+    "data of one log std": lambda policy: policy.log_std.data[1:].fill_(-1.0),
+    "data of some weights": lambda policy: policy.action_net.weight.data[1].fill_(0.2),
     "data of all": lambda policy: [param.data.mul_(0.5) for param in policy.parameters()],
     "data replaced": lambda policy: setattr(policy.value_net.weight, "data", policy.value_net.weight.data + 1),
     "numpy": lambda policy: policy.value_net.weight.detach().numpy().__imul__(3.0),
