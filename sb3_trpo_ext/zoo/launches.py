@@ -92,6 +92,10 @@ class Launch:
         self.model: BaseAlgorithm | None = None
         self.steps_before = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        # RL-Zoo sends its manager to other processes, which have no use for the model and its open files
+        return {**vars(self), "model": None}
+
     def begin(self, folder: Path, device: torch.device, **facts: Any) -> None:
         """
         Add the entry to those of earlier launches.

@@ -159,8 +159,11 @@ class Manager(ExperimentManager):
         for name in ("eval_freq", "save_freq"):
             if getattr(self, name) > 0:
                 setattr(self, name, max(getattr(self, name) // world_size(), 1))
+        given = list(self.callbacks)
         super().create_callbacks()
-        self.callbacks = [self._timed(each) if type(each) is EvalCallback else each for each in self.callbacks]
+        for index, callback in enumerate(self.callbacks):
+            if type(callback) is EvalCallback and callback not in given:
+                self.callbacks[index] = self._timed(callback)
         for callback in self.callbacks:
             if isinstance(callback, CheckpointCallback):
                 # An agent is useless without the statistics that its observations were normalized with
@@ -235,10 +238,20 @@ class Manager(ExperimentManager):
             # RL-Zoo always starts counting at zero
             learn = functools.partial(learn, reset_num_timesteps=False)
 
-        # Around it alone: RL-Zoo catches Ctrl-C
-        noted = self._launch.errors_noted()(learn)
-        # Of a model RL-Zoo uses only these three
-        super().learn(SimpleNamespace(learn=noted, env=model.env, policy=model.policy))  # type: ignore[arg-type]
+        def watched(*args: Any, **kwargs: Any) -> None:
+            # Here already: RL-Zoo catches Ctrl-C, and ends its first callback
+            try:
+                with self._launch.errors_noted():
+                    learn(*args, **kwargs)
+            except KeyboardInterrupt:
+                for callback in self.callbacks[1:]:
+                    if hasattr(callback, "model"):
+                        callback.on_training_end()
+                raise
+
+        with self._launch.errors_noted():
+            # Of a model RL-Zoo uses only these three
+            super().learn(SimpleNamespace(learn=watched, env=model.env, policy=model.policy))  # type: ignore[arg-type]
         self._launch.end("finished")
 
     def objective(self, trial: optuna.Trial) -> float:

@@ -107,7 +107,8 @@ def parse(name: str, arguments: Sequence[str]) -> Options:
     :param name: the command
     :param arguments: what the user wrote after it
     """
-    parser = argparse.ArgumentParser(f"sb3-trpo {name}", add_help=False, allow_abbrev=False)
+    # With abbreviations, as RL-Zoo's parser: one that this parser did not know would be overridden by our default
+    parser = argparse.ArgumentParser(f"sb3-trpo {name}", add_help=False)
     for option in (*_COMMON, *_READ.get(name, ())):
         flags, kwargs = _OPTIONS[option]
         parser.add_argument(*flags, dest=option, **kwargs)

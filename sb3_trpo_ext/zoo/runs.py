@@ -229,6 +229,12 @@ def latest_run(folder: Path, env_name: str, models: Sequence[str]) -> int:
     with_model = [number for number, path in runs.items() if any(list(path.glob(name)) for name in models)]
     if with_model:
         return max(with_model)
+    with_uuid = [path.name for path in folder.glob("*") if re.fullmatch(rf"{re.escape(env_name)}_\d+_.+", path.name)]
+    if with_uuid:
+        raise RunError(
+            f"no run of {env_name} in {folder} has {' or '.join(models)} but those with a --uuid, which RL-Zoo does not find: "
+            f"rename {with_uuid[0]} to {with_uuid[0].rpartition('_')[0]}"
+        )
     if not runs:
         raise RunError(f"there is no run of {env_name} in {folder}: is it in another --folder, or of another --algo?")
     found = sorted({model.name for path in runs.values() for model in path.glob("*.zip")})

@@ -23,6 +23,7 @@ from interpreters import Interpreter
 from rl_zoo3 import ALGOS
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
@@ -277,6 +278,11 @@ def test_abbreviated_options_are_read() -> None:
         *("-n", "3", "--algo", "ppo", "--conf-file", "a.yml", "--optimize-hyperparameters", "--vec-env", "subproc"),
         *("--hyperparams", "a:1", "b:2"),
     ]
+    # Whatever RL-Zoo's parser would take for one of ours, or our default would override it
+    options = with_defaults(parse("train", ["--conf", "a.yml", "--hyperparam", "target_kl:lin_0.1"]))
+    assert (options.conf_file, options.hyperparams) == ("a.yml", ["target_kl:lin_0.1"])
+    assert options.to_arguments().count("--conf-file") == 1
+    assert parse("enjoy", ["--exp", "1"]).exp_id == 1
     # An option of the script that begins like one of `train`'s
     assert parse("record-video", ["-o", "films"]).to_arguments() == ["-o", "films"]
 
@@ -599,6 +605,50 @@ def test_evaluations_are_timed(tmp_path: Path) -> None:
     with np.load(Path(experiment.save_path) / "evaluations.npz") as table:
         assert table["results"].shape == (2, 1)
     assert (Path(experiment.save_path) / "best_model.zip").is_file()
+
+
+def test_evaluations_of_the_users_are_left_as_they_are(tmp_path: Path) -> None:
+    config = tmp_path / "settings.py"
+    config.write_text(
+        "import gymnasium as gym\n"
+        "from stable_baselines3.common.callbacks import EvalCallback\n"
+        "from stable_baselines3.common.monitor import Monitor\n"
+        f"mine = EvalCallback(Monitor(gym.make('CartPole-v1')), eval_freq=32, n_eval_episodes=1, log_path={str(tmp_path)!r})\n"
+        "entry = dict(n_timesteps=64, policy='MlpPolicy', n_steps=32, batch_size=32, callback=[mine])\n"
+        "hyperparams = {'CartPole-v1': entry}\n"
+    )
+    experiment = manager("CartPole-v1", tmp_path / "logs", config=config, log_interval=-1)
+    experiment.eval_freq, experiment.n_eval_episodes = 64, 1
+    results = experiment.setup_experiment()
+    assert results is not None
+    assert [type(callback) for callback in experiment.callbacks] == [TrainingRecorder, EvalCallback, TimedEvalCallback]
+    experiment.learn(results[0])
+    for folder, n_evaluations in ((tmp_path, 2), (Path(experiment.save_path), 1)):
+        with np.load(folder / "evaluations.npz") as table:
+            assert len(table["results"]) == n_evaluations
+
+
+def test_all_callbacks_end_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ending(BaseCallback):
+        n_ends = 0
+
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_training_end(self) -> None:
+            self.n_ends += 1
+
+    def interrupt(_: TRPO) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TRPO, "train", interrupt)
+    experiment = experiment_of(tmp_path, KEY)
+    results = experiment.setup_experiment()
+    assert results is not None
+    callbacks = [Ending(), Ending(), Ending()]
+    experiment.callbacks = [callbacks[0], *experiment.callbacks, *callbacks[1:]]
+    experiment.learn(results[0])
+    assert [callback.n_ends for callback in callbacks] == [1, 1, 1]
 
 
 def test_search_for_hyperparameters_records_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`run.json`: what a run was made with, and how each of its launches ended."""
 
 import json
+import pickle
 import signal
 import subprocess
 import time
@@ -15,7 +16,7 @@ from rl_zoo3.exp_manager import ExperimentManager
 from sb3_trpo_ext import TRPO, __version__
 from sb3_trpo_ext.zoo import launches, manager
 from sb3_trpo_ext.zoo.command import main
-from sb3_trpo_ext.zoo.launches import git_revision
+from sb3_trpo_ext.zoo.launches import Launch, git_revision, launches_in
 
 OPTIONS = ["--eval-freq", "-1", "--device", "cpu", "--verbose", "0", "--seed", "3"]
 TINY = ["-params", "n_envs:2", "n_steps:64", "batch_size:64", "n_critic_updates:1"]
@@ -84,6 +85,22 @@ def test_end_in_the_middle_is_noted(error: type[BaseException], status: str, mon
     (entry,) = entries()
     assert (entry["status"], entry["steps"]) == (status, 128)
     assert "seconds" in entry
+
+
+def test_a_manager_that_goes_to_other_processes_leaves_the_model_behind() -> None:
+    launch = Launch()
+    launch.model = TRPO("MlpPolicy", "CartPole-v1", n_steps=64)
+    copied = pickle.loads(pickle.dumps(launch))
+    assert copied.model is None
+    assert vars(copied).keys() == vars(launch).keys()
+
+
+def test_augmented_random_search_evaluates_in_its_own_processes() -> None:
+    options = ["-params", "n_envs:2", "n_delta:2", "n_top:1", "--eval-freq", "-1", "-n", "100"]
+    assert main(["train", "--algo", "ars", "--env", "CartPole-v1", "--device", "cpu", *options, "-f", "logs"]) == 0
+    (file,) = Path("logs/ars").glob("*/run.json")
+    (entry,) = launches_in(file)
+    assert (entry["status"], entry["algorithm"]) == ("finished", "ars")
 
 
 def test_run_that_does_not_begin_has_failed() -> None:

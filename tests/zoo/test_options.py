@@ -140,6 +140,13 @@ def test_missing_model_is_explained(logs: Path) -> None:
         latest_run(folder, "A-v0", ["rl_model_7_steps.zip"])
 
 
+def test_runs_that_rl_zoo_does_not_find_are_named(logs: Path) -> None:
+    folder = logs / "trpo_ext"
+    (folder / "C-v0_2_4b5e").mkdir()
+    with pytest.raises(RunError, match=r"those with a --uuid.*: rename C-v0_2_4b5e to C-v0_2"):
+        latest_run(folder, "C-v0", ["C-v0.zip"])
+
+
 def test_folders_of_failed_starts_are_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
