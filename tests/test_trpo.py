@@ -708,8 +708,7 @@ def test_an_update_leaves_the_rollout_as_it_was(observation_space: spaces.Space)
 def test_a_rollout_buffer_that_is_not_full_is_refused(n_steps: int) -> None:
     model = make_model()
     model.n_steps = n_steps
-    before = model.policy.state_dict()
-    before = {name: tensor.clone() for name, tensor in before.items()}
+    before = {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
     with pytest.raises(ValueError, match=rf"has {n_steps} of 32 steps.*model._setup_model\(\)"):
         model.learn(64)
     assert all(th.equal(tensor, before[name]) for name, tensor in model.policy.state_dict().items())

@@ -156,6 +156,8 @@ class LeanRollout:
         self._watching = ExitStack()
         #: The number of steps in the buffer, and of those that have their values and log-probabilities.
         self._n_stored = self._n_evaluated = 0
+        #: Whether the callback may look at what is computed only at the end.
+        self._is_watched = may_look(callback)
         #: Whether values and log-probabilities are computed after each step.
         self._is_eager = False
         #: Truncated episodes: step, environment and last observation.
@@ -184,7 +186,7 @@ class LeanRollout:
             return False
         values, log_probs, rewards = self._finish()
         before_end(buffer, self.snapshot)
-        if may_look(callback):
+        if self._is_watched:
             self._actor.show_distribution()
         scope.update(n_steps=n_rollout_steps, values=values, log_probs=log_probs, rewards=rewards)
         callback.update_locals(scope)
@@ -202,7 +204,7 @@ class LeanRollout:
     def _run(self, n_rollout_steps: int) -> bool:
         """Run the environment; returns False if the callback ended the training."""
         model, env, callback, buffer, scope = self.model, self.env, self.callback, self.buffer, self._scope
-        is_watched = may_look(callback)
+        is_watched = self._is_watched
         stock_class = type(buffer)
         class_in_callbacks = lazy_class(stock_class, self._evaluate) if is_watched else stock_class
         unknown = th.zeros(env.num_envs)

@@ -24,7 +24,7 @@ from sb3_trpo_ext.envs.tensor import TensorObs, TensorStep, TensorVecEnv
 from sb3_trpo_ext.rollout.actors import Actor, is_deferrable_policy
 from sb3_trpo_ext.rollout.collect import LeanRollout
 from sb3_trpo_ext.rollout.errors import INTACT
-from sb3_trpo_ext.rollout.lazy import callbacks_in, lazy_class, lazy_pair, may_look
+from sb3_trpo_ext.rollout.lazy import callbacks_in, lazy_class, lazy_pair
 from sb3_trpo_ext.rollout.tensors import TensorRolloutBuffer
 from sb3_trpo_ext.update.batch import take
 from sb3_trpo_ext.update.normalization import CLIP
@@ -60,7 +60,6 @@ class TensorRollout(LeanRollout):
         self._scale = scale
         #: Returns and lengths of episodes after each step.
         self._episodes: list[tuple[th.Tensor, th.Tensor]] = []
-        self._is_watched = may_look(callback)
         # This callback sums `dones` by NumPy, which takes no tensors
         self._counts_episodes = any(isinstance(part, StopTrainingOnMaxEpisodes) for part in callbacks_in(callback))
         self._stock_class = type(buffer)

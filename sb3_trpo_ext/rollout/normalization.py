@@ -193,18 +193,21 @@ class Normalization:
         if env is None or env.scale is not None or not isinstance(buffer, RolloutBuffer) or buffer.generator_ready:
             return False
         extractors = normalized_extractors(model.policy) if has_acted and is_known(type(buffer)) else []
-        fresh = [extractor for extractor in extractors if extractor.is_fresh]
-        for extractor in fresh:
-            extractor.update(buffer.observations)
-        self._observed = fresh
-        if fresh:
-            model._renew_states(buffer)
-            evaluate_again_(model, buffer)
+        self._observe_first(model, buffer, extractors)
         with th.no_grad():
             # The rewards in the first scale, and advantages and returns of these
             env.recompute_rewards_(model, buffer, None if self.rewards is None else self.rewards.scale)
             buffer.compute_returns_and_advantage(*ending(model))
-        return bool(fresh)
+        return bool(self._observed)
+
+    def _observe_first(self, model: Any, buffer: RolloutBuffer, extractors: list[NormalizedExtractor]) -> None:
+        """Add a rollout to the statistics of extractors that have none yet, and renew what the policy said in it."""
+        self._observed = [extractor for extractor in extractors if extractor.is_fresh]
+        for extractor in self._observed:
+            extractor.update(buffer.observations)
+        if self._observed:
+            model._renew_states(buffer)
+            evaluate_again_(model, buffer)
 
     def before_update(self, model: Any, is_known_loop: bool) -> None:
         """
@@ -217,14 +220,8 @@ class Normalization:
             return
         buffer = model.rollout_buffer
         self.protect_(model.policy)
-        self._observed = [extractor for extractor in normalized_extractors(model.policy) if extractor.is_fresh]
-        if buffer.generator_ready or not is_known(type(buffer)):
-            self._observed = []
-        if self._observed:
-            for extractor in self._observed:
-                extractor.update(buffer.observations)
-            model._renew_states(buffer)
-            evaluate_again_(model, buffer)
+        if is_known(type(buffer)) and not buffer.generator_ready:
+            self._observe_first(model, buffer, normalized_extractors(model.policy))
         if self.rewards is not None and self.rewards.is_fresh:
             warnings.warn(_NOT_SCALED, stacklevel=3)
 

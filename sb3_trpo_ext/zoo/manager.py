@@ -239,11 +239,11 @@ class Manager(ExperimentManager):
             learn = functools.partial(learn, reset_num_timesteps=False)
 
         def watched(*args: Any, **kwargs: Any) -> None:
-            # Here already: RL-Zoo catches Ctrl-C, and ends its first callback
             try:
-                with self._launch.errors_noted():
-                    learn(*args, **kwargs)
+                learn(*args, **kwargs)
             except KeyboardInterrupt:
+                # RL-Zoo catches it, and ends its first callback
+                self._launch.end("interrupted")
                 for callback in self.callbacks[1:]:
                     if hasattr(callback, "model"):
                         callback.on_training_end()
