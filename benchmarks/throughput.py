@@ -38,7 +38,7 @@ from benchmarks import contrib
 from benchmarks.timing import spread
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext.envs import EnvPoolVecEnv
-from sb3_trpo_ext.rollout import actors, collect
+from sb3_trpo_ext.rollout import actors, lean
 
 Model = TRPO | sb3_contrib.TRPO
 
@@ -204,7 +204,7 @@ def shares(contestant: Contestant) -> dict[str, float]:
     targets += [(BaseCallback, name, "callbacks") for name in ("update_locals", "on_step")]
     targets += [(buffer, "add", "buffer")]
     if isinstance(model, TRPO):
-        targets += [(actors.Actor, "act", "actor_step"), (collect.LeanRollout, "_evaluate", "values_and_gae")]
+        targets += [(actors.Actor, "act", "actor_step"), (lean.LeanRollout, "_evaluate", "values_and_gae")]
         targets += [(model, "_full_batch", "policy_update")]
         module = sys.modules[TRPO.__module__]
         targets += [(module, "Surrogate", "policy_update"), (model, "_update_policy", "policy_update")]

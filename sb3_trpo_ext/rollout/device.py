@@ -1,7 +1,7 @@
 """Rollouts that never leave the device of the policy: for a :class:`~sb3_trpo_ext.envs.tensor.TensorVecEnv` that is there.
 
 They fill a :class:`~sb3_trpo_ext.rollout.tensors.TensorRolloutBuffer` with the numbers that SB3's loop would get from the
-NumPy side of the same environment. What differs from :mod:`sb3_trpo_ext.rollout.collect`:
+NumPy side of the same environment. What differs from :mod:`sb3_trpo_ext.rollout.lean`:
 
 1. What callbacks find under SB3's names are tensors. ``rewards`` are as the environment gave them until the rollout is over,
    and ``infos`` is made when it is read.
@@ -22,9 +22,9 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from sb3_trpo_ext._observations import mapped, parts_of
 from sb3_trpo_ext.envs.tensor import TensorObs, TensorStep, TensorVecEnv
 from sb3_trpo_ext.rollout.actors import Actor, is_deferrable_policy
-from sb3_trpo_ext.rollout.collect import LeanRollout
 from sb3_trpo_ext.rollout.errors import INTACT
 from sb3_trpo_ext.rollout.lazy import callbacks_in, lazy_class, lazy_pair
+from sb3_trpo_ext.rollout.lean import LeanRollout
 from sb3_trpo_ext.rollout.tensors import TensorRolloutBuffer
 from sb3_trpo_ext.update.batch import take
 from sb3_trpo_ext.update.normalization import CLIP

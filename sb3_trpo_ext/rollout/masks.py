@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_trpo_ext.rollout.actors import Actor, MlpActor
-from sb3_trpo_ext.rollout.collect import LeanRollout
+from sb3_trpo_ext.rollout.lean import LeanRollout
 from sb3_trpo_ext.update.masks import MaskedCalls, apply_masks, plain_distribution
 from sb3_trpo_ext.update.structure import actor_structure
 

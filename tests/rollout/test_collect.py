@@ -189,7 +189,7 @@ CASES = {
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is computed at the end of a rollout is computed in several batches, the last one smaller."""
-    monkeypatch.setattr("sb3_trpo_ext.rollout.collect.CHUNK_NUMBERS", 3 * 3 * 7)
+    monkeypatch.setattr("sb3_trpo_ext.rollout.lean.CHUNK_NUMBERS", 3 * 3 * 7)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -206,7 +206,7 @@ def test_buffer_holds_what_sb3s_loop_puts_there(name: str) -> None:
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sb3_trpo_ext.rollout.collect.make_actor", make)
+        patch.setattr("sb3_trpo_ext.rollout.lean.make_actor", make)
         assert collect(ours, own_loop=False, n_rollouts=2)
     assert [type(actor) for actor in seen] == [case.actor] * 2
     assert collect(theirs, own_loop=True, n_rollouts=2)
