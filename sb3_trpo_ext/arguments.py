@@ -1,10 +1,11 @@
 """Checks of TRPO's arguments, so that a mistake is named before anything runs."""
 
+import functools
 import inspect
 import math
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch as th
@@ -29,18 +30,54 @@ from sb3_trpo_ext.update.critic import VALUE_LOSSES
 from sb3_trpo_ext.update.mixed import parts_of_actions
 from sb3_trpo_ext.update.optimizers import n_params
 
+Init = TypeVar("Init", bound=Callable[..., None])
+
 ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 #: Which class is for which policies of sb3-contrib.
 CONTRIB_POLICIES = {"MaskableActorCriticPolicy": "MaskableTRPO", "RecurrentActorCriticPolicy": "RecurrentTRPO"}
 #: What stands for an argument that is left to the class.
 AUTO = "auto"
 #: How models without these arguments behave: those of earlier versions, and of sb3-contrib.
-EARLIER: dict[str, Any] = {"norm_obs": False, "norm_reward": False, "stagger_episodes": False, "vf_lambda": None}
+EARLIER: dict[str, Any] = {
+    "norm_obs": False,
+    "norm_reward": False,
+    "stagger_episodes": False,
+    "vf_lambda": None,
+    "_own_extractors": False,
+}
 #: The two forms of the trust region, with the options that `trust_region_kwargs` may hold.
 TRUST_REGION_OPTIONS: dict[str, tuple[str, ...]] = {
     "constraint": ("fill", "damped_scale", "precondition"),
     "penalty": ("learning_rate", "n_epochs", "batch_size", "beta"),
 }
+
+
+#: Arguments of PPO that TRPO does not have, and what to do about them.
+OF_PPO = {
+    "n_epochs": "`n_critic_updates` is the number of passes of the critic, and the policy makes one step per rollout",
+    "clip_range": "leave it out: `target_kl` bounds the policy's step",
+    "vf_coef": "leave it out: the critic is fitted after the policy's step, with a loss of its own",
+}
+
+
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """What to do about an argument that does not exist, given the names of those that do."""
+    return OF_PPO.get(name) or closest(name, names)
+
+
+def explaining_names(init: Init) -> Init:
+    """A constructor that says what to do about an unknown keyword argument."""
+
+    @functools.wraps(init)
+    def explained(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in known:
+                hint = suggestion(name, known - {"self", "policy", "env", "_init_setup_model"})
+                raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}: {hint}")
+        init(self, *args, **kwargs)
+
+    known = set(inspect.signature(init).parameters)
+    return cast(Init, explained)
 
 
 def check_attributes(algorithm: type, given: Iterable[str], saved: Iterable[str]) -> None:
@@ -50,8 +87,8 @@ def check_attributes(algorithm: type, given: Iterable[str], saved: Iterable[str]
     for name in given:
         if name not in known:
             arguments = set(inspect.signature(algorithm).parameters) - {"policy", "env", "args", "kwargs", "_init_setup_model"}
-            suggestion = closest(name, arguments)
-            raise TypeError(f"{algorithm.__name__}.load() got an unexpected keyword argument {name!r}: {suggestion}")
+            hint = suggestion(name, arguments)
+            raise TypeError(f"{algorithm.__name__}.load() got an unexpected keyword argument {name!r}: {hint}")
 
 
 def scheduled(name: str, value: float | Schedule, progress_remaining: float, minimum: float = -math.inf) -> float:
@@ -60,6 +97,7 @@ def scheduled(name: str, value: float | Schedule, progress_remaining: float, min
     if not is_number(number) or float(number) < minimum:
         source = f"its schedule returned {number!r} at progress_remaining={progress_remaining:g}"
         bound = "" if minimum == -math.inf else f" of at least {minimum:g}"
+        bound += f" or {AUTO!r}" if name in ("target_kl", "cg_damping") else ""
         raise ArgumentError(f"`{name}` must be a finite number{bound}, got {source if callable(value) else repr(value)}.")
     return float(number)
 
@@ -291,5 +329,5 @@ def check_arguments(model: Any) -> None:
         warnings.warn(
             f"`batch_size` is {model.batch_size}, and a rollout has {n_samples} samples: in each pass over it "
             f"there will be a truncated mini-batch of size {n_samples % model.batch_size}. Choose a divisor of {n_samples}.",
-            stacklevel=4,
+            stacklevel=5,
         )

@@ -1,5 +1,6 @@
 """The values of arguments that the user leaves to TRPO, for any environment and any length of training."""
 
+import inspect
 import math
 from typing import Any
 
@@ -112,7 +113,8 @@ def target_kl(
     :return: the radius
     """
     total_timesteps = total_timesteps or BUDGET_STEPS
-    length = total_timesteps - start
+    # A rollout is always whole
+    length = max(total_timesteps - start, n_samples)
     slope = 2 * KL_BUDGET * n_samples / (BUDGET_STEPS if start else min(length, BUDGET_STEPS))
     progress_remaining *= total_timesteps / length
     return get_action_dim(action_space) * min(slope * (progress_remaining + n_samples / length / 2), MAX_KL)
@@ -165,19 +167,33 @@ def normalizes_rewards(norm_reward: bool | str, env: VecEnv | None) -> bool:
     return not any(wrapper.norm_reward for wrapper in vec_normalizes(env))
 
 
-def policy_kwargs(given: dict[str, Any], norm_obs: bool) -> dict[str, Any]:
+def policy_kwargs(given: dict[str, Any], policy: type, norm_obs: bool, own_extractors: bool) -> dict[str, Any]:
     """
-    Arguments of a policy that may normalize its observations.
+    Arguments of a policy whose features extractors TRPO has a say in.
 
     :param given: arguments as the user gave them
-    :param norm_obs: whether it does
-    :return: ``given``, or a copy with :class:`~sb3_trpo_ext.update.normalization.NormalizedExtractor` around the extractor
+    :param policy: class of the policy
+    :param norm_obs: whether :class:`~sb3_trpo_ext.update.normalization.NormalizedExtractor` is around the extractor
+    :param own_extractors: whether actor and critic of a policy of SB3 have an extractor each, if the user does not say: only
+        the policy's update changes shared layers, so the critic cannot train a shared extractor
+    :return: a copy with what was left out
     """
-    if not norm_obs:
-        return given
-    names = ("features_extractor_class", "features_extractor_kwargs")
-    within = {name: given[name] for name in names if name in given}
-    return {**given, names[0]: NormalizedExtractor, names[1]: within}
+    kwargs = dict(given)
+    is_shared = given.get("shared_lstm", False) or _extractor_class(policy, given) is FlattenExtractor
+    if own_extractors and is_known(policy) and not is_shared:
+        kwargs.setdefault("share_features_extractor", False)
+    if norm_obs:
+        names = ("features_extractor_class", "features_extractor_kwargs")
+        within = {name: given[name] for name in names if name in given}
+        kwargs |= {names[0]: NormalizedExtractor, names[1]: within}
+    return kwargs
+
+
+def _extractor_class(policy: type, given: dict[str, Any]) -> Any:
+    """The class of the features extractor: that of the arguments, or the policy's default."""
+    name = "features_extractor_class"
+    signatures = (inspect.signature(kind.__init__).parameters for kind in policy.__mro__)  # type: ignore[misc]
+    return given.get(name) or next(parameters[name].default for parameters in signatures if name in parameters)
 
 
 @th.no_grad()

@@ -95,8 +95,11 @@ class MaskableTRPO(TRPO):
         """
         if not self._use_masking:
             return None
-        sizes = choices(self.action_space)
-        masks = np.stack([self._checked(index, mask, sum(sizes)) for index, mask in enumerate(env.env_method("action_masks"))])
+        sizes, given = choices(self.action_space), env.env_method("action_masks")
+        if len(given) == 1 and np.shape(given[0]) == (env.num_envs, sum(sizes)):
+            # A simulator of many environments, whose `env_method` calls its own method
+            given = list(given[0])
+        masks = np.stack([self._checked(index, mask, sum(sizes)) for index, mask in enumerate(given)])
         starts = np.cumsum([0, *sizes[:-1]])
         is_possible = np.logical_or.reduceat(masks, starts, axis=1).all(axis=1)
         if not is_possible.all():
@@ -120,6 +123,23 @@ class MaskableTRPO(TRPO):
                 f"{self.action_space} (those of all parts of an action side by side), got {mask!r}."
             )
         return array.flatten()
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: RolloutBuffer,
+        n_rollout_steps: int,
+        use_masking: bool | None = None,
+    ) -> bool:
+        """
+        Collect experiences: as :meth:`sb3_trpo_ext.trpo.TRPO.collect_rollouts`.
+
+        :param use_masking: whether to ask the environment for masks; ``None`` for what ``learn`` was told
+        """
+        if use_masking is not None:
+            self._use_masking = use_masking
+        return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
 
     def _collect(self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, *args: Any) -> bool:
         arguments.check_buffer(type(rollout_buffer), MASKABLE_BUFFERS, "with masks", "shuffle samples away from their masks")

@@ -18,6 +18,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
+from torch import nn
 
 from sb3_trpo_ext import arguments
 from sb3_trpo_ext._checks import ArgumentError
@@ -92,7 +93,7 @@ class RecurrentTRPO(TRPO):
         )
         self.policy = policy.to(self.device)
         for lstm in (policy.lstm_actor, policy.lstm_critic):
-            if lstm is not None and (lstm.bidirectional or lstm.proj_size or lstm.batch_first):
+            if isinstance(lstm, nn.LSTM) and (lstm.bidirectional or lstm.proj_size or lstm.batch_first):
                 names = "`bidirectional`, `proj_size` and `batch_first`"
                 raise ArgumentError(f"`policy_kwargs['lstm_kwargs']`: {names} change the shapes of an LSTM: leave them out.")
         shape = (policy.lstm_actor.num_layers, self.n_envs, policy.lstm_actor.hidden_size)

@@ -38,9 +38,10 @@ from sb3_trpo_ext.update.batch import Batch, rollout_batch
 from sb3_trpo_ext.update.clipping import action_bounds
 from sb3_trpo_ext.update.critic import CriticFit, fit_critic
 from sb3_trpo_ext.update.distributions import family_of
-from sb3_trpo_ext.update.log import record_update, warn_if_rejected
+from sb3_trpo_ext.update.log import record_update, warn_if_another, warn_if_rejected
 from sb3_trpo_ext.update.mixed import MixedActions
 from sb3_trpo_ext.update.normalization import RewardScale, normalized_extractors
+from sb3_trpo_ext.update.optimizers import fast_optimizer
 from sb3_trpo_ext.update.settings import no_argument_checks, twice_differentiable_attention
 from sb3_trpo_ext.update.structure import PolicyParts, drop_graph_
 from sb3_trpo_ext.update.surrogate import Surrogate
@@ -133,6 +134,7 @@ class TRPO(SavingAlgorithm):
     #: The class of sb3-contrib whose policies this class is for.
     policy_base: ClassVar[str | None] = None
 
+    @arguments.explaining_names
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],
@@ -219,6 +221,8 @@ class TRPO(SavingAlgorithm):
         self.norm_obs = norm_obs
         self.norm_reward = norm_reward
         self.stagger_episodes = stagger_episodes
+        #: Whether actor and critic have a features extractor each by default; not in models of earlier versions.
+        self._own_extractors = True
         #: `n_steps` and `batch_size` as the class chose them; None if the user did.
         self._auto_n_steps: int | None = None
         self._auto_batch_size: int | None = None
@@ -283,7 +287,8 @@ class TRPO(SavingAlgorithm):
         arguments.check_arguments(self)
         self.norm_obs = defaults.normalizes_observations(self.norm_obs, self.policy_class, self.policy_kwargs, self.env)
         self.norm_reward = defaults.normalizes_rewards(self.norm_reward, self.env)
-        given, self.policy_kwargs = self.policy_kwargs, defaults.policy_kwargs(self.policy_kwargs, self.norm_obs)
+        given, options = self.policy_kwargs, (self.policy_class, self.norm_obs, self._own_extractors)
+        self.policy_kwargs = defaults.policy_kwargs(given, *options)
         self._setup_policy()
         self._fit_buffer_to_env()
         self.policy_kwargs = given
@@ -296,12 +301,7 @@ class TRPO(SavingAlgorithm):
                 "`policy_kwargs['optimizer_class']` is LBFGS, which makes a step from a function and not from a gradient: use "
                 "an optimizer such as Adam."
             )
-        # SB3's optimizer again, with the fused implementation of Adam unless another one was chosen
-        self.policy.optimizer = self.policy.optimizer_class(
-            self.policy.parameters(),
-            lr=self.lr_schedule(1),  # type: ignore[call-arg]
-            **{**_fused(self.policy), **self.policy.optimizer_kwargs},
-        )
+        self.policy.optimizer = fast_optimizer(self.policy, self.lr_schedule(1))
         if self.trust_region == "penalty":
             if not family_of(self.policy.action_dist).is_batched:
                 raise ArgumentError(
@@ -401,7 +401,7 @@ class TRPO(SavingAlgorithm):
         is_staggered = self.stagger_episodes if self.stagger_episodes != arguments.AUTO else self.n_steps == self._auto_n_steps
         self._stagger.before_rollout(self)
         env = self._normalization.environment(env, self.policy, isinstance(rollout_buffer, TensorRolloutBuffer))
-        is_full = self._collect(env, callback, rollout_buffer, n_rollout_steps, self._complete)
+        is_full = self._collect(env, callback, rollout_buffer, n_rollout_steps, self._complete, self._normalization.scaled)
         if is_full and is_staggered:
             self._stagger.after_rollout(self, rollout_buffer)
         return is_full and not (isinstance(callback, launch.RankCallback) and callback.is_over)
@@ -469,7 +469,8 @@ class TRPO(SavingAlgorithm):
         started = time.perf_counter()
         result, entropy, std = self._no_update(UpdateStatus.NOTHING_TO_TRAIN), math.nan, math.nan
         # The likelihood of clipped actions is not in the buffer: the current policy gives it, if it is the one that acted
-        is_clipped = self.clipped_likelihood and (self._acted is None or self._acted.is_of(self.policy))
+        has_acted = self._acted is not None and self._acted.is_of(self.policy)
+        is_clipped = self.clipped_likelihood and (has_acted or self._acted is None)
         if parts.actor_params:
             with no_argument_checks, twice_differentiable_attention:
                 surrogate = Surrogate(
@@ -483,6 +484,8 @@ class TRPO(SavingAlgorithm):
                     shares=shares,
                     calls=calls,
                 )
+                if has_acted:
+                    warn_if_another(self.policy, surrogate.deviation)
                 result = self._update_policy(surrogate, target_kl + self._carried_kl(target_kl), cg_damping)
                 entropy, std = surrogate.summary()
         policy_done = time.perf_counter()
@@ -619,10 +622,3 @@ class TRPO(SavingAlgorithm):
         """
         for extractor in normalized_extractors(self.policy):
             extractor.update(observations)
-
-
-def _fused(policy: ActorCriticPolicy) -> dict[str, Any]:
-    """Arguments that ask Adam for its fused implementation: one kernel per step instead of a dozen per parameter."""
-    is_adam = policy.optimizer_class in (th.optim.Adam, th.optim.AdamW)
-    is_chosen = not {"fused", "foreach", "capturable", "differentiable"}.isdisjoint(policy.optimizer_kwargs)
-    return {"fused": True} if is_adam and not is_chosen and policy.device.type in ("cpu", "cuda") else {}

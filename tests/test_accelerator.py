@@ -243,13 +243,14 @@ def test_an_mlp_makes_the_host_wait_once_per_step_of_the_environment(training: s
         model.learn(32)
     assert waits.pop("actors._on_host") == 32
     # Values, log-probabilities and what episodes cut short would have had, with PyTorch's checks of arguments
-    n_ends = sum(waits.pop(name) for name in ("actors.evaluate", "collect._evaluate", "collect._finish"))
+    n_ends = sum(waits.pop(name) for name in ("actors.evaluate", "lean._evaluate", "lean._finish"))
     assert n_ends <= 8
     assert waits.pop("conjugate_gradient.conjugate_gradient") <= 3
     assert waits.pop("updates._evaluated") == log_of(model)["train/line_search_trials"]
     assert waits == {
         "updates._before_update": 1,
         "updates.update": 1,
+        "log.warn_if_another": 1,
         "surrogate.summary": 1,
         "critic.fit_critic": 2,
     }

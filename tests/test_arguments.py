@@ -158,6 +158,22 @@ def test_a_number_that_is_no_float_is_named() -> None:
         make_model(gamma=10**400)
 
 
+class _Mine(TRPO):
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+
+
+@pytest.mark.parametrize("algorithm", [TRPO, _Mine])
+def test_arguments_of_ppo_are_answered(algorithm: type[TRPO]) -> None:
+    for name, words in (("n_epochs", "n_critic_updates"), ("clip_range", "target_kl"), ("n_step", "did you mean n_steps")):
+        with pytest.raises(TypeError, match=f"^{algorithm.__name__}.. got an unexpected keyword argument '{name}': .*{words}"):
+            algorithm("MlpPolicy", "CartPole-v1", **{name: 10})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`target_kl` must be a finite number or 'auto', got None"):
+        make_model(target_kl=None)
+    # Editors and RL-Zoo read them
+    assert {"gamma", "target_kl", "clip_advantage"} <= set(inspect.signature(TRPO).parameters)
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.5, "0", True])
 def test_bad_seed_is_named(seed: Any) -> None:
     with pytest.raises(ValueError, match="`seed` must be an integer from 0"):

@@ -137,6 +137,12 @@ def test_the_kl_of_all_updates_is_the_budget(
     assert values[-1] > 0
 
 
+def test_many_trainings_of_less_than_a_rollout_spend_as_much_as_one_long_one() -> None:
+    space = spaces.Discrete(2)
+    short = [defaults.target_kl(space, 512, start + length, 0.0, start) for start in (512, 5120) for length in (1, 100, 512)]
+    assert short == [pytest.approx(defaults.KL_BUDGET * 512 / defaults.BUDGET_STEPS)] * 6
+
+
 def test_a_training_of_a_single_update_does_not_spend_the_budget() -> None:
     assert defaults.target_kl(spaces.Discrete(2), 2048, 100, 0.0) == defaults.MAX_KL
 
@@ -522,6 +528,68 @@ def test_a_callback_may_change_the_first_rollout() -> None:
     assert abs(rewards[0][0]) < rewards[0][1]
     for each in advantages:
         np.testing.assert_array_equal(each.flatten(), np.arange(64))
+
+
+class FarPolicy(ActorCriticPolicy):
+    """One that SB3's loop collects for, because its own method might do anything."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("policy", [ActorCriticPolicy, FarPolicy])
+@pytest.mark.parametrize("dtype", [np.float32, np.int64])
+def test_callbacks_see_the_rewards_of_the_environment(policy: type[ActorCriticPolicy], dtype: type) -> None:
+    """What they make of them is scaled, in the first rollout as in all others."""
+
+    class Large(DummyVecEnv):
+        """Rewards of 1000 and 3000 in turn."""
+
+        n_steps = 0
+
+        def step_wait(self) -> Any:
+            observations, rewards, dones, infos = super().step_wait()
+            self.n_steps += 1
+            return observations, np.full_like(rewards, 1000 + 2000 * (self.n_steps % 2)).astype(dtype), dones, infos
+
+    class Bonus(BaseCallback):
+        def _on_step(self) -> bool:
+            assert self.locals["rewards"] in (1000, 3000)
+            self.locals["rewards"] += 500
+            kept.append(self.locals["rewards"])
+            return True
+
+        def _on_rollout_end(self) -> None:
+            scaled.append(self.locals["rollout_buffer"].rewards.copy())
+
+    kept: list[np.ndarray] = []
+    scaled: list[np.ndarray] = []
+    # Without discounting, the end of an episode changes no reward
+    settings: dict[str, Any] = {**SMALL, "n_steps": 64, "gamma": 0.0, "norm_reward": True, "stagger_episodes": False}
+    TRPO(policy, Large([RandomEnv]), **settings).learn(3 * 64, Bonus())
+    assert len(scaled) == 3
+    for rewards in scaled:
+        assert 2 < rewards.max() < 6
+        np.testing.assert_allclose(np.unique(rewards / rewards.max()), [3 / 7, 1], rtol=1e-5)
+    assert {float(rewards) for (rewards,) in kept} == {1500, 3500}
+
+
+@pytest.mark.parametrize("policy", [ActorCriticPolicy, FarPolicy])
+def test_a_callback_may_change_the_reward_of_a_truncated_step(policy: type[ActorCriticPolicy]) -> None:
+    class Penalty(BaseCallback):
+        def _on_step(self) -> bool:
+            self.locals["rewards"][self.locals["dones"]] = -50.0
+            return True
+
+        def _on_rollout_end(self) -> None:
+            # Episodes have ten steps
+            ends.append(self.locals["rollout_buffer"].rewards[(np.arange(64) + 64 * len(ends)) % 10 == 9])
+
+    ends: list[np.ndarray] = []
+    settings: dict[str, Any] = {**SMALL, "n_steps": 64, "gamma": 0.0, "norm_reward": True, "stagger_episodes": False}
+    TRPO(policy, DummyVecEnv([RandomEnv]), **settings).learn(128, Penalty())
+    assert [len(each) for each in ends] == [6, 6]
+    assert all((each < -1).all() for each in ends)
 
 
 def test_statistics_of_demonstrations_are_kept_and_followed() -> None:

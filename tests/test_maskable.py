@@ -15,6 +15,7 @@ from sb3_contrib import MaskablePPO
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete, InvalidActionEnvMultiBinary, InvalidActionEnvMultiDiscrete
 from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer
 from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
+from sb3_contrib.common.maskable.distributions import MaskableCategoricalDistribution
 from sb3_contrib.common.maskable.evaluation import evaluate_policy
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from sb3_contrib.common.wrappers import ActionMasker
@@ -23,7 +24,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper
 from torch import nn
 
 from sb3_trpo_ext import TRPO, MaskableTRPO, TrainingRecorder
@@ -511,3 +512,99 @@ def test_trpo_says_whose_policy_it_is() -> None:
 def test_bad_arguments_are_named(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MaskableTRPO(**{"policy": "MlpPolicy", "env": Game(ACTIONS["discrete"]), "n_steps": 32, **kwargs}).learn(32)
+
+
+# === Code that was written for MaskablePPO ===
+
+
+class _Cool(MaskableCategoricalDistribution):
+    """A distribution of a user's own."""
+
+    def proba_distribution(self, action_logits: th.Tensor) -> Any:
+        return super().proba_distribution(action_logits.clamp(-10, 10) / 0.3)
+
+
+class _OwnDistribution(MaskableActorCriticPolicy):
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.action_dist = _Cool(4)
+
+
+class _OwnHead(_OwnDistribution):
+    def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Any:
+        return self.action_dist.proba_distribution(action_logits=self.action_net(latent_pi))
+
+
+class _SeesMasks(MaskableActorCriticPolicy):
+    """Logits that depend on the mask."""
+
+    def _bent(self, distribution: Any, action_masks: Any) -> Any:
+        share = th.as_tensor(action_masks, dtype=th.float32).mean(dim=-1, keepdim=True)
+        distribution.distribution.logits = distribution.distribution.logits * (1 + share)
+        distribution.apply_masking(action_masks)
+        return distribution
+
+    def get_distribution(self, obs: Any, action_masks: Any = None) -> Any:
+        assert action_masks is not None
+        return self._bent(super().get_distribution(obs), action_masks)
+
+    def forward(self, obs: Any, deterministic: bool = False, action_masks: Any = None) -> Any:
+        distribution = self.get_distribution(obs, action_masks)
+        actions = distribution.get_actions(deterministic)
+        return actions, self.predict_values(obs), distribution.log_prob(actions)
+
+
+@pytest.mark.parametrize("policy", [_OwnDistribution, _OwnHead, _SeesMasks])
+def test_the_update_has_the_distribution_of_a_users_policy(
+    policy: type[MaskableActorCriticPolicy],
+) -> None:
+    deviations = []
+
+    class Spy(MaskableTRPO):
+        def _update_policy(self, surrogate: Any, *args: Any) -> Any:
+            deviations.append(float(surrogate.deviation))
+            return super()._update_policy(surrogate, *args)
+
+    model = Spy(policy, games(Game, ACTIONS["discrete"]), n_steps=32, batch_size=32, seed=0, device="cpu").learn(4 * 96)
+    assert len(deviations) == 4
+    assert max(deviations) < 1e-5
+    assert model._n_accepted == 4
+    for env in model.env.envs:
+        assert all(is_valid(ACTIONS["discrete"], masks, action) for masks, action in env.unwrapped.taken)
+
+
+def test_the_masks_of_all_environments_may_come_as_one_array() -> None:
+    """As from a simulator of many environments, whose ``env_method`` calls a method of its own."""
+
+    class Batched(VecEnvWrapper):
+        def reset(self) -> Any:
+            return self.venv.reset()
+
+        def step_wait(self) -> Any:
+            return self.venv.step_wait()
+
+        def env_method(self, method_name: str, *args: Any, **kwargs: Any) -> list[Any]:
+            return [np.stack(self.venv.env_method(method_name))]
+
+    models = []
+    for wrapper in (Batched, None):
+        VECTOR.seed(0)
+        env = games(Game, ACTIONS["discrete"])
+        models.append(MaskableTRPO("MlpPolicy", env if wrapper is None else wrapper(env), n_steps=32, seed=0).learn(192))
+    assert numbers(models[0]) == numbers(models[1])
+
+
+def test_use_masking_may_be_passed_to_collect_rollouts() -> None:
+    class Timed(MaskableTRPO):
+        def collect_rollouts(
+            self, env: Any, callback: Any, rollout_buffer: Any, n_rollout_steps: int, use_masking: bool = True
+        ) -> bool:
+            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps, use_masking)
+
+    model = Timed("MlpPolicy", games(Game, ACTIONS["discrete"]), n_steps=32, batch_size=32, seed=0).learn(96)
+    buffer: Any = model.rollout_buffer
+    assert buffer.action_masks.min() == 0
+    _, callback = model._setup_learn(1000, None)
+    assert model.env is not None
+    assert MaskableTRPO.collect_rollouts(model, model.env, callback, buffer, model.n_steps, use_masking=False)
+    assert buffer.action_masks.min() == 1

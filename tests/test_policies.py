@@ -1,6 +1,7 @@
 """Which parameters are whose, which actors are plain MLPs, and the policies with a tanh."""
 
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
+from agents import RandomEnv, log_of, make_model
 from gymnasium import spaces
 from helpers import BOX_ACTIONS, DICT, IMAGE, VECTOR, BetaPolicy, make_policy, sample_observations
 from stable_baselines3.common.distributions import Distribution, SquashedDiagGaussianDistribution
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -400,3 +403,96 @@ def test_squashed_policy_survives_saving(name: str, tmp_path: Path) -> None:
 def test_policy_has_its_name_as_alias(policy_class: type[ActorCriticPolicy]) -> None:
     alias = "MlpPolicy" if policy_class is MlpPolicy else policy_class.__name__
     assert TRPO.policy_aliases[alias] is policy_class
+
+
+# --- The features extractors of actor and critic -------------------------------------------------------------------------
+
+
+class Features(BaseFeaturesExtractor):
+    def __init__(self, observation_space: spaces.Box):
+        super().__init__(observation_space, features_dim=4)
+        self.layer = nn.Linear(observation_space.shape[0], 4)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.layer(observations)
+
+
+class SubclassedMlp(MlpPolicy):
+    pass
+
+
+OWN: dict[str, Any] = {"net_arch": [], "features_extractor_class": Features}
+
+
+@pytest.mark.parametrize(
+    ("policy", "space", "kwargs", "is_shared"),
+    [
+        ("MlpPolicy", VECTOR, {}, True),
+        ("MlpPolicy", VECTOR, OWN, False),
+        ("MlpPolicy", VECTOR, {**OWN, "share_features_extractor": True}, True),
+        (ActorCriticCnnPolicy, IMAGE, SMALL_CNN, False),
+        (SubclassedMlp, VECTOR, OWN, True),
+    ],
+)
+@pytest.mark.parametrize("norm_obs", ["auto", True])
+def test_the_critic_has_features_that_it_can_train(
+    policy: Any, space: spaces.Space[Any], kwargs: dict[str, Any], is_shared: bool, norm_obs: Any, tmp_path: Path
+) -> None:
+    """With any policy of SB3 whose extractor has something to train; a user's own class is as the user made it."""
+    settings = {"n_steps": 8, "batch_size": 8, "device": "cpu", "norm_obs": norm_obs if policy == "MlpPolicy" else "auto"}
+    model = TRPO(policy, RandomEnv(space), policy_kwargs=dict(kwargs), **settings)  # type: ignore[arg-type]
+    assert model.policy.share_features_extractor == is_shared
+    assert model.policy_kwargs == kwargs
+    model.learn(16)
+    model.save(tmp_path / "model")
+    loaded = TRPO.load(tmp_path / "model", env=RandomEnv(space), device="cpu", policy_kwargs=dict(kwargs))
+    assert loaded.policy.share_features_extractor == is_shared
+    loaded.learn(8)
+
+
+def test_models_of_earlier_versions_share_what_they_shared(tmp_path: Path) -> None:
+    model = TRPO("MlpPolicy", RandomEnv(), policy_kwargs={**OWN, "share_features_extractor": True}, n_steps=8, device="cpu")
+    model.policy_kwargs = OWN
+    model.save(tmp_path / "model", exclude=["_own_extractors"])
+    loaded = TRPO.load(tmp_path / "model", env=RandomEnv(), device="cpu")
+    assert loaded.policy.share_features_extractor
+    loaded.learn(8)
+
+
+# --- Policies that do more than SB3's -----------------------------------------------------------------------------------
+
+
+class TwoRates(MlpPolicy):
+    """One with an optimizer of its own."""
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        super()._build(lr_schedule)
+        heads = {id(param) for part in (self.action_net, self.value_net) for param in part.parameters()}
+        groups = [
+            {"params": [param for param in self.parameters() if (id(param) in heads) == are_heads], "weight_decay": decay}
+            for are_heads, decay in ((False, 0.01), (True, 0.0))
+        ]
+        self.optimizer = th.optim.AdamW(groups, lr=1e-4)
+
+
+def test_an_optimizer_that_a_policy_has_made_stays() -> None:
+    model = make_model(policy=TwoRates).learn(64)
+    assert type(model.policy.optimizer) is th.optim.AdamW
+    assert [group["weight_decay"] for group in model.policy.optimizer.param_groups] == [0.01, 0.0]
+    assert log_of(model)["train/value_status_name"] == "fitted"
+    assert make_model().policy.optimizer.param_groups[0]["fused"]
+
+
+class Tripled(MlpPolicy):
+    """One that acts and learns by different methods of SB3: only `forward` goes through this one."""
+
+    def extract_features(self, obs: PyTorchObs, features_extractor: Any = None) -> Any:
+        return 3 * super().extract_features(obs, features_extractor)
+
+
+def test_a_policy_that_is_not_trained_as_it_acts_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="Tripled acts by `forward` and is trained by `get_distribution`"):
+        make_model(policy=Tripled, target_kl=0.1).learn(160)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_model().learn(160)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from sb3_trpo_ext.parallel.reductions import Shares
 from sb3_trpo_ext.update import surrogate as surrogate_module
 from sb3_trpo_ext.update.batch import Batch
 from sb3_trpo_ext.update.sequences import RecurrentCalls, Sequences
+from sb3_trpo_ext.update.settings import no_cudnn
 from sb3_trpo_ext.update.structure import split_policy
 from sb3_trpo_ext.update.surrogate import Limits, Surrogate
 
@@ -454,6 +456,78 @@ def test_nan_leaves_every_bit() -> None:
     with pytest.warns(UserWarning, match="rejected|not fitted"):
         model.train()
     assert numbers(model) == before
+
+
+# === Policies of users, and threads ===
+
+
+class _GRU(nn.Module):
+    """A gated recurrent unit with the interface of an LSTM: the cell stays what it is."""
+
+    def __init__(self, input_size: int, hidden_size: int):
+        super().__init__()
+        self.gru = nn.GRU(input_size, hidden_size)
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, 1
+
+    def forward(self, inputs: th.Tensor, states: Any) -> tuple[th.Tensor, Any]:
+        outputs, hidden = self.gru(inputs, states[0].contiguous())
+        return outputs, (hidden, states[1])
+
+
+class _Damped(nn.LSTM):
+    def forward(self, *args: Any) -> Any:
+        outputs, states = super().forward(*args)
+        return th.tanh(outputs), states
+
+
+@pytest.mark.parametrize("kind", [_GRU, _Damped])
+def test_a_users_own_recurrent_network_is_asked_step_by_step(kind: type[nn.Module]) -> None:
+    class Own(RecurrentActorCriticPolicy):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            self.lstm_actor: Any = kind(self.features_dim, 4)
+            self.lstm_critic: Any = kind(self.features_dim, 4)
+            self.optimizer = th.optim.Adam(self.parameters(), lr=1e-3)
+
+    deviations = []
+
+    class Spy(RecurrentTRPO):
+        def _update_policy(self, surrogate: Any, *args: Any) -> Any:
+            deviations.append(float(surrogate.deviation))
+            return super()._update_policy(surrogate, *args)
+
+    settings: dict[str, Any] = {"n_steps": 16, "batch_size": 48, "seed": 0, "policy_kwargs": SMALL}
+    model = Spy(Own, noises(), **settings)
+    before = numbers(model)
+    model.learn(4 * 48)
+    assert model._n_accepted == 4
+    assert max(deviations) < 1e-5
+    assert all(one != two for one, two in zip(before, numbers(model), strict=True))
+
+
+def test_a_hook_on_the_lstm_gets_tensors_and_changes_nothing() -> None:
+    VECTOR.seed(0)
+    plain, seen = make_model(norm_obs=False), []
+    plain.learn(96)
+    VECTOR.seed(0)
+    model = make_model(norm_obs=False)
+    model.policy.lstm_actor.register_forward_hook(lambda *args: seen.append(args[2][0].detach().shape))
+    model.learn(96)
+    assert all(len(shape) == 3 for shape in seen)
+    for one, two in zip(model.policy.parameters(), plain.policy.parameters(), strict=True):
+        assert th.allclose(one, two, atol=1e-4)
+
+
+def test_two_trainings_in_threads_leave_cudnn_as_it_was() -> None:
+    with no_cudnn:
+        assert not th.backends.cudnn.enabled
+        threads = [threading.Thread(target=lambda: make_model().learn(48)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not th.backends.cudnn.enabled
+    assert th.backends.cudnn.enabled
 
 
 # === Bad input ===

@@ -374,7 +374,7 @@ class SharedEmbedding(BaseFeaturesExtractor):
 
 
 def test_fit_of_the_critic_leaves_shared_layers_alone() -> None:
-    policy_kwargs = {"net_arch": [8], "features_extractor_class": SharedEmbedding}
+    policy_kwargs = {"net_arch": [8], "features_extractor_class": SharedEmbedding, "share_features_extractor": True}
     rollout = collect(make_model(policy_kwargs=policy_kwargs)).rollout_buffer
     embeddings = []
     for n_critic_updates in (0, 5):

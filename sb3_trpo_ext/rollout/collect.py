@@ -31,6 +31,7 @@ def collect_rollouts(
     rollout_buffer: RolloutBuffer,
     n_rollout_steps: int,
     before_end: Callable[[RolloutBuffer, Snapshot], None],
+    scaled: Callable[[np.ndarray], np.ndarray] | None,
     *,
     rollout_class: Callable[..., LeanRollout] | None = None,
     loop: Callable[..., bool] = OnPolicyAlgorithm.collect_rollouts,
@@ -44,6 +45,7 @@ def collect_rollouts(
     :param rollout_buffer: buffer to fill
     :param n_rollout_steps: number of steps to collect per environment
     :param before_end: gets the full buffer and the policy that acted first, before the callback's ``on_rollout_end``
+    :param scaled: makes the rewards of a step, as callbacks left them, those of the buffer; ``None`` to leave them alone
     :param rollout_class: collects a rollout whose values can wait; ``None`` for the one of :mod:`sb3_trpo_ext.rollout.lean`
     :param loop: collects any other, with the arguments of SB3's
     :return: False if the callback ended the training
@@ -55,12 +57,12 @@ def collect_rollouts(
         return rollout_class(model, env, callback, rollout_buffer).collect(n_rollout_steps, before_end)
     try:
         if is_deferrable(model, rollout_buffer):
-            rollout = (rollout_class or LeanRollout)(model, env, callback, rollout_buffer)
+            rollout = (rollout_class or LeanRollout)(model, env, callback, rollout_buffer, scaled)
             return rollout.collect(n_rollout_steps, before_end)
         snapshot = Snapshot(model.policy)
-        ending: Any = _Ending(callback, model.env, functools.partial(before_end, rollout_buffer, snapshot))
+        listener: Any = _Listener(callback, model.env, scaled, functools.partial(before_end, rollout_buffer, snapshot))
         with snapshot.watching():
-            return loop(model, env, ending, rollout_buffer, n_rollout_steps)
+            return loop(model, env, listener, rollout_buffer, n_rollout_steps)
     except (ValueError, RuntimeError) as error:
         explain_observation(model, env, error)
         raise
@@ -91,24 +93,47 @@ def is_deferrable(model: OnPolicyAlgorithm, buffer: RolloutBuffer) -> bool:
     return is_deferrable_policy(model.policy)
 
 
-class _Ending:
+class _Listener:
     """
-    A callback, with something to do before its ``on_rollout_end``.
+    A callback, and what is done around it in SB3's loop.
 
     :param callback: the callback
     :param env: what it is to find under the locals: the environment without what is wrapped around it for one rollout
-    :param before_end: what to do
+    :param scaled: makes the rewards of a step, as its ``on_step`` left them, those of the buffer; ``None`` to leave them alone
+    :param before_end: what is done before its ``on_rollout_end``
     """
 
-    def __init__(self, callback: BaseCallback, env: VecEnv | None, before_end: Callable[[], None]):
-        self._callback, self._env, self._before_end = callback, env, before_end
+    #: Of the present step: the loop's own, and those that the callback may change.
+    _rewards: np.ndarray
+    _shown: np.ndarray
+
+    def __init__(
+        self,
+        callback: BaseCallback,
+        env: VecEnv | None,
+        scaled: Callable[[np.ndarray], np.ndarray] | None,
+        before_end: Callable[[], None],
+    ):
+        self._callback, self._env, self._scaled, self._before_end = callback, env, scaled, before_end
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._callback, name)
 
     def update_locals(self, locals_: dict[str, Any]) -> None:
         """The local variables of SB3's loop."""
-        self._callback.update_locals({**locals_, "env": self._env})
+        shown = {**locals_, "env": self._env}
+        if self._scaled is not None:
+            # A copy, which the callback may keep: the loop's own will be scaled in place
+            self._rewards, self._shown = locals_["rewards"], locals_["rewards"].copy()
+            shown["rewards"] = self._shown
+        self._callback.update_locals(shown)
+
+    def on_step(self) -> bool:
+        """A step is over."""
+        goes_on = self._callback.on_step()
+        if self._scaled is not None:
+            self._rewards[:] = self._scaled(self._shown)
+        return goes_on
 
     def on_rollout_end(self) -> None:
         """The rollout is full."""

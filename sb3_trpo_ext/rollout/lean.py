@@ -45,12 +45,21 @@ class LeanRollout:
     :param env: the training environment
     :param callback: called at each step
     :param buffer: to be filled
+    :param scaled: makes the rewards of a step, as callbacks left them, those of the buffer; ``None`` to leave them alone
     """
 
     #: The policy that acts first.
     snapshot: Snapshot
 
-    def __init__(self, model: OnPolicyAlgorithm, env: VecEnv, callback: BaseCallback, buffer: RolloutBuffer):
+    def __init__(
+        self,
+        model: OnPolicyAlgorithm,
+        env: VecEnv,
+        callback: BaseCallback,
+        buffer: RolloutBuffer,
+        scaled: Callable[[np.ndarray], np.ndarray] | None = None,
+    ):
+        self._scaled = scaled or (lambda rewards: rewards)
         self.model, self.env, self.callback, self.buffer = model, env, callback, buffer
         #: Ends what watches the policy.
         self._watching = ExitStack()
@@ -131,7 +140,7 @@ class LeanRollout:
             if not goes_on:
                 return False
             model._update_info_buffer(infos, dones)
-            self._store(model._last_obs, actions, rewards, model._last_episode_starts, unknown, unknown)
+            self._store(model._last_obs, actions, self._scaled(rewards), model._last_episode_starts, unknown, unknown)
             self._n_stored += 1
             model._last_obs = new_obs  # type: ignore[assignment]
             model._last_episode_starts = dones

@@ -1,6 +1,7 @@
 """Rollouts with scaled rewards, and the first rollout of a training, which there are no statistics for."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ _CHUNK = 4096
 
 class ScaledRewards(VecEnvWrapper):
     """
-    Divides rewards by a number, and keeps them as they came.
+    Keeps rewards as they came, and divides them by a number after callbacks have seen them.
 
     :param venv: the environment of one rollout
     :param scale: the number; ``None`` if it is not known yet: then rewards are left as they are
@@ -46,6 +47,8 @@ class ScaledRewards(VecEnvWrapper):
         #: One array per step, as are the ends of episodes.
         self.rewards: list[np.ndarray] = []
         self.dones: list[np.ndarray] = []
+        #: As callbacks left them, while there is no scale.
+        self._left: list[np.ndarray] = []
         #: Truncated episodes while there is no scale: step, environment and last observation.
         self.truncated: list[tuple[int, int, Any]] = []
 
@@ -54,15 +57,23 @@ class ScaledRewards(VecEnvWrapper):
         return self.venv.reset()
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Wait for the step, and scale its rewards."""
+        """Wait for the step, and keep its rewards."""
         observations, rewards, dones, infos = self.venv.step_wait()
         if self.scale is None:
             for index in np.flatnonzero(dones):
                 if infos[index].get("TimeLimit.truncated", False) and "terminal_observation" in infos[index]:
                     self.truncated.append((len(self.rewards), int(index), infos[index]["terminal_observation"]))
         self.rewards.append(np.array(rewards))
+        # A copy that may be written to, also where the environment has integers
+        rewards = np.array(rewards, dtype=np.result_type(rewards, np.float32))
         self.dones.append(np.array(dones))
-        return observations, _scaled(rewards, self.scale), dones, infos
+        return observations, rewards, dones, infos
+
+    def scaled(self, rewards: np.ndarray) -> np.ndarray:
+        """The rewards of a step, as a callback has left them, for the buffer."""
+        if self.scale is None:
+            self._left.append(rewards.copy())
+        return _scaled(rewards, self.scale)
 
     def record(self, buffer: Any) -> tuple[Any, Any]:
         """The rewards of the rollout as they came, and whether episodes ended: shape ``(n_steps, n_envs)``."""
@@ -70,8 +81,8 @@ class ScaledRewards(VecEnvWrapper):
 
     def recompute_rewards_(self, model: Any, buffer: Any, scale: float | None) -> None:
         """Scale the rewards of a full buffer (``None``: not at all), and add what truncated episodes are still worth."""
-        raw = np.array(self.rewards)
-        # What a callback has made of them counts, except where the value of the last observation is in the number too
+        raw = np.array(self._left)
+        # What a callback has written into the buffer counts, except where the value of a last observation is in the number too
         changed = buffer.rewards != raw.astype(buffer.rewards.dtype)
         changed[[step for step, _, _ in self.truncated], [index for _, index, _ in self.truncated]] = False
         raw[changed] = buffer.rewards[changed]
@@ -160,6 +171,11 @@ class Normalization:
     def scale(self) -> float | None:
         """What the rewards of the present rollout are divided by; ``None`` if they are left alone."""
         return None if self._env is None else self._env.scale
+
+    @property
+    def scaled(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        """What makes the rewards of a step, as callbacks left them, those of the buffer; ``None`` if they are left alone."""
+        return self._env.scaled if isinstance(self._env, ScaledRewards) else None
 
     def protect_(self, policy: ActorCriticPolicy) -> None:
         """

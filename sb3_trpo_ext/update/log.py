@@ -2,10 +2,15 @@
 
 import warnings
 
+import torch as th
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_trpo_ext.optim import UpdateResult
 from sb3_trpo_ext.update.critic import CriticResult
+
+#: Log-probabilities that are farther apart than this, on the mean, do not differ by rounding.
+MAX_DEVIATION = 0.01
 
 
 def warn_if_rejected(result: UpdateResult, critic: CriticResult) -> None:
@@ -13,6 +18,22 @@ def warn_if_rejected(result: UpdateResult, critic: CriticResult) -> None:
     for what, status in (("policy update was rejected", result.status), ("value function was not fitted", critic.status)):
         if status.advice:
             warnings.warn(f"The {what}: {status!s}. The parameters are unchanged; {status.advice}.", stacklevel=4)
+
+
+def warn_if_another(policy: ActorCriticPolicy, deviation: th.Tensor) -> None:
+    """
+    Warn of a policy whose methods do not agree, so that an update begins at another policy than the one that acted.
+
+    :param policy: the one that acted
+    :param deviation: of log-probabilities between the rollout and the update, on the mean
+    """
+    if deviation > MAX_DEVIATION:
+        warnings.warn(
+            f"The actions of the rollout have other log-probabilities in the update. Either a callback has changed them, or "
+            f"{type(policy).__name__} acts by `forward` and is trained by `get_distribution`, and the two differ: override "
+            "both, and replace `pi_features_extractor` and `vf_features_extractor` along with `features_extractor`.",
+            stacklevel=3,
+        )
 
 
 def record_update(logger: Logger, result: UpdateResult, critic: CriticResult) -> None:

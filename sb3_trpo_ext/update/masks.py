@@ -1,7 +1,7 @@
 """Policies whose invalid actions are masked, and their calls."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch as th
 from gymnasium import spaces
@@ -18,9 +18,10 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.type_aliases import PyTorchObs
 
+from sb3_trpo_ext._observations import parts_of
 from sb3_trpo_ext.update.batch import Batch, in_order, take
 from sb3_trpo_ext.update.calls import PolicyCalls
-from sb3_trpo_ext.update.distributions import CategoricalFamily, family_of, register_family
+from sb3_trpo_ext.update.distributions import CategoricalFamily, register_family
 from sb3_trpo_ext.update.structure import PLAIN_DISTRIBUTIONS, STOCK_POLICIES, has_stock_methods
 
 #: Buffers that hold masks.
@@ -87,9 +88,29 @@ class MaskedCalls(PolicyCalls):
         assert isinstance(buffer, MASKABLE_BUFFERS)
         return cls(policy, in_order(buffer, buffer.action_masks) != 0)
 
+    @property
+    def _is_stock(self) -> bool:
+        """Whether the policy's distribution is known: that of the logits, the other choices masked."""
+        names = ("get_distribution", "_get_action_dist_from_latent", "extract_features")
+        return has_stock_methods(self.policy, *names) and type(self.policy.action_dist) in PLAIN_DISTRIBUTIONS
+
+    def distribution_at(self, observations: PyTorchObs) -> Distribution:
+        """The distribution without invalid choices."""
+        policy: Any = self.policy
+        shape = (len(next(iter(parts_of(observations).values()))), sum(choices(policy.action_space)))
+        distribution: Distribution = policy.get_distribution(
+            observations, action_masks=None if self._is_stock else th.ones(shape, dtype=th.bool, device=policy.device)
+        )
+        return distribution
+
     def distribution(self, batch: Batch, part: th.Tensor | slice) -> Distribution:
-        """The masked distribution at some samples."""
-        return self.distribution_of([self.logits(take(batch.observations, part))], batch, part)
+        """The masked distribution at some samples; that of a user's own policy as the policy says."""
+        observations, policy = take(batch.observations, part), cast(Any, self.policy)
+        if self._is_stock:
+            return self.distribution_of([self.logits(observations)], batch, part)
+        masks = None if self.masks is None else self.masks[part]
+        distribution: Distribution = policy.get_distribution(observations, action_masks=masks)
+        return distribution
 
     def distribution_of(self, statistics: Sequence[th.Tensor], batch: Batch, part: th.Tensor | slice) -> Distribution:
         """The masked distribution, given logits."""
@@ -98,17 +119,12 @@ class MaskedCalls(PolicyCalls):
 
     def logits(self, observations: PyTorchObs) -> th.Tensor:
         """
-        The logits of all choices, before any mask.
+        The logits of all choices, before any mask, of a policy of sb3-contrib.
 
         :param observations: of the samples
         :return: shape ``(n_samples, n_choices)``
         """
         policy: Any = self.policy
-        logits: th.Tensor
-        if has_stock_methods(policy, "get_distribution", "_get_action_dist_from_latent"):
-            features = BasePolicy.extract_features(policy, observations, policy.pi_features_extractor)
-            logits = policy.action_net(policy.mlp_extractor.forward_actor(features))
-        else:
-            distribution: Any = policy.get_distribution(observations)
-            [logits] = family_of(distribution).statistics(distribution)
+        features = BasePolicy.extract_features(policy, observations, policy.pi_features_extractor)
+        logits: th.Tensor = policy.action_net(policy.mlp_extractor.forward_actor(features))
         return logits

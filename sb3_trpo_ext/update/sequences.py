@@ -19,6 +19,7 @@ from sb3_trpo_ext.optim.devices import sent_to
 from sb3_trpo_ext.parallel.reductions import Shares, all_max
 from sb3_trpo_ext.update.batch import Batch, in_order, take
 from sb3_trpo_ext.update.calls import PolicyCalls
+from sb3_trpo_ext.update.settings import no_cudnn
 
 #: Hidden state and cell of an LSTM, each of shape ``(n_layers, n_sequences, hidden_size)``.
 States = tuple[th.Tensor, th.Tensor]
@@ -164,12 +165,18 @@ class RecurrentCalls(PolicyCalls):
         """The outputs of an LSTM at the samples of some sequences, in the order of the samples."""
         which, order, counts = self.sequences.packing(part)
         which, order = (sent_to(features.device, index) for index in (which, order))
-        begin = tuple(state[:, which].to(features.dtype).contiguous() for state in states)
+        state = tuple(state[:, which].to(features.dtype).contiguous() for state in states)
         # cuDNN's LSTM has no second derivatives, which Fisher-vector products need
-        with th.backends.cudnn.flags(enabled=False):
-            packed, _ = lstm(PackedSequence(features[order], counts), begin)
-        outputs: th.Tensor = packed.data[th.argsort(order)]
-        return outputs
+        with no_cudnn:
+            if type(lstm) is nn.LSTM and not lstm._forward_hooks and not lstm._forward_pre_hooks:
+                packed, _ = lstm(PackedSequence(features[order], counts), state)
+                return packed.data[th.argsort(order)]  # type: ignore[no-any-return]
+            # A network of the user's, or one that somebody listens to: step by step, as in a rollout
+            outputs = []
+            for rows in features[order].split(counts.tolist()):
+                output, state = lstm(rows[None], tuple(part[:, : len(rows)].contiguous() for part in state))
+                outputs.append(output[0])
+        return th.cat(outputs)[th.argsort(order)]
 
     def numbers_per_sample(self, batch: Batch) -> int:
         """Those of the observation, and what the LSTM keeps for the derivatives: about ten numbers per unit."""

@@ -54,6 +54,8 @@ no_argument_checks = _Shared(_checks_off)
 #: Within it ``scaled_dot_product_attention`` uses the only kernel that can be differentiated twice, as products with the
 #: Fisher matrix are (PyTorch's issue 116350).
 twice_differentiable_attention = _Shared(lambda: sdpa_kernel(SDPBackend.MATH))
+#: Within it recurrent networks on a GPU run on PyTorch's own kernels, which can be differentiated twice.
+no_cudnn = _Shared(lambda: th.backends.cudnn.flags(enabled=False))
 #: Multiplications in one pass through a network up to which it runs on one thread, for about 0.2 ms at most.
 MAX_SIZE_FOR_ONE_THREAD = 2**22
 #: With PyTorch's other backend the number of threads cannot be changed once they run.

@@ -106,20 +106,25 @@ class Surrogate(Problem):
             self._noise = th.cat([standard_normal(batch.actions[chunk], self._generator) for chunk, _ in self._chunks])
         #: Log-probabilities of the actions at the old parameters; the rollout has those of the actions before clipping.
         self._old_log_prob = batch.old_log_prob if bounds is None else th.empty_like(batch.old_log_prob)
+        #: How far log-probabilities of the policy are from those of the rollout, on the mean; a scalar.
+        self.deviation: th.Tensor
         #: Of an MLP actor on the whole batch, if that is a single chunk.
         self._jacobian: MlpJacobian | None = None
         self._old, self._objective_and_gradient = self._first_pass()
 
     def _first_pass(self) -> tuple[Any, tuple[th.Tensor, th.Tensor]]:
         """Go through the batch once, forwards and backwards: statistics, and the objective with its gradient."""
-        statistics, objectives, gradients = [], [], []
+        statistics, objectives, gradients, deviations = [], [], [], []
         for chunk, share in self._chunks:
             with th.enable_grad():
                 jacobian, leaves, distribution = self._outputs(chunk)
                 new = self.family.statistics(distribution)
                 log_prob = self._log_prob(distribution, chunk)
+                of_rollout = log_prob.detach()
                 if self._bounds is not None:
-                    self._old_log_prob[chunk] = log_prob.detach()
+                    self._old_log_prob[chunk] = of_rollout
+                    of_rollout = distribution.log_prob(self.batch.actions[chunk]).detach()
+                deviations.append((of_rollout - self.batch.old_log_prob[chunk]).abs().mean() * share)
                 objective = self._objective(log_prob, chunk, new) * share
                 if jacobian is None:
                     gradients.append(gradient_by_backward(objective, leaves))
@@ -128,6 +133,7 @@ class Surrogate(Problem):
             objectives.append(objective.detach())
             statistics.append(new)
             self._jacobian = jacobian if len(self._chunks) == 1 else None
+        self.deviation = th.stack(deviations).sum()
         old: Any
         if self.family.is_batched:
             old = tuple(th.cat(columns).detach() for columns in zip(*statistics, strict=True))

@@ -38,7 +38,7 @@ class PolicyWatch:
             for message in _untrained(policy, self._parts):
                 if message not in self._warned:
                     self._warned.add(message)
-                    warnings.warn(message, stacklevel=4)
+                    warnings.warn(message, stacklevel=5)
         return self._parts
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_trpo_ext._checks import closest
+from sb3_trpo_ext.arguments import suggestion
 
 #: The name of our TRPO for ``--algo``. RL-Zoo's own key ``trpo`` keeps meaning sb3-contrib's class.
 KEY = "trpo_ext"
@@ -130,4 +130,6 @@ def check_names(names: Iterable[str], algorithm: type) -> None:
         if name in OPTIONS:
             raise ValueError(f"{name!r} is not a hyperparameter but an option: --{name.replace('_', '-')}")
         if name not in known:
-            raise ValueError(f"there is no hyperparameter {name!r} of {algorithm.__name__}; {closest(name, known)}")
+            # Not that of a class which only the command line knows
+            shown = next(kind.__name__ for kind in algorithm.__mro__ if ".zoo." not in kind.__module__)
+            raise ValueError(f"there is no hyperparameter {name!r} of {shown}; {suggestion(name, known)}")
