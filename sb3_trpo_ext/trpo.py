@@ -287,8 +287,8 @@ class TRPO(SavingAlgorithm):
         arguments.check_arguments(self)
         self.norm_obs = defaults.normalizes_observations(self.norm_obs, self.policy_class, self.policy_kwargs, self.env)
         self.norm_reward = defaults.normalizes_rewards(self.norm_reward, self.env)
-        given, options = self.policy_kwargs, (self.policy_class, self.norm_obs, self._own_extractors)
-        self.policy_kwargs = defaults.policy_kwargs(given, *options)
+        given = self.policy_kwargs
+        self.policy_kwargs = defaults.policy_kwargs(given, self.policy_class, self.norm_obs, self._own_extractors)
         self._setup_policy()
         self._fit_buffer_to_env()
         self.policy_kwargs = given
@@ -296,11 +296,6 @@ class TRPO(SavingAlgorithm):
             defaults.spread_over_bounds_(self.policy, with_std="log_std_init" not in given)
         self.reward_scale = RewardScale(self.gamma)
         self._normalization = Normalization(self.policy, self.reward_scale if self.norm_reward else None)
-        if isinstance(self.policy.optimizer, th.optim.LBFGS):
-            raise ArgumentError(
-                "`policy_kwargs['optimizer_class']` is LBFGS, which makes a step from a function and not from a gradient: use "
-                "an optimizer such as Adam."
-            )
         self.policy.optimizer = fast_optimizer(self.policy, self.lr_schedule(1))
         if self.trust_region == "penalty":
             if not family_of(self.policy.action_dist).is_batched:
@@ -311,7 +306,7 @@ class TRPO(SavingAlgorithm):
                 )
             self.kl_penalty = AdaptiveKLPenalty(list(self.policy.parameters()), **self.trust_region_kwargs)
         self._watch = PolicyWatch(self.calls_class)
-        self._watch.parts(self.policy)
+        self._watch.try_parts(self.policy)
         self._acted = None
 
     def _setup_policy(self) -> None:
@@ -360,8 +355,12 @@ class TRPO(SavingAlgorithm):
     @property
     def _parts(self) -> PolicyParts:
         """Actor and critic of the policy as it is now."""
-        penalty = [] if self.kl_penalty is None else [self.kl_penalty.optimizer]
-        return self._watch.parts(self.policy, [self.policy.optimizer, *penalty])
+        return self._parts_on(None)
+
+    def _parts_on(self, batch: Batch | None) -> PolicyParts:
+        """The same, where they may depend on the observations: on those of a rollout, or on the last ones."""
+        optimizers = [self.policy.optimizer, *(() if self.kl_penalty is None else (self.kl_penalty.optimizer,))]
+        return self._watch.parts(self.policy, optimizers, self._last_obs if batch is None else batch.observations)
 
     def _check_ready(self) -> None:
         """
@@ -398,10 +397,10 @@ class TRPO(SavingAlgorithm):
         :raises RuntimeError: if a process of the environment has died
         """
         self._check_ready()
-        is_staggered = self.stagger_episodes if self.stagger_episodes != arguments.AUTO else self.n_steps == self._auto_n_steps
+        is_staggered = self.n_steps == self._auto_n_steps if self.stagger_episodes == arguments.AUTO else self.stagger_episodes
         self._stagger.before_rollout(self)
-        env = self._normalization.environment(env, self.policy, isinstance(rollout_buffer, TensorRolloutBuffer))
-        is_full = self._collect(env, callback, rollout_buffer, n_rollout_steps, self._complete, self._normalization.scaled)
+        rewards = self._normalization.begin_rollout(self.policy, isinstance(rollout_buffer, TensorRolloutBuffer))
+        is_full = self._collect(env, callback, rollout_buffer, n_rollout_steps, self._complete, rewards)
         if is_full and is_staggered:
             self._stagger.after_rollout(self, rollout_buffer)
         return is_full and not (isinstance(callback, launch.RankCallback) and callback.is_over)
@@ -452,7 +451,6 @@ class TRPO(SavingAlgorithm):
     def train(self) -> None:
         """Update the policy within the trust region, then fit the critic, on the rollouts in the buffers of all processes."""
         self._check_ready()
-        parts = self._parts
         # All schedules before anything moves: a bad value must not leave half an update
         arguments.scheduled("learning_rate", self.lr_schedule, self._current_progress_remaining, 0.0)
         n_samples = self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs
@@ -466,6 +464,7 @@ class TRPO(SavingAlgorithm):
         self._update_learning_rate(self.policy.optimizer)
         self._normalization.before_update(self, is_known_loop=self._acted is not None)
         batch, calls = self._full_batch(), self.calls_class.on(self.policy, self.rollout_buffer)
+        parts = self._parts_on(batch)
         started = time.perf_counter()
         result, entropy, std = self._no_update(UpdateStatus.NOTHING_TO_TRAIN), math.nan, math.nan
         # The likelihood of clipped actions is not in the buffer: the current policy gives it, if it is the one that acted
@@ -485,7 +484,7 @@ class TRPO(SavingAlgorithm):
                     calls=calls,
                 )
                 if has_acted:
-                    warn_if_another(self.policy, surrogate.deviation)
+                    warn_if_another(self.policy, surrogate.deviation, calls, batch)
                 result = self._update_policy(surrogate, target_kl + self._carried_kl(target_kl), cg_damping)
                 entropy, std = surrogate.summary()
         policy_done = time.perf_counter()

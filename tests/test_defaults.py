@@ -575,6 +575,35 @@ def test_callbacks_see_the_rewards_of_the_environment(policy: type[ActorCriticPo
 
 
 @pytest.mark.parametrize("policy", [ActorCriticPolicy, FarPolicy])
+@pytest.mark.parametrize("kind", [list, th.as_tensor, lambda rewards: rewards[:, None], lambda rewards: float(rewards[0])])
+def test_rewards_may_come_in_several_forms(policy: type[ActorCriticPolicy], kind: Any) -> None:
+    class Odd(DummyVecEnv):
+        """Without `step_wait`, as a simulator of many environments may be."""
+
+        def step(self, actions: np.ndarray) -> Any:
+            self.step_async(actions)
+            observations, rewards, dones, infos = super().step_wait()
+            return observations, kind(rewards), dones, [{**info, "terminal_observation": None} for info in infos]
+
+        def step_wait(self) -> Any:
+            raise NotImplementedError
+
+        def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+            assert attr_name == "render_mode"
+            assert self.may_ask, "asked for in training"
+            return super().get_attr(attr_name, indices)
+
+        may_ask = True
+
+    env = Odd([RandomEnv])
+    model = TRPO(policy, env, **SMALL, n_steps=64, norm_reward=True, stagger_episodes=False)
+    Odd.may_ask = False
+    model.learn(128)
+    assert model._n_accepted == 2
+    assert 0.1 < model.rollout_buffer.rewards.std() < 3
+
+
+@pytest.mark.parametrize("policy", [ActorCriticPolicy, FarPolicy])
 def test_a_callback_may_change_the_reward_of_a_truncated_step(policy: type[ActorCriticPolicy]) -> None:
     class Penalty(BaseCallback):
         def _on_step(self) -> bool:
@@ -613,6 +642,13 @@ def test_pretraining_survives_saving_and_loading(tmp_path: Path) -> None:
     loaded = TRPO.load(tmp_path / "model", env=DummyVecEnv([FarEnv]), device="cpu")
     loaded.learn(64)
     assert int(statistics_of(loaded).n_samples) == FROZEN
+
+
+def test_a_compiled_policy_is_normalized() -> None:
+    model = TRPO("MlpPolicy", DummyVecEnv([FarEnv]), **SMALL, n_steps=64)
+    model.policy.mlp_extractor = th.compile(model.policy.mlp_extractor, backend="eager")  # type: ignore[assignment]
+    collect(model)
+    assert int(statistics_of(model).n_samples) == 64
 
 
 def test_an_untrained_model_that_is_loaded_is_normalized(tmp_path: Path) -> None:

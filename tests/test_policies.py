@@ -16,6 +16,7 @@ from stable_baselines3.common.distributions import Distribution, SquashedDiagGau
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -496,3 +497,102 @@ def test_a_policy_that_is_not_trained_as_it_acts_is_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_model().learn(160)
+
+
+def features(forward: Any, make: Any = lambda self: None) -> dict[str, Any]:
+    """``policy_kwargs`` with an extractor that does this with the observations; ``make`` gives it further parts."""
+
+    class Own(BaseFeaturesExtractor):
+        def __init__(self, observation_space: Any):
+            super().__init__(observation_space, features_dim=4)
+            self.layers = nn.ModuleList(nn.Linear(3, 4) for _ in range(2))
+            make(self)
+
+        def forward(self, observations: Any) -> th.Tensor:
+            return forward(self, observations)
+
+    return {"net_arch": [], "features_extractor_class": Own}
+
+
+def by_sign(self: Any, observations: th.Tensor) -> th.Tensor:
+    """One layer for positive observations and one for all others, as with a head for each task."""
+    outputs = observations.new_zeros(len(observations), 4)
+    for layer, chosen in zip(self.layers, (observations[:, 0] > 0, observations[:, 0] <= 0), strict=True):
+        if chosen.any():
+            outputs[chosen] = layer(observations[chosen])
+    return outputs
+
+
+def never_zero(self: Any, observations: th.Tensor) -> th.Tensor:
+    """Fails for observations of zeros, as attention does if a mask leaves nothing."""
+    assert (observations != 0).any(dim=1).all()
+    return self.layers[0](observations) + self.layers[1](observations)
+
+
+def squeezed(self: Any, observations: th.Tensor) -> th.Tensor:
+    """Loses the first dimension of a batch of one."""
+    return (self.layers[0](observations) + self.layers[1](observations)).unsqueeze(1).squeeze()
+
+
+@pytest.mark.parametrize("forward", [by_sign, never_zero, squeezed])
+@pytest.mark.parametrize("shared", [False, True])
+def test_parameters_are_trained_that_only_some_observations_use(forward: Any, shared: bool) -> None:
+    kwargs = {**features(forward), "share_features_extractor": shared}
+    # A terminal observation alone would be a batch of one, for SB3 as well
+    env = DummyVecEnv([lambda: Endless() for _ in range(3)])
+    model = make_model(env, policy_kwargs=kwargs, n_steps=16)
+    before = {name: param.detach().clone() for name, param in model.policy.named_parameters()}
+    model.learn(3 * 48)
+    assert model._n_accepted == 3
+    assert all(not th.equal(before[name], param) for name, param in model.policy.named_parameters())
+
+
+class Endless(RandomEnv):
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        observation, reward, *_, info = super().step(action)
+        return observation, reward, False, False, info
+
+
+def test_compiled_and_scripted_modules_and_sparse_buffers_are_taken() -> None:
+    def make(self: Any) -> None:
+        self.scripted = th.jit.script(nn.Linear(3, 4))
+        self.register_buffer("graph", th.eye(3).to_sparse())
+
+    def forward(self: Any, observations: th.Tensor) -> th.Tensor:
+        both = self.layers[0](observations) + self.layers[1](observations)
+        return both + self.scripted(th.sparse.mm(self.graph, observations.T).T)
+
+    model = make_model(policy_kwargs=features(forward, make))
+    before = model.policy.features_extractor.scripted.weight.detach().clone()  # type: ignore[union-attr, operator]
+    model.learn(64)
+    assert model._n_accepted > 0
+    assert not th.equal(model.policy.features_extractor.scripted.weight, before)  # type: ignore[union-attr, arg-type]
+
+
+def test_parameters_of_several_dtypes_are_refused() -> None:
+    def make(self: Any) -> None:
+        self.layers[1].double()
+
+    def forward(self: Any, observations: th.Tensor) -> th.Tensor:
+        return self.layers[0](observations) + self.layers[1](observations.double()).float()
+
+    with pytest.raises(ValueError, match=r"that are trained must be of one dtype, got torch.float32, torch.float64"):
+        make_model(policy_kwargs=features(forward, make))
+
+
+class OwnCritic(MlpPolicy):
+    """Its values come from `forward` only."""
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        super()._build(lr_schedule)
+        self.mine = nn.Linear(3, 1)
+        nn.init.constant_(self.mine.bias, 1)
+
+    def forward(self, obs: th.Tensor, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        actions, _, log_prob = super().forward(obs, deterministic)
+        return actions, self.mine(obs), log_prob
+
+
+def test_a_critic_that_is_not_trained_as_it_acts_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="`forward` and `predict_values` of OwnCritic differ"):
+        make_model(policy=OwnCritic).learn(32)

@@ -14,12 +14,14 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from sb3_trpo_ext._checks import is_known
 from sb3_trpo_ext._observations import parts_of
 from sb3_trpo_ext.rollout.actors import is_deferrable_policy
 from sb3_trpo_ext.rollout.errors import explain_dead_worker, explain_observation
 from sb3_trpo_ext.rollout.lean import LeanRollout
+from sb3_trpo_ext.rollout.normalization import RecordedRewards
 from sb3_trpo_ext.rollout.snapshot import Snapshot
 from sb3_trpo_ext.rollout.tensors import TensorRolloutBuffer
 
@@ -31,7 +33,7 @@ def collect_rollouts(
     rollout_buffer: RolloutBuffer,
     n_rollout_steps: int,
     before_end: Callable[[RolloutBuffer, Snapshot], None],
-    scaled: Callable[[np.ndarray], np.ndarray] | None,
+    rewards: RecordedRewards | None,
     *,
     rollout_class: Callable[..., LeanRollout] | None = None,
     loop: Callable[..., bool] = OnPolicyAlgorithm.collect_rollouts,
@@ -45,7 +47,7 @@ def collect_rollouts(
     :param rollout_buffer: buffer to fill
     :param n_rollout_steps: number of steps to collect per environment
     :param before_end: gets the full buffer and the policy that acted first, before the callback's ``on_rollout_end``
-    :param scaled: makes the rewards of a step, as callbacks left them, those of the buffer; ``None`` to leave them alone
+    :param rewards: what the rewards go through on their way to the buffer; ``None`` if they are left alone
     :param rollout_class: collects a rollout whose values can wait; ``None`` for the one of :mod:`sb3_trpo_ext.rollout.lean`
     :param loop: collects any other, with the arguments of SB3's
     :return: False if the callback ended the training
@@ -57,12 +59,13 @@ def collect_rollouts(
         return rollout_class(model, env, callback, rollout_buffer).collect(n_rollout_steps, before_end)
     try:
         if is_deferrable(model, rollout_buffer):
-            rollout = (rollout_class or LeanRollout)(model, env, callback, rollout_buffer, scaled)
+            rollout = (rollout_class or LeanRollout)(model, env, callback, rollout_buffer, rewards)
             return rollout.collect(n_rollout_steps, before_end)
         snapshot = Snapshot(model.policy)
-        listener: Any = _Listener(callback, model.env, scaled, functools.partial(before_end, rollout_buffer, snapshot))
+        listener: Any = _Listener(callback, model.env, rewards, functools.partial(before_end, rollout_buffer, snapshot))
+        shown: Any = env if rewards is None else _Recorded(env, rewards)
         with snapshot.watching():
-            return loop(model, env, listener, rollout_buffer, n_rollout_steps)
+            return loop(model, shown, listener, rollout_buffer, n_rollout_steps)
     except (ValueError, RuntimeError) as error:
         explain_observation(model, env, error)
         raise
@@ -93,13 +96,36 @@ def is_deferrable(model: OnPolicyAlgorithm, buffer: RolloutBuffer) -> bool:
     return is_deferrable_policy(model.policy)
 
 
+class _Recorded:
+    """
+    The environments of one rollout, whose rewards are recorded.
+
+    No ``VecEnvWrapper``, which would ask the environments for attributes, and call ``step_wait`` of those that have only a
+    ``step``.
+
+    :param env: the environments
+    :param rewards: records their rewards
+    """
+
+    def __init__(self, env: VecEnv, rewards: RecordedRewards):
+        self._env, self._rewards = env, rewards
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._env, name)
+
+    def step(self, actions: np.ndarray) -> VecEnvStepReturn:
+        """Make a step."""
+        observations, rewards, dones, infos = self._env.step(actions)
+        return observations, self._rewards.seen(rewards, dones, infos), dones, infos
+
+
 class _Listener:
     """
     A callback, and what is done around it in SB3's loop.
 
     :param callback: the callback
     :param env: what it is to find under the locals: the environment without what is wrapped around it for one rollout
-    :param scaled: makes the rewards of a step, as its ``on_step`` left them, those of the buffer; ``None`` to leave them alone
+    :param recorded: what rewards go through after its ``on_step``; ``None`` if they are left alone
     :param before_end: what is done before its ``on_rollout_end``
     """
 
@@ -111,10 +137,10 @@ class _Listener:
         self,
         callback: BaseCallback,
         env: VecEnv | None,
-        scaled: Callable[[np.ndarray], np.ndarray] | None,
+        recorded: RecordedRewards | None,
         before_end: Callable[[], None],
     ):
-        self._callback, self._env, self._scaled, self._before_end = callback, env, scaled, before_end
+        self._callback, self._env, self._recorded, self._before_end = callback, env, recorded, before_end
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._callback, name)
@@ -122,7 +148,7 @@ class _Listener:
     def update_locals(self, locals_: dict[str, Any]) -> None:
         """The local variables of SB3's loop."""
         shown = {**locals_, "env": self._env}
-        if self._scaled is not None:
+        if self._recorded is not None:
             # A copy, which the callback may keep: the loop's own will be scaled in place
             self._rewards, self._shown = locals_["rewards"], locals_["rewards"].copy()
             shown["rewards"] = self._shown
@@ -131,8 +157,8 @@ class _Listener:
     def on_step(self) -> bool:
         """A step is over."""
         goes_on = self._callback.on_step()
-        if self._scaled is not None:
-            self._rewards[:] = self._scaled(self._shown)
+        if self._recorded is not None:
+            self._rewards[:] = self._recorded.scaled(self._shown)
         return goes_on
 
     def on_rollout_end(self) -> None:

@@ -45,7 +45,7 @@ class LeanRollout:
     :param env: the training environment
     :param callback: called at each step
     :param buffer: to be filled
-    :param scaled: makes the rewards of a step, as callbacks left them, those of the buffer; ``None`` to leave them alone
+    :param rewards: what the rewards go through on their way to the buffer; ``None`` if they are left alone
     """
 
     #: The policy that acts first.
@@ -57,9 +57,9 @@ class LeanRollout:
         env: VecEnv,
         callback: BaseCallback,
         buffer: RolloutBuffer,
-        scaled: Callable[[np.ndarray], np.ndarray] | None = None,
+        rewards: Any = None,
     ):
-        self._scaled = scaled or (lambda rewards: rewards)
+        self._rewards = rewards
         self.model, self.env, self.callback, self.buffer = model, env, callback, buffer
         #: Ends what watches the policy.
         self._watching = ExitStack()
@@ -124,6 +124,8 @@ class LeanRollout:
             actions = self._act(obs_tensor)
             clipped_actions = self._clipped(actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
+            if self._rewards is not None:
+                rewards = self._rewards.seen(rewards, dones, infos)
             model.num_timesteps += env.num_envs
             if is_watched:
                 evaluate = functools.partial(self._evaluate_step, n_steps, obs_tensor)
@@ -140,7 +142,9 @@ class LeanRollout:
             if not goes_on:
                 return False
             model._update_info_buffer(infos, dones)
-            self._store(model._last_obs, actions, self._scaled(rewards), model._last_episode_starts, unknown, unknown)
+            if self._rewards is not None:
+                rewards = self._rewards.scaled(rewards)
+            self._store(model._last_obs, actions, rewards, model._last_episode_starts, unknown, unknown)
             self._n_stored += 1
             model._last_obs = new_obs  # type: ignore[assignment]
             model._last_episode_starts = dones

@@ -102,6 +102,10 @@ class CheckedMasks(VecEnvWrapper):
         """Start a new episode in all environments."""
         return self.venv.reset()
 
+    def step(self, actions: np.ndarray) -> VecEnvStepReturn:
+        """Make a step: by the method that SB3's loop calls."""
+        return self.venv.step(actions)
+
     def step_wait(self) -> VecEnvStepReturn:
         """Wait for the step."""
         return self.venv.step_wait()

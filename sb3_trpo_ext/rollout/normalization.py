@@ -1,7 +1,7 @@
 """Rollouts with scaled rewards, and the first rollout of a training, which there are no statistics for."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,6 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_trpo_ext._checks import ArgumentError, is_known
 from sb3_trpo_ext.rollout.device import set_rewards_
@@ -33,16 +31,14 @@ _NOT_SCALED = (
 _CHUNK = 4096
 
 
-class ScaledRewards(VecEnvWrapper):
+class RecordedRewards:
     """
-    Keeps rewards as they came, and divides them by a number after callbacks have seen them.
+    Keeps the rewards of a rollout as they came, and divides them by a number after callbacks have seen them.
 
-    :param venv: the environment of one rollout
     :param scale: the number; ``None`` if it is not known yet: then rewards are left as they are
     """
 
-    def __init__(self, venv: VecEnv, scale: float | None):
-        super().__init__(venv)
+    def __init__(self, scale: float | None):
         self.scale = scale
         #: One array per step, as are the ends of episodes.
         self.rewards: list[np.ndarray] = []
@@ -52,25 +48,22 @@ class ScaledRewards(VecEnvWrapper):
         #: Truncated episodes while there is no scale: step, environment and last observation.
         self.truncated: list[tuple[int, int, Any]] = []
 
-    def reset(self) -> VecEnvObs:
-        """Reset the environments."""
-        return self.venv.reset()
-
-    def step_wait(self) -> VecEnvStepReturn:
-        """Wait for the step, and keep its rewards."""
-        observations, rewards, dones, infos = self.venv.step_wait()
+    def seen(self, rewards: Any, dones: Any, infos: Sequence[dict[str, Any]]) -> np.ndarray:
+        """Keep a step of the environments; returns its rewards, to be shown to callbacks, which may write to them."""
+        n_envs = len(infos)
+        # Some environments return lists, tensors, integers, or a number
+        array, ends = np.array(rewards).reshape(n_envs), np.array(dones).reshape(n_envs)
         if self.scale is None:
-            for index in np.flatnonzero(dones):
-                if infos[index].get("TimeLimit.truncated", False) and "terminal_observation" in infos[index]:
-                    self.truncated.append((len(self.rewards), int(index), infos[index]["terminal_observation"]))
-        self.rewards.append(np.array(rewards))
-        # A copy that may be written to, also where the environment has integers
-        rewards = np.array(rewards, dtype=np.result_type(rewards, np.float32))
-        self.dones.append(np.array(dones))
-        return observations, rewards, dones, infos
+            for index in np.flatnonzero(ends).tolist():
+                last = infos[index].get("terminal_observation")
+                if last is not None and infos[index].get("TimeLimit.truncated", False):
+                    self.truncated.append((len(self.rewards), index, last))
+        self.rewards.append(array)
+        self.dones.append(ends)
+        return array.astype(np.result_type(array.dtype, np.float32))
 
     def scaled(self, rewards: np.ndarray) -> np.ndarray:
-        """The rewards of a step, as a callback has left them, for the buffer."""
+        """The rewards of a step, as callbacks have left them, for the buffer."""
         if self.scale is None:
             self._left.append(rewards.copy())
         return _scaled(rewards, self.scale)
@@ -107,11 +100,11 @@ class RewardsOnDevice:
         self.scale = scale
 
     def record(self, buffer: Any) -> tuple[Any, Any]:
-        """What :meth:`ScaledRewards.record` returns."""
+        """What :meth:`RecordedRewards.record` returns."""
         return buffer.raw_rewards, buffer.dones
 
     def recompute_rewards_(self, model: Any, buffer: Any, scale: float | None) -> None:
-        """Do what :meth:`ScaledRewards.recompute_rewards_` does."""
+        """Do what :meth:`RecordedRewards.recompute_rewards_` does."""
         set_rewards_(model, buffer, scale)
 
 
@@ -131,8 +124,8 @@ class Normalization:
         self.has_observations = bool(normalized_extractors(policy))
         is_fresh = any(extractor.is_fresh for extractor in normalized_extractors(policy))
         #: The networks before any training, as long as there are no statistics; ``None`` after the first update.
-        self._untrained: dict[str, th.Tensor] | None = _networks(policy) if is_fresh else None
-        self._env: ScaledRewards | RewardsOnDevice | None = None
+        self._untrained: list[th.Tensor] | None = _networks(policy) if is_fresh else None
+        self._rollout: RecordedRewards | RewardsOnDevice | None = None
         #: Extractors that have the last rollout already.
         self._observed: list[NormalizedExtractor] = []
 
@@ -148,34 +141,28 @@ class Normalization:
             if bool(value) != is_on:
                 raise ArgumentError(f"`{name}` has become {value!r}, which is decided when a model is made: make another one.")
 
-    def environment(self, env: VecEnv, policy: ActorCriticPolicy, is_on_device: bool = False) -> VecEnv:
+    def begin_rollout(self, policy: ActorCriticPolicy, is_on_device: bool) -> RecordedRewards | None:
         """
-        The environment of the next rollout.
+        Prepare for a rollout.
 
-        :param env: as the model has it
         :param policy: that acts in it
         :param is_on_device: whether the rollout is
-        :return: ``env``, or a wrapper that scales and records the rewards
+        :return: what its rewards go through; ``None`` if they are left alone until the rollout is over
         """
-        self._env = None
+        self._rollout = None
         if self.rewards is None and not any(extractor.is_fresh for extractor in normalized_extractors(policy)):
-            return env
+            return None
         scale = None if self.rewards is None or self.rewards.is_fresh else self.rewards.scale
         if is_on_device:
-            self._env = RewardsOnDevice(scale)
-            return env
-        self._env = ScaledRewards(env, scale)
-        return self._env
+            self._rollout = RewardsOnDevice(scale)
+            return None
+        self._rollout = RecordedRewards(scale)
+        return self._rollout
 
     @property
     def scale(self) -> float | None:
         """What the rewards of the present rollout are divided by; ``None`` if they are left alone."""
-        return None if self._env is None else self._env.scale
-
-    @property
-    def scaled(self) -> Callable[[np.ndarray], np.ndarray] | None:
-        """What makes the rewards of a step, as callbacks left them, those of the buffer; ``None`` if they are left alone."""
-        return self._env.scaled if isinstance(self._env, ScaledRewards) else None
+        return None if self._rollout is None else self._rollout.scale
 
     def protect_(self, policy: ActorCriticPolicy) -> None:
         """
@@ -202,17 +189,17 @@ class Normalization:
         :return: whether the policy has changed, and the contents of the buffer with it
         """
         self.protect_(model.policy)
-        if self.rewards is not None and self._env is not None:
+        if self.rewards is not None and self._rollout is not None:
             self.rewards.gamma = model.gamma
-            self.rewards.update(*self._env.record(buffer))
-        env, self._env = self._env, None
-        if env is None or env.scale is not None or not isinstance(buffer, RolloutBuffer) or buffer.generator_ready:
+            self.rewards.update(*self._rollout.record(buffer))
+        rollout, self._rollout = self._rollout, None
+        if rollout is None or rollout.scale is not None or not isinstance(buffer, RolloutBuffer) or buffer.generator_ready:
             return False
         extractors = normalized_extractors(model.policy) if has_acted and is_known(type(buffer)) else []
         self._observe_first(model, buffer, extractors)
         with th.no_grad():
             # The rewards in the first scale, and advantages and returns of these
-            env.recompute_rewards_(model, buffer, None if self.rewards is None else self.rewards.scale)
+            rollout.recompute_rewards_(model, buffer, None if self.rewards is None else self.rewards.scale)
             buffer.compute_returns_and_advantage(*ending(model))
         return bool(self._observed)
 
@@ -254,13 +241,14 @@ class Normalization:
         self._observed = []
 
 
-def _networks(policy: ActorCriticPolicy) -> dict[str, th.Tensor]:
+def _networks(policy: ActorCriticPolicy) -> list[th.Tensor]:
     """Copies of what the observations go through."""
-    return {name: param.detach().clone() for name, param in policy.named_parameters() if name != "log_std"}
+    return [param.detach().clone() for name, param in policy.named_parameters() if name.rpartition(".")[2] != "log_std"]
 
 
-def _are_equal(first: dict[str, th.Tensor], second: dict[str, th.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(th.equal(tensor, second[name]) for name, tensor in first.items())
+def _are_equal(first: list[th.Tensor], second: list[th.Tensor]) -> bool:
+    # In order and not by name, which wrappers such as `torch.compile` change
+    return len(first) == len(second) and all(map(th.equal, first, second))
 
 
 @th.no_grad()

@@ -32,7 +32,8 @@ class Snapshot:
 
     def __init__(self, policy: ActorCriticPolicy):
         self._policy = policy
-        self._tensors = [*policy.parameters(), *(buffer for buffer in policy.buffers() if buffer.is_floating_point())]
+        buffers = (buffer for buffer in policy.buffers() if buffer.is_floating_point() and buffer.layout is th.strided)
+        self._tensors = [*policy.parameters(), *buffers]
         self._numbers = flatten(self._tensors)
         branches = [part for m in policy.modules() for part in (m._parameters, m._buffers, m._modules)]
         #: Dictionaries of parts, and what is in them.

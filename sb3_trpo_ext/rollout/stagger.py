@@ -106,7 +106,12 @@ def restarted(env: Any, indices: list[int]) -> list[Any]:
     """
     if isinstance(env, (EnvPoolVecEnv, TensorVecEnv, VectorEnvAdapter)):
         return env.restart(indices)
-    results = env.env_method("reset", indices=indices)
+    try:
+        results = env.env_method("reset", indices=indices)
+    except Exception as error:
+        raise RuntimeError(
+            f"The environments {indices} cannot be reset in the middle of an episode ({error}): pass `stagger_episodes=False`."
+        ) from error
     env.reset_infos = list(env.reset_infos)
     for index, (_, info) in zip(indices, results, strict=True):
         env.reset_infos[index] = info

@@ -93,7 +93,8 @@ def fit_critic(
         return CriticResult(math.nan, CriticStatus.NOTHING_TO_TRAIN)
     if not all_true(bool(th.isfinite(batch.returns).all())):
         return CriticResult(math.nan, CriticStatus.NON_FINITE_RETURNS)
-    buffers = [buffer for module in critic_modules for buffer in module.buffers(recurse=False)]
+    # Sparse ones, such as the adjacency matrix of a graph, are no statistics
+    buffers = [b for module in critic_modules for b in module.buffers(recurse=False) if b.layout is th.strided]
     for module in critic_modules:
         module.training = True
     try:

@@ -306,10 +306,11 @@ class TorchFamily(Family[Distribution]):
         :return: shape ``(n_batch,)``
         :raises ValueError: if PyTorch has no KL for this pair
         """
+        pair: Any = [getattr(each, "distribution", None) for each in (old, new)]
         try:
-            kl = th.distributions.kl_divergence(old.distribution, new.distribution)  # type: ignore[arg-type]
+            kl = th.distributions.kl_divergence(*pair)
         except NotImplementedError as error:
-            name = f"{type(old).__name__} ({type(old.distribution).__name__})"
+            name = f"{type(old).__name__} ({type(pair[0]).__name__})"
             raise ValueError(f"{name} has no KL divergence: use PyTorch's `register_kl`, or `register_family`.") from error
         return kl.reshape(len(kl), -1).sum(dim=1)
 

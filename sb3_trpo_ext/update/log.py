@@ -6,7 +6,10 @@ import torch as th
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from sb3_trpo_ext._checks import is_known
 from sb3_trpo_ext.optim import UpdateResult
+from sb3_trpo_ext.update.batch import Batch
+from sb3_trpo_ext.update.calls import PolicyCalls
 from sb3_trpo_ext.update.critic import CriticResult
 
 #: Log-probabilities that are farther apart than this, on the mean, do not differ by rounding.
@@ -20,13 +23,25 @@ def warn_if_rejected(result: UpdateResult, critic: CriticResult) -> None:
             warnings.warn(f"The {what}: {status!s}. The parameters are unchanged; {status.advice}.", stacklevel=4)
 
 
-def warn_if_another(policy: ActorCriticPolicy, deviation: th.Tensor) -> None:
+@th.no_grad()
+def warn_if_another(policy: ActorCriticPolicy, deviation: th.Tensor, calls: PolicyCalls, batch: Batch) -> None:
     """
     Warn of a policy whose methods do not agree, so that an update begins at another policy than the one that acted.
 
     :param policy: the one that acted
     :param deviation: of log-probabilities between the rollout and the update, on the mean
+    :param calls: how the update asks it for values
+    :param batch: the rollout
     """
+    if "forward" in vars(policy) or not is_known(type(policy).forward):
+        part, _ = calls.cut(batch, 256)[0]
+        old = batch.old_values[part]
+        if (calls.values(batch, part) - old).abs().mean() > MAX_DEVIATION * (1 + old.abs().mean()):
+            warnings.warn(
+                f"The states of the rollout have other values in the update, because `forward` and `predict_values` of "
+                f"{type(policy).__name__} differ: override both, or the critic that acts will not be trained.",
+                stacklevel=3,
+            )
     if deviation > MAX_DEVIATION:
         warnings.warn(
             f"The actions of the rollout have other log-probabilities in the update. Either a callback has changed them, or "

@@ -6,6 +6,8 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from sb3_trpo_ext._checks import ArgumentError
+
 
 def fast_optimizer(policy: ActorCriticPolicy, learning_rate: float) -> th.optim.Optimizer:
     """
@@ -14,7 +16,13 @@ def fast_optimizer(policy: ActorCriticPolicy, learning_rate: float) -> th.optim.
     :param policy: as SB3 has made it
     :param learning_rate: at the beginning of the training
     :return: the optimizer; that of the policy, if it has made one of its own or if the user chose another implementation
+    :raises ValueError: for LBFGS
     """
+    if isinstance(policy.optimizer, th.optim.LBFGS):
+        raise ArgumentError(
+            "`policy_kwargs['optimizer_class']` is LBFGS, which makes a step from a function and not from a gradient: use an "
+            "optimizer such as Adam."
+        )
 
     def make(**kwargs: Any) -> th.optim.Optimizer:
         make_optimizer: Any = policy.optimizer_class

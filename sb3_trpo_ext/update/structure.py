@@ -1,5 +1,6 @@
 """What an update has to know of a policy's structure."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from stable_baselines3.common.distributions import (
 )
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -47,12 +49,19 @@ def _recorded_modules(policy: nn.Module) -> Iterator[set[nn.Module]]:
     """Collect the modules that are called inside the block."""
     called: set[nn.Module] = set()
     with ExitStack() as hooks:
+        if "torch._dynamo" in sys.modules:
+            # Compiled modules, if there are any, run as they were written: they cannot be traced with these hooks
+            hooks.enter_context(th.compiler.set_stance("force_eager"))
         for module in policy.modules():
-            hooks.enter_context(module.register_forward_pre_hook(lambda module, _: called.add(module)))
+            # Those of TorchScript take no hooks
+            if not isinstance(module, th.jit.ScriptModule):
+                hooks.enter_context(module.register_forward_pre_hook(lambda module, _: called.add(module)))
         yield called
 
 
-def split_policy(policy: ActorCriticPolicy, calls: PolicyCalls | None = None) -> PolicyParts:
+def split_policy(
+    policy: ActorCriticPolicy, calls: PolicyCalls | None = None, observations: PyTorchObs | None = None
+) -> PolicyParts:
     """
     Tell the actor's parameters from the critic's by what reaches the outputs, never by their names.
 
@@ -60,22 +69,26 @@ def split_policy(policy: ActorCriticPolicy, calls: PolicyCalls | None = None) ->
 
     :param policy: any policy
     :param calls: how it is asked; ``None`` for one that needs nothing but observations
+    :param observations: for which it is asked; ``None`` for a single one of zeros
     :return: its parts
     """
     calls = PolicyCalls(policy) if calls is None else calls
     was_training = policy.training
-    # In training mode a BatchNorm layer would learn from, and fail on, this one observation
+    # In training mode a BatchNorm layer would learn from, and fail on, one observation
     policy.set_training_mode(False)
-    zeros: Any = create_empty_array(policy.observation_space, 1)
-    observation = obs_as_tensor(zeros, policy.device)
-    with th.enable_grad():
-        with _recorded_modules(policy) as actor_modules:
-            distribution = calls.distribution_at(observation)
-            # Whatever the statistics of the family are, the log-probability of an action depends on all of them
-            for_actor = _reached_from(distribution.log_prob(distribution.mode()))
-        with _recorded_modules(policy) as critic_modules:
-            for_critic = _reached_from(calls.values_at(observation)) - for_actor
-    policy.set_training_mode(was_training)
+    if observations is None:
+        zeros: Any = create_empty_array(policy.observation_space, 1)
+        observations = obs_as_tensor(zeros, policy.device)
+    try:
+        with th.enable_grad():
+            with _recorded_modules(policy) as actor_modules:
+                distribution = calls.distribution_at(observations)
+                # Whatever the statistics of the family are, the log-probability of an action depends on all of them
+                for_actor = _reached_from(distribution.log_prob(distribution.mode()))
+            with _recorded_modules(policy) as critic_modules:
+                for_critic = _reached_from(calls.values_at(observations)) - for_actor
+    finally:
+        policy.set_training_mode(was_training)
     drop_graph_(distribution)
     params = [param for param in policy.parameters() if param.requires_grad]
     return PolicyParts(

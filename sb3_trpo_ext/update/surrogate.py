@@ -93,7 +93,8 @@ class Surrogate(Problem):
         self._has_gradient_hooks = any(has_gradient_hooks(param) for param in self.params)
         self._generator = th.Generator().manual_seed(noise_seed)
         with th.no_grad():
-            self.family: Family[Any] = family_of(self._calls.distribution(batch, slice(1)))
+            # Of two samples: a user's network may squeeze away a batch of one
+            self.family: Family[Any] = family_of(self._calls.distribution(batch, slice(2)))
         limits = _CPU_LIMITS if policy.device.type == "cpu" else _ACCELERATOR_LIMITS
         #: Of how many samples the graph is kept for the Fisher-vector products.
         self._n_kept = max(limits.n_numbers // self._calls.numbers_per_sample(batch), 1)

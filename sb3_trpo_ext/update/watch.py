@@ -8,9 +8,15 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
+from sb3_trpo_ext._checks import ArgumentError
+from sb3_trpo_ext._observations import mapped
+from sb3_trpo_ext.parallel.reductions import is_parallel
 from sb3_trpo_ext.update.calls import PolicyCalls
 from sb3_trpo_ext.update.optimizers import follow_
 from sb3_trpo_ext.update.structure import PolicyParts, split_policy
+
+#: Of a rollout, that a policy is asked for its parts with.
+MAX_OBSERVATIONS = 4096
 
 
 class PolicyWatch:
@@ -25,21 +31,78 @@ class PolicyWatch:
         self._contents: list[Any] = []
         self._named: dict[str, nn.Parameter] = {}
         self._parts: PolicyParts | None = None
+        #: Parameters that neither actions nor values have depended on so far.
+        self._unreached: list[nn.Parameter] = []
         self._warned: set[str] = set()
 
-    def parts(self, policy: ActorCriticPolicy, optimizers: Iterable[th.optim.Optimizer] = ()) -> PolicyParts:
-        """Actor and critic as they are now. After a change, updates optimizers and warns of what will not be trained."""
+    def parts(
+        self,
+        policy: ActorCriticPolicy,
+        optimizers: Iterable[th.optim.Optimizer] = (),
+        observations: Any = None,
+    ) -> PolicyParts:
+        """
+        Actor and critic as they are now. After a change, updates optimizers and warns of what will not be trained.
+
+        :param policy: as it is now
+        :param optimizers: of all of its parameters
+        :param observations: arrays or tensors of a rollout, if there is one: which parameters are in use may depend on them.
+            Not used where several processes train together, since all must have the same parts
+        """
         now = contents(policy)
-        if self._parts is None or list(map(id, now)) != list(map(id, self._contents)):
-            self._parts, self._contents = split_policy(policy, self._calls_class(policy)), now
+        seen: Any = None
+        is_new = self._parts is None or list(map(id, now)) != list(map(id, self._contents))
+        if observations is not None and (is_new or self._unreached) and not is_parallel():
+            seen = mapped(lambda part: th.as_tensor(part[:MAX_OBSERVATIONS], device=policy.device), observations)
+        if is_new:
+            self._set(policy, split_policy(policy, self._calls_class(policy), seen))
+            self._contents = now
             before, self._named = self._named, dict(policy.named_parameters())
             for optimizer in optimizers:
                 follow_(optimizer, before, self._named)
-            for message in _untrained(policy, self._parts):
+            for message in _untrained(policy, self.known):
                 if message not in self._warned:
                     self._warned.add(message)
                     warnings.warn(message, stacklevel=5)
+        elif seen is not None:
+            self._set(policy, _joined(policy, self.known, split_policy(policy, self._calls_class(policy), seen)))
+        return self.known
+
+    def try_parts(self, policy: ActorCriticPolicy) -> None:
+        """As :meth:`parts`, on an observation of zeros. A policy that does not take it has to wait for a rollout."""
+        try:
+            self.parts(policy)
+        except ArgumentError:
+            raise
+        except Exception:
+            self._parts = None
+
+    @property
+    def known(self) -> PolicyParts:
+        """What :meth:`parts` returned last."""
+        assert self._parts is not None
         return self._parts
+
+    def _set(self, policy: ActorCriticPolicy, parts: PolicyParts) -> None:
+        reached = {id(param) for param in (*parts.actor_params, *parts.critic_params)}
+        dtypes = sorted({str(param.dtype) for param in (*parts.actor_params, *parts.critic_params)})
+        if len(dtypes) > 1:
+            raise ArgumentError(
+                f"`policy`: the parameters of {type(policy).__name__} that are trained must be of one dtype, got "
+                f"{', '.join(dtypes)}: convert or freeze some of them."
+            )
+        self._parts = parts
+        self._unreached = [param for param in policy.parameters() if param.requires_grad and id(param) not in reached]
+
+
+def _joined(policy: ActorCriticPolicy, before: PolicyParts, now: PolicyParts) -> PolicyParts:
+    """What is the actor's or the critic's by either of two splits; what is both is the actor's."""
+    lists: list[Any] = []
+    for names in (("actor_params", "critic_params"), ("actor_modules", "critic_modules")):
+        actor, critic = ({id(each) for parts in (before, now) for each in getattr(parts, name)} for name in names)
+        every: list[Any] = list(policy.parameters() if names[0] == "actor_params" else policy.modules())
+        lists += [[each for each in every if id(each) in chosen] for chosen in (actor, critic - actor)]
+    return PolicyParts(*lists)
 
 
 def contents(policy: nn.Module) -> list[Any]:

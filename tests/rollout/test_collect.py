@@ -389,7 +389,7 @@ def test_callbacks_see_the_environment_of_the_model(own_loop: bool) -> None:
     # A policy of the user's takes SB3's loop
     model = TRPO(BetaPolicy if own_loop else "MlpPolicy", random_vec_env(2), n_steps=16, norm_reward=True, device="cpu")
     assert model.env is not None
-    assert model._normalization.environment(model.env, model.policy) is not model.env
+    assert model._normalization.begin_rollout(model.policy, is_on_device=False) is not None
     model.learn(64, Environments())
 
 

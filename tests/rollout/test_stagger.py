@@ -206,3 +206,24 @@ def test_environments_of_tensors_without_a_way_to_begin_again_are_left_alone() -
     env.spoil = lambda step: step._replace(terminated=th.zeros(2, dtype=th.bool), truncated=th.zeros(2, dtype=th.bool))
     TRPO("MlpPolicy", env, n_steps=50, batch_size=100, stagger_episodes=True, seed=0).learn(300)
     assert env._lengths.tolist() == [150, 150]
+
+
+def test_environments_that_refuse_a_reset_say_what_to_do() -> None:
+    class Refusing(gym.Env):
+        observation_space, action_space, n = spaces.Box(-1, 1, (2,)), spaces.Discrete(2), 0
+
+        def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
+            super().reset(seed=seed)
+            if 0 < self.n < 300:
+                raise RuntimeError("not yet")
+            self.n = 0
+            return np.zeros(2, np.float32), {}
+
+        def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+            self.n += 1
+            return np.zeros(2, np.float32), 1.0, False, self.n == 300, {}
+
+    env = DummyVecEnv([Refusing] * 4)
+    with pytest.raises(RuntimeError, match=r"cannot be reset .*not yet.*stagger_episodes=False"):
+        TRPO("MlpPolicy", env, device="cpu").learn(4096)
+    TRPO("MlpPolicy", env, device="cpu", stagger_episodes=False)
