@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -553,13 +553,22 @@ class Endless(RandomEnv):
         return observation, reward, False, False, info
 
 
+@pytest.fixture
+def checked_distributions() -> Iterator[None]:
+    """`torch.compile` switches the checks of distributions off, for the whole process."""
+    yield
+    th.distributions.Distribution.set_default_validate_args(True)
+
+
+@pytest.mark.usefixtures("checked_distributions")
 def test_compiled_and_scripted_modules_and_sparse_buffers_are_taken() -> None:
     def make(self: Any) -> None:
         self.scripted = th.jit.script(nn.Linear(3, 4))
+        self.compiled = th.compile(self.layers[1], backend="eager")
         self.register_buffer("graph", th.eye(3).to_sparse())
 
     def forward(self: Any, observations: th.Tensor) -> th.Tensor:
-        both = self.layers[0](observations) + self.layers[1](observations)
+        both = self.layers[0](observations) + self.compiled(observations)
         return both + self.scripted(th.sparse.mm(self.graph, observations.T).T)
 
     model = make_model(policy_kwargs=features(forward, make))
