@@ -1,11 +1,9 @@
 """Checks of TRPO's arguments, so that a mistake is named before anything runs."""
 
-import functools
-import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, cast
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -21,7 +19,6 @@ from sb3_trpo_ext._checks import (
     check_integer,
     check_number,
     check_seed,
-    closest,
     is_known,
     is_number,
 )
@@ -29,8 +26,6 @@ from sb3_trpo_ext.envs.tensor import TensorVecEnv
 from sb3_trpo_ext.update.critic import VALUE_LOSSES
 from sb3_trpo_ext.update.mixed import parts_of_actions
 from sb3_trpo_ext.update.optimizers import n_params
-
-Init = TypeVar("Init", bound=Callable[..., None])
 
 ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 #: Which class is for which policies of sb3-contrib.
@@ -50,45 +45,6 @@ TRUST_REGION_OPTIONS: dict[str, tuple[str, ...]] = {
     "constraint": ("fill", "damped_scale", "precondition"),
     "penalty": ("learning_rate", "n_epochs", "batch_size", "beta"),
 }
-
-
-#: Arguments of PPO that TRPO does not have, and what to do about them.
-OF_PPO = {
-    "n_epochs": "`n_critic_updates` is the number of passes of the critic, and the policy makes one step per rollout",
-    "clip_range": "leave it out: `target_kl` bounds the policy's step",
-    "vf_coef": "leave it out: the critic is fitted after the policy's step, with a loss of its own",
-}
-
-
-def suggestion(name: str, names: Iterable[str]) -> str:
-    """What to do about an argument that does not exist, given the names of those that do."""
-    return OF_PPO.get(name) or closest(name, names)
-
-
-def explaining_names(init: Init) -> Init:
-    """A constructor that says what to do about an unknown keyword argument."""
-
-    @functools.wraps(init)
-    def explained(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in kwargs:
-            if name not in known:
-                hint = suggestion(name, known - {"self", "policy", "env", "_init_setup_model"})
-                raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}: {hint}")
-        init(self, *args, **kwargs)
-
-    known = set(inspect.signature(init).parameters)
-    return cast(Init, explained)
-
-
-def check_attributes(algorithm: type, given: Iterable[str], saved: Iterable[str]) -> None:
-    """Check the names of attributes that are to be changed when a model is loaded."""
-    parameters = {name for each in algorithm.__mro__ for name in inspect.signature(each.__init__).parameters}  # type: ignore[misc]
-    known = (parameters | set(saved)) - {"self", "args", "kwargs"}
-    for name in given:
-        if name not in known:
-            arguments = set(inspect.signature(algorithm).parameters) - {"policy", "env", "args", "kwargs", "_init_setup_model"}
-            hint = suggestion(name, arguments)
-            raise TypeError(f"{algorithm.__name__}.load() got an unexpected keyword argument {name!r}: {hint}")
 
 
 def scheduled(name: str, value: float | Schedule, progress_remaining: float, minimum: float = -math.inf) -> float:

@@ -14,6 +14,7 @@ from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 
 from sb3_trpo_ext import arguments
 from sb3_trpo_ext._files import replacing
+from sb3_trpo_ext._names import check_attributes
 from sb3_trpo_ext.contrib import check_is_trpo, is_contrib_model, joint_kl_arguments, saved_attributes
 from sb3_trpo_ext.optim import AdaptiveKLPenalty
 from sb3_trpo_ext.parallel import launch
@@ -111,7 +112,7 @@ class SavingAlgorithm(OnPolicyAlgorithm):
         device = launch.rank_device(device)
         saved = saved_attributes(path)
         check_is_trpo(path, saved)
-        arguments.check_attributes(cls, kwargs, saved)
+        check_attributes(cls, kwargs, saved)
         for name in {"n_steps", "batch_size"}.intersection([*kwargs, *(custom_objects or {})]):
             # Not what it had come to by itself, even if it is the same number
             kwargs = {**kwargs, f"_auto_{name}": None}

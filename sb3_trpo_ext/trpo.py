@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_trpo_ext import arguments, defaults
 from sb3_trpo_ext._checks import ArgumentError, check_seed, closest, is_known
+from sb3_trpo_ext._names import explaining_names
 from sb3_trpo_ext.envs.envpool import was_interrupted
 from sb3_trpo_ext.envs.tensor import TensorVecEnv
 from sb3_trpo_ext.envs.vector import VectorEnvAdapter
@@ -134,7 +135,7 @@ class TRPO(SavingAlgorithm):
     #: The class of sb3-contrib whose policies this class is for.
     policy_base: ClassVar[str | None] = None
 
-    @arguments.explaining_names
+    @explaining_names
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],
@@ -355,12 +356,8 @@ class TRPO(SavingAlgorithm):
     @property
     def _parts(self) -> PolicyParts:
         """Actor and critic of the policy as it is now."""
-        return self._parts_on(None)
-
-    def _parts_on(self, batch: Batch | None) -> PolicyParts:
-        """The same, where they may depend on the observations: on those of a rollout, or on the last ones."""
-        optimizers = [self.policy.optimizer, *(() if self.kl_penalty is None else (self.kl_penalty.optimizer,))]
-        return self._watch.parts(self.policy, optimizers, self._last_obs if batch is None else batch.observations)
+        penalty = [] if self.kl_penalty is None else [self.kl_penalty.optimizer]
+        return self._watch.parts(self.policy, [self.policy.optimizer, *penalty], self._last_obs)
 
     def _check_ready(self) -> None:
         """
@@ -464,7 +461,7 @@ class TRPO(SavingAlgorithm):
         self._update_learning_rate(self.policy.optimizer)
         self._normalization.before_update(self, is_known_loop=self._acted is not None)
         batch, calls = self._full_batch(), self.calls_class.on(self.policy, self.rollout_buffer)
-        parts = self._parts_on(batch)
+        parts = self._watch.parts_after(self.policy, batch.observations)
         started = time.perf_counter()
         result, entropy, std = self._no_update(UpdateStatus.NOTHING_TO_TRAIN), math.nan, math.nan
         # The likelihood of clipped actions is not in the buffer: the current policy gives it, if it is the one that acted

@@ -45,6 +45,7 @@ PACKAGE = "sb3_trpo_ext"
 #: The layers from the bottom. A folder or a module imports of the package only itself and what is in the lines above.
 LAYERS = (
     ("_checks", "_files", "_observations"),
+    ("_names",),
     ("envs",),
     ("parallel",),
     ("optim",),

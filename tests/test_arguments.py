@@ -17,7 +17,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_trpo_ext import TRPO
 from sb3_trpo_ext._checks import ArgumentError
-from sb3_trpo_ext.arguments import check_attributes
+from sb3_trpo_ext._names import check_attributes
 
 # --- Spaces --------------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ Differences from ``OnPolicyAlgorithm.collect_rollouts``:
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -187,10 +187,8 @@ class LeanRollout:
 
     def _note_truncated(self, step: int, dones: np.ndarray, infos: list[dict[str, Any]]) -> None:
         """Keep the last observations of episodes that a time limit has ended."""
-        for index in np.flatnonzero(dones):
-            terminal_observation = infos[index].get("terminal_observation")
-            if terminal_observation is not None and infos[index].get("TimeLimit.truncated", False):
-                self._truncated.append((step, int(index), self.policy.obs_to_tensor(terminal_observation)[0]))
+        for index, last in truncated(dones, infos):
+            self._truncated.append((step, index, self.policy.obs_to_tensor(last)[0]))
 
     def _follow_policy(self) -> None:
         """Let the policy act as it is now."""
@@ -251,6 +249,14 @@ class LeanRollout:
                 steps, indices, terminal = zip(*truncated[first : first + n_observations], strict=True)
                 terminal_values = self.policy.predict_values(_concatenated(terminal)).flatten().cpu().numpy()
                 self.buffer.rewards[list(steps), list(indices)] += self.model.gamma * terminal_values
+
+
+def truncated(dones: np.ndarray, infos: Sequence[dict[str, Any]]) -> Iterator[tuple[int, Any]]:
+    """The environments in which a time limit has ended an episode in a step, and the last observations of these episodes."""
+    for index in np.flatnonzero(dones).tolist():
+        last = infos[index].get("terminal_observation")
+        if last is not None and infos[index].get("TimeLimit.truncated", False):
+            yield index, last
 
 
 def _concatenated(observations: tuple[PyTorchObs, ...]) -> PyTorchObs:

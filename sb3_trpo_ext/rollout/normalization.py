@@ -13,6 +13,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_trpo_ext._checks import ArgumentError, is_known
 from sb3_trpo_ext.rollout.device import set_rewards_
+from sb3_trpo_ext.rollout.lean import truncated
 from sb3_trpo_ext.rollout.returns import by_step, ending
 from sb3_trpo_ext.update.batch import rollout_batch
 from sb3_trpo_ext.update.calls import PolicyCalls
@@ -54,10 +55,7 @@ class RecordedRewards:
         # Some environments return lists, tensors, integers, or a number
         array, ends = np.array(rewards).reshape(n_envs), np.array(dones).reshape(n_envs)
         if self.scale is None:
-            for index in np.flatnonzero(ends).tolist():
-                last = infos[index].get("terminal_observation")
-                if last is not None and infos[index].get("TimeLimit.truncated", False):
-                    self.truncated.append((len(self.rewards), index, last))
+            self.truncated += [(len(self.rewards), *each) for each in truncated(ends, infos)]
         self.rewards.append(array)
         self.dones.append(ends)
         return array.astype(np.result_type(array.dtype, np.float32))

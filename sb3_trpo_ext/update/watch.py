@@ -6,6 +6,7 @@ from typing import Any
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_trpo_ext._checks import ArgumentError
@@ -46,27 +47,33 @@ class PolicyWatch:
 
         :param policy: as it is now
         :param optimizers: of all of its parameters
-        :param observations: arrays or tensors of a rollout, if there is one: which parameters are in use may depend on them.
-            Not used where several processes train together, since all must have the same parts
+        :param observations: arrays that it acts on, if there are any: which parameters are in use may depend on them
         """
         now = contents(policy)
-        seen: Any = None
-        is_new = self._parts is None or list(map(id, now)) != list(map(id, self._contents))
-        if observations is not None and (is_new or self._unreached) and not is_parallel():
-            seen = mapped(lambda part: th.as_tensor(part[:MAX_OBSERVATIONS], device=policy.device), observations)
-        if is_new:
-            self._set(policy, split_policy(policy, self._calls_class(policy), seen))
-            self._contents = now
+        if self._parts is None or list(map(id, now)) != list(map(id, self._contents)):
+            parts, self._contents = self._set(policy, self._split(policy, observations)), now
             before, self._named = self._named, dict(policy.named_parameters())
             for optimizer in optimizers:
                 follow_(optimizer, before, self._named)
-            for message in _untrained(policy, self.known):
+            for message in _untrained(policy, parts):
                 if message not in self._warned:
                     self._warned.add(message)
                     warnings.warn(message, stacklevel=5)
-        elif seen is not None:
-            self._set(policy, _joined(policy, self.known, split_policy(policy, self._calls_class(policy), seen)))
-        return self.known
+            return parts
+        return self._parts
+
+    def parts_after(self, policy: ActorCriticPolicy, observations: PyTorchObs) -> PolicyParts:
+        """
+        What :meth:`parts` returned last, with what a rollout has reached for the first time.
+
+        :param policy: as it was then
+        :param observations: of the rollout
+        """
+        assert self._parts is not None
+        # Several processes that train together must all have the same parts
+        if self._unreached and not is_parallel():
+            return self._set(policy, _joined(policy, self._parts, self._split(policy, observations)))
+        return self._parts
 
     def try_parts(self, policy: ActorCriticPolicy) -> None:
         """As :meth:`parts`, on an observation of zeros. A policy that does not take it has to wait for a rollout."""
@@ -77,22 +84,25 @@ class PolicyWatch:
         except Exception:
             self._parts = None
 
-    @property
-    def known(self) -> PolicyParts:
-        """What :meth:`parts` returned last."""
-        assert self._parts is not None
-        return self._parts
+    def _split(self, policy: ActorCriticPolicy, observations: Any) -> PolicyParts:
+        """The parts on some of these observations; on one of zeros if there are none, or if several processes must agree."""
+        some = None
+        if observations is not None and not is_parallel():
+            some = mapped(lambda part: th.as_tensor(part[:MAX_OBSERVATIONS], device=policy.device), observations)
+        return split_policy(policy, self._calls_class(policy), some)
 
-    def _set(self, policy: ActorCriticPolicy, parts: PolicyParts) -> None:
-        reached = {id(param) for param in (*parts.actor_params, *parts.critic_params)}
-        dtypes = sorted({str(param.dtype) for param in (*parts.actor_params, *parts.critic_params)})
+    def _set(self, policy: ActorCriticPolicy, parts: PolicyParts) -> PolicyParts:
+        """Keep parts that have been found; raises a ``ValueError`` if their parameters have several dtypes."""
+        reached = [*parts.actor_params, *parts.critic_params]
+        dtypes = sorted({str(param.dtype) for param in reached})
         if len(dtypes) > 1:
             raise ArgumentError(
                 f"`policy`: the parameters of {type(policy).__name__} that are trained must be of one dtype, got "
                 f"{', '.join(dtypes)}: convert or freeze some of them."
             )
-        self._parts = parts
-        self._unreached = [param for param in policy.parameters() if param.requires_grad and id(param) not in reached]
+        self._parts, known = parts, set(map(id, reached))
+        self._unreached = [param for param in policy.parameters() if param.requires_grad and id(param) not in known]
+        return parts
 
 
 def _joined(policy: ActorCriticPolicy, before: PolicyParts, now: PolicyParts) -> PolicyParts:

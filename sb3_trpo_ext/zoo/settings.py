@@ -7,7 +7,7 @@ from typing import Any
 
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_trpo_ext.arguments import suggestion
+from sb3_trpo_ext._names import suggestion
 
 #: The name of our TRPO for ``--algo``. RL-Zoo's own key ``trpo`` keeps meaning sb3-contrib's class.
 KEY = "trpo_ext"
